@@ -1,0 +1,196 @@
+"""The root configuration: Hydra's groups over typed dataclasses, and the checks that no single room can make."""
+
+import dataclasses
+import difflib
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from kinema.conditioning.text import HashText, PretrainedText
+from kinema.data.loading import DataConfig
+from kinema.diffusion.objective import DDPM, RectifiedFlow
+from kinema.distributed.engine import ParallelConfig
+from kinema.models.dit import DiTConfig
+from kinema.models.vae import VAEConfig
+from kinema.sampling.sample import SampleConfig
+from kinema.training.checkpoint import CheckpointConfig
+from kinema.training.dit_task import DiTTaskConfig
+from kinema.training.ema import EMAConfig
+from kinema.training.loop import ValidationConfig
+from kinema.training.metrics import LoggingConfig
+from kinema.training.optim import AdamW
+from kinema.training.run_folder import VAECheckpoint
+from kinema.training.schedule import Constant, Cosine
+from kinema.training.vae_task import VAETaskConfig
+
+
+@dataclass
+class Config:
+    """Everything a training run depends on. Each group is one choice in `configs/<group>/`."""
+
+    name: str = "default"
+    """Name of the run; its folder is `run_root/name`, and the same name continues the same run."""
+    run_root: str = "runs"
+    """Where run folders lie."""
+    seed: int = 0
+    """Seed of data order, noise, timesteps, dropout and initial weights."""
+    steps: int = 1000
+    """Optimiser steps of the whole run."""
+    init_from: str | None = None
+    """A run or checkpoint folder whose EMA weights are the start; null starts from fresh weights."""
+    allow_config_change: bool = False
+    """Continue a run although keys that shape its numbers have changed since it began."""
+    task: Any = None
+    """What is trained: dit or vae."""
+    model: Any = None
+    """The denoiser (task=dit)."""
+    vae: Any = None
+    """The VAE to train (task=vae), or the trained one to use (task=dit, vae=from_run)."""
+    objective: Any = None
+    """Diffusion objective (task=dit)."""
+    text: Any = None
+    """Text encoder (task=dit)."""
+    data: Any = None
+    """Clips: where they lie, their shapes, and how a step is filled."""
+    optim: Any = None
+    """Optimiser."""
+    schedule: Any = None
+    """Learning rate by step."""
+    parallel: Any = None
+    """How a step is spread over ranks."""
+    checkpoint: Any = None
+    """When the run is saved."""
+    logging: Any = None
+    """Metrics and trackers."""
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    """Average of the weights."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Held-out loss."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1.")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"name={self.name!r} must be a folder name without '/' and not start with '.'.")
+
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "task": {"dit": DiTTaskConfig, "vae": VAETaskConfig},
+    "model": {"dit": DiTConfig},
+    "vae": {"causal": VAEConfig, "from_run": VAECheckpoint},
+    "objective": {"rectified_flow": RectifiedFlow, "ddpm": DDPM},
+    "text": {"hash": HashText, "pretrained": PretrainedText},
+    "data": {"clips": DataConfig},
+    "optim": {"adamw": AdamW},
+    "schedule": {"cosine": Cosine, "constant": Constant},
+    "parallel": {"deepspeed": ParallelConfig},
+    "checkpoint": {"local": CheckpointConfig},
+    "logging": {"file": LoggingConfig},
+}
+"""The classes of each group. `configs/GROUP/*.yaml` starts from `schema_NAME` and says what differs."""
+
+FREE_TO_CHANGE = ("parallel.", "logging.", "checkpoint.", "validation.", "task.samples.", "data.num_workers",
+                  "data.prefetch", "data.timeout_seconds", "run_root", "allow_config_change")  # fmt: skip
+"""Keys that may differ when a run continues: none of them changes what is computed."""
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra; call before composing."""
+    store = ConfigStore.instance()
+    store.store(name="schema_config", node=Config)
+    store.store(name="schema_sample", node=SampleConfig)
+    for group, choices in SCHEMAS.items():
+        for name, schema in choices.items():
+            store.store(group=group, name=f"schema_{name}", node=schema)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The composed configuration as dataclasses, checked as a whole, and watched for keys that nothing reads."""
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    wanted = {DiTTaskConfig: ("model", "vae", "objective", "text"), VAETaskConfig: ("vae",)}
+    if type(config.task) not in wanted:
+        raise ValueError("task is missing; type task=dit or task=vae.")
+    for group in ("model", "vae", "objective", "text"):
+        needed, given = group in wanted[type(config.task)], getattr(config, group) is not None
+        if needed and not given:
+            raise ValueError(f"{group} is missing; this task needs one of {group}={_choices(group)}.")
+        if given and not needed:
+            raise ValueError(f"{group}={type(getattr(config, group)).__name__} is given, but task=vae reads none. Type {group}=null.")
+    vae_class = VAECheckpoint if isinstance(config.task, DiTTaskConfig) else VAEConfig
+    if not isinstance(config.vae, vae_class):
+        kind = "from_run, a trained VAE" if vae_class is VAECheckpoint else "an architecture such as vae=causal_tiny"
+        raise ValueError(f"vae={type(config.vae).__name__} does not fit this task, which needs vae={kind}.")
+    return config
+
+
+def resolved_yaml(composed: DictConfig) -> str:
+    """The whole configuration as plain YAML, as it goes into the run folder and every checkpoint."""
+    return OmegaConf.to_yaml(composed, resolve=True)
+
+
+def changed_keys(before: str, now: str) -> list[str]:
+    """Lines `key: old -> new` for keys that differ between two resolved configurations and are not free to."""
+    old, new = _leaves(OmegaConf.to_container(OmegaConf.create(before))), _leaves(OmegaConf.to_container(OmegaConf.create(now)))
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if not key.startswith(FREE_TO_CHANGE)]
+
+
+def suggestion(unknown: str, composed: DictConfig) -> str:
+    """`did you mean optim.learning_rate?` for a mistyped key, or nothing when no key is near."""
+    near = difflib.get_close_matches(unknown, _leaves(OmegaConf.to_container(composed)).keys(), n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+class Reads:
+    """Which leaves of a tree of dataclasses have been read since `watch`; None counts as read, for it asks nothing."""
+
+    def __init__(self, root: Any) -> None:
+        self._unread: set[str] = set()
+        self._watch(root, "")
+
+    def unread(self) -> list[str]:
+        """Keys that nothing has read so far."""
+        return sorted(self._unread)
+
+    def check(self) -> None:
+        """Stop the run if a key was set that nothing reads."""
+        if unread := self.unread():
+            raise ValueError(
+                f"{', '.join(unread)}: nothing reads this configuration, so it would not do what it says. Remove it, "
+                f"or choose the option that it belongs to."
+            )
+
+    def _watch(self, node: Any, prefix: str) -> None:
+        unread, names = self._unread, {f.name for f in dataclasses.fields(node)}
+        for name in names:
+            value = vars(node)[name]
+            if dataclasses.is_dataclass(value):
+                self._watch(value, f"{prefix}{name}.")
+            elif value is not None:
+                unread.add(f"{prefix}{name}")
+        base = type(node)
+
+        def read(instance: Any, name: str) -> Any:
+            if name in names:
+                unread.discard(f"{prefix}{name}")
+            return base.__getattribute__(instance, name)
+
+        # A subclass of the same name and fields: everything else about the object stays as it was.
+        node.__class__ = type(base.__name__, (base,), {"__getattribute__": read, "__module__": base.__module__})
+
+
+def _choices(group: str) -> str:
+    return " | ".join(SCHEMAS[group])
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree.name if isinstance(tree, enum.Enum) else tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _leaves(value, f"{prefix}{key}.")
+    return flat

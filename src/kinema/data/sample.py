@@ -1,0 +1,117 @@
+"""What is known about one clip: the json member beside its mp4."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+SPLITS = ("train", "heldout")
+
+
+@dataclass
+class ClipRecord:
+    """One clip's facts, as they stand in the shard. Whether its licence is allowed is decided by the data config."""
+
+    key: str
+    """Name of the clip inside its data set; no dots or slashes, because WebDataset splits names at the first dot."""
+    caption: str
+    fps: float
+    num_frames: int
+    width: int
+    """Pixels, as displayed (after rotation)."""
+    height: int
+    duration_seconds: float
+    source: str
+    license: str
+    """SPDX identifier where there is one, e.g. CC-BY-3.0; `unknown` when nobody stated it."""
+    consent: str
+    """Whether people seen agreed: `synthetic`, `none-visible`, `given`, ... or `unknown`."""
+    sha256: str
+    """Of the mp4 bytes."""
+    split: str
+    """`train` or `heldout`."""
+    attribution: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Anything more (ground truth, scores); stays in the shard's json and out of the index."""
+
+    def to_dict(self, *, with_extra: bool = True) -> dict[str, Any]:
+        """Plain values, ready for json."""
+        values = asdict(self)
+        if not with_extra:
+            del values["extra"]
+        return values
+
+    def to_json(self) -> str:
+        """One line of json with sorted keys: equal records give equal bytes."""
+        return json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, allow_missing_caption: bool = False) -> "ClipRecord":
+        """Parse and check one record; raises ValueError naming the clip and the field."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"A clip record is not json: {error}. It begins {text[:60]!r}.") from error
+        return cls.from_dict(values, allow_missing_caption=allow_missing_caption)
+
+    @classmethod
+    def from_dict(cls, values: Any, *, allow_missing_caption: bool = False) -> "ClipRecord":
+        """Check plain values and make the record; raises ValueError naming the clip and the field.
+
+        A missing or blank caption is an error unless `allow_missing_caption`; then it becomes "".
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"A clip record must be a json object, not {type(values).__name__}.")
+        values = dict(values)
+        key = values.get("key", "<no key>")
+        if allow_missing_caption and values.get("caption") is None:
+            values["caption"] = ""
+        _check_names(key, set(values))
+        for record_field in fields(cls):
+            if record_field.name in values:
+                values[record_field.name] = _typed(key, record_field, values[record_field.name])
+        record = cls(**values)
+        _check_values(record, allow_missing_caption)
+        return record
+
+
+def _check_names(key: str, present: set[str]) -> None:
+    known = {f.name for f in fields(ClipRecord)}
+    missing = sorted(known - {"attribution", "extra"} - present)
+    if missing:
+        raise ValueError(f"Clip key={key}: its json lacks {', '.join(missing)}. Write the shard with ShardWriter.")
+    unknown = sorted(present - known)
+    if unknown:
+        raise ValueError(
+            f"Clip key={key}: its json has unknown fields {', '.join(unknown)}. Put additional facts under 'extra'."
+        )
+
+
+def _typed(key: str, record_field: Any, value: Any) -> Any:
+    """The value with the field's type; int counts as float, and bool as neither."""
+    wanted = dict if record_field.name == "extra" else record_field.type
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        raise ValueError(
+            f"Clip key={key}: {record_field.name}={value!r} must be of type {wanted.__name__}, "
+            f"not {type(value).__name__}."
+        )
+    return value
+
+
+def _check_values(record: ClipRecord, allow_missing_caption: bool) -> None:
+    key = record.key
+    if not key or any(mark in key for mark in "./\\ \n"):
+        raise ValueError(f"Clip key={key!r} must be a name without dots, slashes and blanks, e.g. clip-000001.")
+    if not record.caption.strip() and not allow_missing_caption:
+        raise ValueError(f"Clip key={key}: caption={record.caption!r} is empty. Write one, or drop the clip.")
+    for name in ("fps", "num_frames", "width", "height", "duration_seconds"):
+        value = getattr(record, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"Clip key={key}: {name}={value} must be finite and above 0.")
+    if record.split not in SPLITS:
+        raise ValueError(f"Clip key={key}: split={record.split!r} must be one of {', '.join(SPLITS)}.")
+    for name in ("source", "license", "consent"):
+        if not getattr(record, name).strip():
+            raise ValueError(f"Clip key={key}: {name} is empty. Type 'unknown' if nobody knows.")

@@ -1,0 +1,422 @@
+"""Shards on disk: WebDataset tars, an index beside each for random access, and one manifest for the data set."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kinema.data.sample import ClipRecord
+
+FORMAT_VERSION = 1
+MANIFEST = "dataset.json"
+BUILDING_SUFFIX = ".building"
+
+
+class DamagedSample(Exception):
+    """A member of a shard that cannot be trusted: the loader counts it, names it and goes on."""
+
+    def __init__(self, key: str, shard: str, reason: str):
+        super().__init__(f"clip {key} in {shard}: {reason}")
+        self.key, self.shard, self.reason = key, shard, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are rebuilt from args by default, which would lose the three fields on the way out of a worker.
+        return type(self), (self.key, self.shard, self.reason)
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where one file of a sample lies inside its tar: bytes [offset, offset + size)."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class ClipEntry:
+    """One clip of the index: its record (without `extra`), its shard's file name, its members by extension."""
+
+    record: ClipRecord
+    shard: str
+    members: dict[str, Member]
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """Every clip of a data set, or of one split of it, in the stable order shard by shard."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    entries: list[ClipEntry]
+
+    @property
+    def hash(self) -> str:
+        """Identity of the data: sha256 over the sha256 of each shard. The same for every split."""
+        return self.manifest["hash"]
+
+    @classmethod
+    def load(cls, folder: str | Path, split: str | None = None) -> "DatasetIndex":
+        """Read manifest and indexes, and check that every shard lies there with the size the manifest says.
+
+        Raises ValueError when the manifest, an index or a shard is missing, or a shard is cut short.
+        The bytes themselves are checked as they are read (`read_member`). Clips without a caption stay in, for
+        the caller to count.
+        """
+        folder = Path(folder)
+        manifest = load_manifest(folder)
+        entries = []
+        for shard in manifest["shards"]:
+            _check_shard_file(folder, shard)
+            entries += _load_index(folder, shard)
+        if split is not None:
+            entries = [entry for entry in entries if entry.record.split == split]
+        return cls(folder, manifest, entries)
+
+
+def read_member(folder: str | Path, entry: ClipEntry, ext: str) -> bytes:
+    """The bytes of one member (`mp4`, `json`, ...) by random access; raises DamagedSample if they are not as indexed."""
+    key, member = entry.record.key, entry.members.get(ext)
+    if member is None:
+        raise DamagedSample(key, entry.shard, f"has no member .{ext}, only {sorted(entry.members)}")
+    try:
+        with open(Path(folder) / entry.shard, "rb") as shard:
+            shard.seek(member.offset)
+            payload = shard.read(member.size)
+    except OSError as error:
+        raise DamagedSample(key, entry.shard, f"cannot be read: {error}") from error
+    if len(payload) != member.size:
+        raise DamagedSample(key, entry.shard, f".{ext} ends after {len(payload)} of {member.size} bytes")
+    if zlib.crc32(payload) != member.crc32:
+        raise DamagedSample(key, entry.shard, f".{ext} has another checksum than the index: its bytes changed")
+    return payload
+
+
+class ShardWriter:
+    """Writes clips into tar shards with WebDataset's writer; a context manager.
+
+    Everything is written into FOLDER.building, which takes the name FOLDER in one rename when the last byte is
+    down: an interrupted build never looks whole, and the next one starts afresh. Equal clips give equal bytes.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        prefix: str = "clips",
+        max_samples: int = 64,
+        *,
+        name: str | None = None,
+        command: str | None = None,
+        overwrite: bool = False,
+    ):
+        """`name` (the folder's) and `command` (this process's) go into the manifest.
+
+        Raises ValueError if the folder has something in it, unless that is a data set and `overwrite` is set.
+        """
+        if max_samples < 1:
+            raise ValueError(f"max_samples={max_samples} must be at least 1.")
+        self.folder = Path(folder)
+        self.prefix, self.max_samples = prefix, max_samples
+        self.name = name or self.folder.resolve().name
+        self.command = command if command is not None else " ".join(sys.argv)
+        self.building = self.folder.with_name(self.folder.name + BUILDING_SUFFIX)
+        self._check_target(overwrite)
+        self._records: list[ClipRecord] = []
+        self._keys: set[str] = set()
+        self._shards: list[dict[str, Any]] = []
+        self._tar: Any = None
+
+    def _check_target(self, overwrite: bool) -> None:
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return
+        is_dataset = (self.folder / MANIFEST).exists()
+        if not (overwrite and is_dataset):
+            what = "holds a data set already" if is_dataset else "is not empty and not a data set"
+            remedy = "Overwrite it on purpose, or choose another." if is_dataset else "Choose another."
+            raise ValueError(f"folder={self.folder} {what}. {remedy}")
+
+    def __enter__(self) -> "ShardWriter":
+        if self.building.exists():
+            shutil.rmtree(self.building)
+        self.building.mkdir(parents=True)
+        return self
+
+    def write(self, record: ClipRecord, mp4: bytes) -> None:
+        """Append one clip. Raises ValueError if the record is not valid, its key is taken or its sha256 is not the mp4's."""
+        ClipRecord.from_dict(record.to_dict(), allow_missing_caption=True)
+        if record.key in self._keys:
+            raise ValueError(f"Clip key={record.key} was written before: keys must be unique in a data set.")
+        digest = hashlib.sha256(mp4).hexdigest()
+        if record.sha256 != digest:
+            raise ValueError(f"Clip key={record.key}: sha256={record.sha256} is not that of its mp4, {digest}.")
+        if self._tar is None:
+            self._open_shard()
+        self._tar.write({"__key__": record.key, "mp4": mp4, "json": record.to_json().encode()})
+        self._keys.add(record.key)
+        self._records.append(record)
+        if len(self._records) == self.max_samples:
+            self._close_shard()
+
+    def _open_shard(self) -> None:
+        from webdataset.writer import TarWriter
+
+        path = self.building / f"{self.prefix}-{len(self._shards):06d}.tar"
+        self._tar_path, self._tar = path, TarWriter(str(path), encoder=False, mtime=0)
+
+    def _close_shard(self) -> None:
+        self._tar.close()
+        members = _scan_members(self._tar_path)
+        entries = [ClipEntry(record, self._tar_path.name, members[record.key]) for record in self._records]
+        self._shards.append(_write_index(self._tar_path, entries))
+        self._tar, self._records = None, []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            if self._tar is not None:
+                self._tar.close()
+            shutil.rmtree(self.building, ignore_errors=True)
+            return
+        if self._tar is not None:
+            self._close_shard()
+        if not self._shards:
+            shutil.rmtree(self.building)
+            raise ValueError(f"No clip was written for folder={self.folder}: a data set needs at least one.")
+        _write_manifest(self.building, self._shards, self.name, self.command)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Swap the finished folder in; the old one, if any, goes only when the new one stands."""
+        retired = self.folder.with_name(self.folder.name + ".retired")
+        if self.folder.exists():
+            if retired.exists():
+                shutil.rmtree(retired)
+            os.replace(self.folder, retired)
+        os.replace(self.building, self.folder)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def index_shards(folder: str | Path, *, name: str | None = None) -> DatasetIndex:
+    """Write indexes and a manifest for a folder of WebDataset tars that someone else made.
+
+    A sample needs an mp4; its caption is `caption` (or `text`) of its json, or else its txt. Facts that the json does not
+    state are read from the mp4; licence and consent become `unknown` then, which the data config has to allow by name.
+    The tars are left as they are. Raises ValueError for a folder without tars, a damaged tar, or a key used twice.
+    """
+    folder = Path(folder)
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise ValueError(f"folder={folder} has no .tar files: nothing to index.")
+    shards, seen = [], set()
+    for tar in tars:
+        members = _scan_members(tar)
+        entries = [
+            ClipEntry(_foreign_record(sample, tar), tar.name, members[sample["__key__"]])
+            for sample in _read_samples(tar)
+        ]
+        for entry in entries:
+            if entry.record.key in seen:
+                raise ValueError(f"Clip key={entry.record.key} occurs twice in {folder}: rename one of them.")
+            seen.add(entry.record.key)
+        shards.append(_write_index(tar, entries))
+    _write_manifest(folder, shards, name or folder.resolve().name, f"kinema data index {folder}")
+    return DatasetIndex.load(folder)
+
+
+def load_manifest(folder: str | Path) -> dict[str, Any]:
+    """`dataset.json` of a data set; raises ValueError that says what the folder seems to be instead."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"data.path={folder} has no {MANIFEST}: {_what_instead(folder)}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not json ({error}). Build the data set again.") from error
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version={manifest.get('format_version')}; this program reads {FORMAT_VERSION}. "
+            "Build the data set again, or use the matching program."
+        )
+    return manifest
+
+
+def _what_instead(folder: Path) -> str:
+    if not folder.exists():
+        if folder.with_name(folder.name + BUILDING_SUFFIX).exists():
+            return "its build was interrupted. Run the same data_prep command again."
+        return "the folder does not exist. Build it with a script of data_prep/, e.g. data_prep/toy.py."
+    if any(folder.glob("*.tar")):
+        return f"the tars in it were written by another program. Run: kinema data index {folder}"
+    return "it is not a data set. Give the folder that a script of data_prep/ wrote."
+
+
+def _check_shard_file(folder: Path, shard: dict[str, Any]) -> None:
+    path = folder / shard["file"]
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the manifest lists it with {shard['bytes']} bytes. Copy it, or build again.")
+    size = path.stat().st_size
+    if size != shard["bytes"]:
+        raise ValueError(
+            f"{path} has {size} bytes where the manifest says {shard['bytes']}: it was cut short or changed. "
+            "Copy it again, or build the data set again."
+        )
+
+
+def _load_index(folder: Path, shard: dict[str, Any]) -> list[ClipEntry]:
+    path = folder / _index_name(shard["file"])
+    if not path.is_file():
+        raise ValueError(f"{path}, the index of {shard['file']}, is missing. Copy it, or build the data set again.")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
+        raise ValueError(f"{path} is not the index that the manifest knows (sha256). Copy both, or build again.")
+    return [
+        ClipEntry(
+            ClipRecord.from_dict(sample["record"], allow_missing_caption=True),
+            shard["file"],
+            {ext: Member(**member) for ext, member in sample["members"].items()},
+        )
+        for sample in json.loads(content)["samples"]
+    ]
+
+
+def _index_name(shard: str) -> str:
+    return f"{shard.removesuffix('.tar')}.index.json"
+
+
+def _scan_members(tar: Path) -> dict[str, dict[str, Member]]:
+    """{key: {extension: member}} of one tar; raises ValueError if it is damaged."""
+    found: dict[str, dict[str, Member]] = {}
+    try:
+        with tarfile.open(tar, "r:") as archive, open(tar, "rb") as payloads:
+            for info in archive:
+                if not info.isfile():
+                    continue
+                payloads.seek(info.offset_data)
+                payload = payloads.read(info.size)
+                if len(payload) != info.size:
+                    raise ValueError(f"{tar} ends inside {info.name}: it was cut short. Copy it again.")
+                key, ext = _split_name(info.name)
+                found.setdefault(key, {})[ext] = Member(info.offset_data, info.size, zlib.crc32(payload))
+    except tarfile.TarError as error:
+        raise ValueError(f"{tar} is not a whole tar file ({error}). Copy it again.") from error
+    return found
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """WebDataset's rule: the key ends at the first dot of the file's base name."""
+    base = name.rsplit("/", 1)[-1]
+    stem, _, ext = base.partition(".")
+    return name[: len(name) - len(base)] + stem, ext
+
+
+def _read_samples(tar: Path) -> Iterator[dict[str, Any]]:
+    """The tar's samples as WebDataset groups them, undecoded: its default decoders unpickle."""
+    os.environ.setdefault("WDS_SECURE", "1")  # read when the library is imported: no shell commands as addresses
+    from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+    with open(tar, "rb") as stream:
+        yield from group_by_keys(tar_file_iterator(stream))
+
+
+def _foreign_record(sample: dict[str, Any], tar: Path) -> ClipRecord:
+    key = sample["__key__"]
+    if "mp4" not in sample:
+        raise ValueError(f"{tar}: sample {key} has no .mp4 member, only {sorted(k for k in sample if k[0] != '_')}.")
+    stated = json.loads(sample["json"]) if "json" in sample else {}
+    caption = stated.get("caption", stated.get("text"))
+    if caption is None:
+        caption = sample.get("txt", b"").decode("utf-8").strip()
+    known = {name: stated[name] for name in ClipRecord.__dataclass_fields__ if name in stated and name != "extra"}
+    facts = {
+        **_probe(sample["mp4"], key, tar),
+        "source": tar.name,
+        "license": "unknown",
+        "consent": "unknown",
+        "split": "train",
+        **known,
+        "key": key.replace("/", "_").replace(" ", "_"),
+        "caption": caption,
+        "sha256": hashlib.sha256(sample["mp4"]).hexdigest(),
+    }
+    return ClipRecord.from_dict(facts, allow_missing_caption=True)
+
+
+def _probe(mp4: bytes, key: str, tar: Path) -> dict[str, Any]:
+    """What the mp4's own headers say, frames counted by their packets."""
+    import io
+
+    import av
+
+    try:
+        with av.open(io.BytesIO(mp4)) as container:
+            stream = container.streams.video[0]
+            num_frames = sum(1 for packet in container.demux(stream) if packet.size)
+            fps = float(stream.average_rate or 0)
+            width, height = stream.codec_context.width, stream.codec_context.height
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"{tar}: the mp4 of {key} cannot be opened ({error}). Remove the sample.") from error
+    seconds = num_frames / fps if fps else 0.0
+    return {"fps": fps, "num_frames": num_frames, "width": width, "height": height, "duration_seconds": seconds}
+
+
+def _write_index(tar: Path, entries: list[ClipEntry]) -> dict[str, Any]:
+    """Write the shard's index; returns the shard's line of the manifest."""
+    samples = [
+        {
+            "key": entry.record.key,
+            "members": {ext: vars(member) for ext, member in entry.members.items()},
+            "record": entry.record.to_dict(with_extra=False),
+        }
+        for entry in entries
+    ]
+    content = json.dumps({"shard": tar.name, "samples": samples}, ensure_ascii=False, indent=0).encode()
+    write_aside(tar.with_name(_index_name(tar.name)), content)
+    return {
+        "file": tar.name,
+        "bytes": tar.stat().st_size,
+        "samples": len(entries),
+        "sha256": _sha256_of_file(tar),
+        "index_sha256": hashlib.sha256(content).hexdigest(),
+        "_records": [entry.record for entry in entries],
+    }
+
+
+def _write_manifest(folder: Path, shards: list[dict[str, Any]], name: str, command: str) -> None:
+    records = [record for shard in shards for record in shard.pop("_records")]
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "command": command,
+        "clips": len(records),
+        "seconds": round(sum(record.duration_seconds for record in records), 3),
+        "splits": dict(sorted(Counter(record.split for record in records).items())),
+        "licenses": dict(sorted(Counter(record.license for record in records).items())),
+        "sources": dict(sorted(Counter(record.source for record in records).items())),
+        "attributions": sorted({record.attribution for record in records if record.attribution}),
+        "hash": hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest(),
+        "shards": shards,
+    }
+    write_aside(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Write a small file under its name only when whole."""
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
+
+
+def _sha256_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

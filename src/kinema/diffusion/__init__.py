@@ -1,0 +1,1 @@
+"""Noise schedules, objectives, solvers and guidance: formulas on lists of clips over any callable model."""

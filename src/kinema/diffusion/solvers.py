@@ -1,0 +1,155 @@
+"""Solvers: from noise to data in a few calls of the network, for clips of any size together.
+
+Every objective's path becomes the straight one in the variables `straight = x / (alpha + sigma)` and
+`tau = sigma / (alpha + sigma)`: there `straight = (1 - tau) * data + tau * noise`, whose slope noise - data
+is finite at both ends. So Euler and Heun are written once, and need no derivative of any schedule.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kinema.diffusion.objective import Clips, Objective, per_clip
+
+Predict = Callable[[Clips, Tensor], Clips]
+"""predict(noisy clips, timesteps (B,) float32 on the clips' device) -> the network's predictions."""
+
+Progress = Callable[[int, int], None]
+"""progress(steps done, steps in all), after each step."""
+
+
+class Solver(Enum):
+    """How the sampling ODE is stepped."""
+
+    euler = "euler"
+    """First order; one network call a step. The same numbers as ddim."""
+
+    heun = "heun"
+    """Second order; two calls a step, one on the last (Karras et al. 2022, algorithm 1)."""
+
+    ddim = "ddim"
+    """Deterministic DDIM (Song et al. 2020, equation 12 with sigma = 0)."""
+
+    dpmpp_2m = "dpmpp_2m"
+    """DPM-Solver++(2M), second-order multistep; one call a step (Lu et al. 2022, algorithm 2)."""
+
+
+def solve(
+    predict: Predict,
+    noise: Clips,
+    objective: Objective,
+    solver: Solver,
+    num_steps: int,
+    *,
+    shift: float | None = None,
+    num_tokens: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Clips:
+    """Unit noise, one (C, T, H, W) a clip -> latents of the same sizes, float32 (float64 from float64 noise).
+
+    The timesteps are `objective.sampling_timesteps(num_steps, shift, num_tokens)` of each clip; the state is
+    never kept in half precision, whatever the network computes in.
+    """
+    grids = [
+        objective.sampling_timesteps(num_steps, shift, tokens) for tokens in per_clip(num_tokens, len(noise))
+    ]
+    times = torch.stack(grids, dim=1)  # (num_steps + 1, B), float64, on the CPU: its entries are only scalars
+    state = [e if e.dtype is torch.float64 else e.float() for e in noise]
+
+    def predict_like_state(x: Clips, t: Tensor) -> Clips:
+        predictions = predict(x, t.float().to(x[0].device))
+        return [p.to(like.dtype) for p, like in zip(predictions, x, strict=True)]
+
+    return STEPPERS[solver](predict_like_state, state, objective, times, progress or ignore_progress)
+
+
+def euler(predict: Predict, x: Clips, objective: Objective, times: Tensor, progress: Progress) -> Clips:
+    """Follow the slope noise - data of the straightened path."""
+    for step, (t, s) in enumerate(pairwise(times), start=1):
+        slope = objective.velocity(x, predict(x, t), t)
+        x = straight_step(x, slope, objective, t, s)
+        progress(step, len(times) - 1)
+    return x
+
+
+def heun(predict: Predict, x: Clips, objective: Objective, times: Tensor, progress: Progress) -> Clips:
+    """Euler, then again with the mean of the slopes at both ends; the last step asks nothing at t = 0."""
+    num_steps = len(times) - 1
+    for step, (t, s) in enumerate(pairwise(times), start=1):
+        slope = objective.velocity(x, predict(x, t), t)
+        there = straight_step(x, slope, objective, t, s)
+        if step < num_steps:
+            slope_there = objective.velocity(there, predict(there, s), s)
+            mean_slope = [(a + b) / 2 for a, b in zip(slope, slope_there, strict=True)]
+            there = straight_step(x, mean_slope, objective, t, s)
+        x = there
+        progress(step, num_steps)
+    return x
+
+
+def ddim(predict: Predict, x: Clips, objective: Objective, times: Tensor, progress: Progress) -> Clips:
+    """Split the state into data and noise, and mix them again at the next level."""
+    for step, (t, s) in enumerate(pairwise(times), start=1):
+        prediction = predict(x, t)
+        data, noise = objective.to_data(x, prediction, t), objective.to_noise(x, prediction, t)
+        x = objective.add_noise(data, noise, s)
+        progress(step, len(times) - 1)
+    return x
+
+
+def dpmpp_2m(predict: Predict, x: Clips, objective: Objective, times: Tensor, progress: Progress) -> Clips:
+    """Exponential integrator on the data prediction, extrapolated linearly in lambda = log(alpha / sigma).
+
+    The first step has no earlier prediction and the last goes to lambda = infinity: both are first order. So
+    is the second one when sampling starts at alpha = 0, lambda = -infinity.
+    """
+    num_steps = len(times) - 1
+    data_before: Clips = []
+    for step, (t, s) in enumerate(pairwise(times), start=1):
+        data = objective.to_data(x, predict(x, t), t)
+        direction = data
+        if 1 < step < num_steps:
+            h = half_log_snr(objective, s) - half_log_snr(objective, t)
+            h_before = half_log_snr(objective, t) - half_log_snr(objective, times[step - 2])
+            clips = zip(data, data_before, h / (2 * h_before), strict=True)
+            direction = [now + share * (now - before) for now, before, share in clips]
+        x = data_step(x, direction, objective, t, s)
+        data_before = data
+        progress(step, num_steps)
+    return x
+
+
+def straight_step(x: Clips, slope: Clips, objective: Objective, t: Tensor, s: Tensor) -> Clips:
+    """One Euler step from t to s (B,) along `slope` = noise - data, in the straightened variables."""
+    clips = zip(objective.levels(t), objective.levels(s), x, slope, strict=True)
+    moved = []
+    for (alpha_t, sigma_t, *_), (alpha_s, sigma_s, *_), clip, direction in clips:
+        scale_t, scale_s = alpha_t + sigma_t, alpha_s + sigma_s
+        tau_t, tau_s = sigma_t / scale_t, sigma_s / scale_s
+        moved.append(scale_s * (clip / scale_t + (tau_s - tau_t) * direction))
+    return moved
+
+
+def data_step(x: Clips, data: Clips, objective: Objective, t: Tensor, s: Tensor) -> Clips:
+    """x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) data, with e^-h written so that alpha_t may be 0."""
+    clips = zip(objective.levels(t), objective.levels(s), x, data, strict=True)
+    return [
+        (b.sigma / a.sigma) * clip + (b.alpha - a.alpha * b.sigma / a.sigma) * estimate
+        for a, b, clip, estimate in clips
+    ]
+
+
+def half_log_snr(objective: Objective, t: Tensor) -> Tensor:
+    """lambda = log(alpha / sigma) at timesteps (B,); minus infinity where alpha = 0."""
+    level = objective.noise_schedule.level(t)
+    return level.alpha.log() - level.sigma.log()
+
+
+def ignore_progress(step: int, num_steps: int) -> None:
+    """Nobody watches."""
+
+
+STEPPERS = {Solver.euler: euler, Solver.heun: heun, Solver.ddim: ddim, Solver.dpmpp_2m: dpmpp_2m}

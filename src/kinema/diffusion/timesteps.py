@@ -1,0 +1,61 @@
+"""Which timesteps training draws and sampling visits: distributions, the shift, and a picture of both."""
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Generator, Tensor
+
+if TYPE_CHECKING:
+    from kinema.diffusion.objective import Objective
+
+
+class TimestepDistribution(Enum):
+    """How training timesteps are drawn, before any shift."""
+
+    uniform = "uniform"
+    logit_normal = "logit_normal"
+    """sigmoid of a normal variable: most of the work at middle noise (Esser et al. 2024, section 3.1)."""
+
+
+def uniform_quantile(u: Tensor) -> Tensor:
+    """Probability u in (0, 1] -> the timestep below which a share u of the draws lies."""
+    return u
+
+
+def logit_normal_quantile(u: Tensor, mean: float, std: float) -> Tensor:
+    """Probability u in (0, 1] -> timestep, for sigmoid(Normal(mean, std)); Esser et al. 2024, section 3.1."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))
+
+
+def shift_timesteps(t: Tensor, shift: Tensor | float) -> Tensor:
+    """Move timesteps towards noise (shift > 1) or data (shift < 1); 0 and 1 stay, and shifts multiply.
+
+    Esser et al. 2024 (Stable Diffusion 3), section 5.3.2, equation 23, where shift = sqrt(m / n): it lowers
+    the log signal-to-noise ratio by 2 log(shift) at every t.
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def realised_histogram(
+    objective: "Objective",
+    num_steps: int,
+    *,
+    num_tokens: Sequence[int] | None = None,
+    sampling_tokens: int | None = None,
+    num_samples: int = 10_000,
+    bins: int = 20,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """What the objective really draws, beside what the sampler really visits, for the head of a run.
+
+    `num_tokens` are the sizes of the training clips (used in turn), `sampling_tokens` the size of a sampled
+    clip; both are needed only with `objective.shift_base_tokens`. Returns `edges` (bins + 1), `counts` (bins,
+    together `num_samples`) and `sampler` (num_steps + 1 timesteps from 1 to 0).
+    """
+    tokens = None if num_tokens is None else [num_tokens[i % len(num_tokens)] for i in range(num_samples)]
+    drawn = objective.sample_timesteps(num_samples, Generator().manual_seed(seed), tokens)
+    counts, edges = torch.histogram(drawn.double(), bins=bins, range=(0.0, 1.0))
+    grid = objective.sampling_timesteps(num_steps, num_tokens=sampling_tokens)
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "sampler": grid.tolist()}

@@ -1,0 +1,34 @@
+"""The few collectives that the loop needs, in plain words."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def all_sum(values: list[float]) -> list[float]:
+    """Each value summed over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        tensor = tensor.cuda()
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The plain value of every rank, in rank order, on every rank."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def from_main(value: Any) -> Any:
+    """The main rank's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    dist.barrier()

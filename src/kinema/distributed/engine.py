@@ -1,0 +1,215 @@
+"""The DeepSpeed engine: one function makes its dictionary, and sharded float32 state goes in and out by name."""
+
+import enum
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's two moments (Kingma and Ba 2015), named as torch names them."""
+
+
+class Precision(enum.Enum):
+    """Number format of matrix products; weights, moments, gradients and their sums are always float32."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class ParallelConfig:
+    """How one step is spread over ranks; none of it changes what is computed."""
+
+    zero_stage: int = 0
+    """0 replicates; 1 shards the optimiser, 2 also gradients, 3 also weights (Rajbhandari et al. 2020, ZeRO)."""
+    precision: Precision = Precision.float32
+    """float32, or bfloat16 matrix products under autocast over float32 master weights."""
+    timeout_seconds: float = 1800.0
+    """How long a collective waits for a missing rank before the job ends."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"parallel.zero_stage={self.zero_stage} must be 0, 1, 2 or 3.")
+        if self.timeout_seconds <= 0:
+            raise ValueError(f"parallel.timeout_seconds={self.timeout_seconds} must be positive.")
+
+
+def deepspeed_config(zero_stage: int, accumulation: int, gradient_clipping: float) -> dict[str, Any]:
+    """The whole DeepSpeed dictionary. A rank's lanes are its gradient accumulation; a micro-batch is one pack."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": gradient_clipping,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+class Engine:
+    """A DeepSpeed engine around one module, whose gradient is exactly that of the sum of all losses given to it.
+
+    DeepSpeed averages gradients over ranks and divides by the accumulation count; `backward` undoes both.
+    The module must hold its final weights before it comes here: float32 masters are cloned from them.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        zero_stage: int,
+        precision: Precision,
+        accumulation: int,
+        gradient_clipping: float,
+    ) -> None:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if precision is Precision.bfloat16:
+            # Inside the module, because DeepSpeed turns off an autocast that was entered outside it.
+            device_type = next(module.parameters()).device.type
+            module.forward = torch.autocast(device_type, torch.bfloat16)(module.forward)  # type: ignore[method-assign]
+        self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        self.zero_stage = zero_stage
+        self.accumulation = accumulation
+        self._grad_norm = 0.0
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(zero_stage, accumulation, gradient_clipping),
+            dist_init_required=False,
+        )
+        self._initialise_moments()
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """The module's forward."""
+        return self.deepspeed(*arguments, **named)
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module; under ZeRO 3 its weights are empty outside `forward`."""
+        return self.deepspeed.module
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, in the module's order."""
+        named = dict(self.module.named_parameters())
+        return {name: named[name] for name in self.names}
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, this micro-step's part of the global loss."""
+        self.deepspeed.backward(loss * (self.accumulation * dist.get_world_size()))
+
+    def step(self, learning_rate: float) -> None:
+        """End a micro-step; the last one of a step moves the weights with `learning_rate`."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        moves = self.deepspeed.is_gradient_accumulation_boundary()
+        if moves and self.zero_stage == 0:  # DeepSpeed reports no norm without ZeRO
+            gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
+            self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        self.deepspeed.step()
+        if moves and self.zero_stage > 0:
+            self._grad_norm = float(self.deepspeed.get_global_grad_norm())
+
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient over all parameters, before clipping."""
+        return self._grad_norm
+
+    # Sharded float32 state. A "shard" is one of the float32 tensors that this rank's optimiser moves: whole
+    # parameters without ZeRO, flat slices with it. EMA and moments have the same shapes, so that `gather` and
+    # `scatter` carry all three between shards and full tensors by name, through DeepSpeed's public fragment API.
+
+    def shards(self) -> list[Tensor]:
+        """The float32 master weights that this rank owns; updating them in place is up to the optimiser."""
+        return [moved.data for moved in self._moved()]
+
+    def moments(self, name: str) -> list[Tensor]:
+        """This rank's shards of one of the optimiser's moments."""
+        return [state[name] for state in self._optimizer_states()]
+
+    def optimizer_step(self) -> int:
+        """How many updates the optimiser has made (Adam's bias correction depends on it)."""
+        return int(self._optimizer_states()[0]["step"].item())
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Continue Adam's bias correction after `step` updates."""
+        for state in self._optimizer_states():
+            state["step"].fill_(step)
+
+    def gather(self, shards: Sequence[Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Full float32 tensors by parameter name from shard-shaped values (default: the weights), on every rank.
+
+        A collective: all ranks must exhaust it together.
+        """
+        with self._lent(shards):
+            for name, parameter in self.parameters().items():
+                yield name, self._full(parameter)
+
+    def scatter(self, full: dict[str, Tensor]) -> list[Tensor]:
+        """Shard-shaped copies of full tensors given by parameter name; the inverse of `gather`."""
+        with self._lent(None) as shards:
+            for name, parameter in self.parameters().items():
+                self._assign(parameter, full[name].to(torch.float32))
+            return [shard.clone() for shard in shards]
+
+    def _full(self, parameter: nn.Parameter) -> Tensor:
+        if self.zero_stage == 0:
+            return parameter.detach().clone()
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).detach().clone()
+
+    def _assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if self.zero_stage == 0:
+            parameter.data.copy_(value)
+            return
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        if self.zero_stage == 3:  # the last partition may reach past the end of the parameter
+            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+            safe_set_local_fp32_param(parameter, padded.narrow(0, size * dist.get_rank(), size))
+        else:
+            safe_set_full_fp32_param(parameter, value)
+
+    @contextmanager
+    def _lent(self, values: Sequence[Tensor] | None) -> Iterator[list[Tensor]]:
+        """The master shards, holding `values` until the block ends."""
+        shards = self.shards()
+        kept = [shard.clone() for shard in shards]
+        try:
+            for shard, value in zip(shards, values or [], strict=values is not None):
+                shard.copy_(value)
+            yield shards
+        finally:
+            for shard, value in zip(shards, kept, strict=True):
+                shard.copy_(value)
+
+    def _moved(self) -> list[Tensor]:
+        """The tensors that the inner optimiser moves, which are also the keys of its state."""
+        optimizer = self.deepspeed.optimizer
+        if self.zero_stage == 0:
+            return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self.zero_stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return list(optimizer.single_partition_of_fp32_groups)
+
+    def _optimizer_states(self) -> list[dict[str, Tensor]]:
+        optimizer = self.deepspeed.optimizer
+        inner = optimizer if self.zero_stage == 0 else optimizer.optimizer
+        return [inner.state[moved] for moved in self._moved()]
+
+    def _initialise_moments(self) -> None:
+        """Create zero moments now, so that a checkpoint can be read and written before the first step."""
+        for state, shard in zip(self._optimizer_states(), self.shards(), strict=True):
+            if not state:
+                state.update(step=torch.zeros(()), **{name: torch.zeros_like(shard) for name in MOMENTS})

@@ -1,0 +1,134 @@
+"""Starting one rank: devices, the process group, and DeepSpeed's compiled communication op."""
+
+import fcntl
+import os
+import random
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Process:
+    """One rank of the job: who it is and which device it computes on."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the run folder and talks to the user."""
+        return self.rank == 0
+
+
+def strip_launcher_arguments(argv: list[str]) -> list[str]:
+    """Drop `--local_rank=N`, which the `deepspeed` launcher adds and Hydra would refuse; sets LOCAL_RANK from it."""
+    kept = []
+    for argument in argv:
+        if argument.startswith(("--local_rank=", "--local-rank=")):
+            os.environ.setdefault("LOCAL_RANK", argument.split("=", 1)[1])
+        else:
+            kept.append(argument)
+    return kept
+
+
+def start_process(timeout_seconds: float) -> Process:
+    """Join the process group that `torchrun`, `deepspeed` or Slurm describes in the environment; alone without one."""
+    import deepspeed
+
+    alone = "RANK" not in os.environ
+    if alone:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        load_cpu_communication_op()
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        verbose=False,
+        auto_mpi_discovery=False,
+    )
+    return Process(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def stop_process() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def extension_folder() -> Path:
+    """Where compiled ops live: `TORCH_EXTENSIONS_DIR`, or `.cache/` of the project, never the user's shared cache."""
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    project = Path(__file__).resolve().parents[3]
+    root = project if (project / "pyproject.toml").exists() else Path.home() / ".cache" / "kinema"
+    return root / ".cache" / "torch_extensions"
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a lock that the kernel drops when its owner dies, unlike the lock file that torch leaves behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "kinema.flock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def remove_stale_locks(folder: Path) -> list[Path]:
+    """Delete lock files of builds that were killed; call only inside `exclusive(folder)`.
+
+    torch guards a build with a file named `lock` and waits for it without limit: a killed build would make
+    every later run hang for ever.
+    """
+    stale = sorted(folder.glob("**/lock"))
+    for lock in stale:
+        lock.unlink()
+        print(f"removed a stale build lock: {lock}", file=sys.stderr, flush=True)
+    return stale
+
+
+def load_cpu_communication_op(build: Callable[[], object] | None = None) -> None:
+    """Load DeepSpeed's shared-memory op, compiling it into `extension_folder()` the first time (1 to 2 minutes)."""
+    folder = extension_folder()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    # ninja is installed beside the interpreter, which need not be on PATH (`.venv/bin/python train.py`).
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    with exclusive(folder):
+        remove_stale_locks(folder)
+        (build or _build_shared_memory_op)()
+
+
+def _build_shared_memory_op() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if not list(extension_folder().glob("**/deepspeed_shm_comm.so")):
+        print("compiling DeepSpeed's CPU communication op, once (1 to 2 minutes) ...", file=sys.stderr, flush=True)
+    builder.load(verbose=False)
+
+
+def seed_everything(seed: int) -> None:
+    """Fix the global generators; training draws keyed noise and never depends on their state."""
+    random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,0 +1,1 @@
+"""Measures of what a trained model does, none of which looks at its weights."""

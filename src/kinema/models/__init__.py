@@ -1,0 +1,1 @@
+"""Networks over tensors: the DiT and the VAE. They know no ranks, no noise and no configuration files."""

@@ -1,0 +1,82 @@
+"""The segments of a pack: what a block knows of each one besides its tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kinema.models.attention import Lengths, Order
+
+Grid = tuple[int, int, int]
+"""Tokens of a clip along time, height and width."""
+
+Tokens = dict[str, Tensor]
+"""Tokens of each segment by its name: `video` (N, D), `text` (M, D), clip after clip."""
+
+
+class Span(Enum):
+    """Which tokens of a clip attend to one another."""
+
+    clip = "clip"
+    """All of them."""
+    frame = "frame"
+    """Those of the same frame."""
+    place = "place"
+    """Those of the same place, over time."""
+
+
+class Cut(NamedTuple):
+    """A span written as lengths, which is all that the attention door understands.
+
+    Tokens of one place do not lie together, so `order` brings them together first.
+    """
+
+    lengths: Lengths
+    order: Order | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One modality of a pack: where its clips begin and end, its cuts, and its rotary table."""
+
+    lengths: Lengths
+    cuts: dict[Span, Cut]
+    rope: tuple[Tensor, Tensor] | None = None
+    """cos and sin, (N, d / 2) each; none for text, whose encoder has placed the words."""
+
+
+Segments = dict[str, Segment]
+
+
+def video_segment(grids: Sequence[Grid], rope: tuple[Tensor, Tensor], spans: Sequence[Span]) -> Segment:
+    """The segment of clips with these token grids, with only the cuts that the model asks for."""
+    cuts = {span: _cut(span, grids, rope[0].device) for span in spans}
+    return Segment(tuple(t * h * w for t, h, w in grids), cuts, rope)
+
+
+def text_segment(lengths: Lengths) -> Segment:
+    """The segment of captions with these numbers of tokens."""
+    return Segment(lengths, {Span.clip: Cut(lengths)})
+
+
+def _cut(span: Span, grids: Sequence[Grid], device: torch.device) -> Cut:
+    if span is Span.clip:
+        return Cut(tuple(t * h * w for t, h, w in grids))
+    if span is Span.frame:  # tokens lie frame after frame already
+        return Cut(tuple(h * w for t, h, w in grids for _ in range(t)))
+    return Cut(tuple(t for t, h, w in grids for _ in range(h * w)), _place_order(grids, device))
+
+
+def _place_order(grids: Sequence[Grid], device: torch.device) -> Order:
+    """Time innermost within each clip, instead of outermost."""
+    parts, start = [], 0
+    for (t, h, w), group in groupby(grids):
+        clips = len(list(group))
+        tokens = torch.arange(start, start + clips * t * h * w, device=device)
+        parts.append(tokens.view(clips, t, h * w).transpose(1, 2).flatten())
+        start += len(tokens)
+    return Order.of(torch.cat(parts))

@@ -1,0 +1,1 @@
+"""Sampling: from a checkpoint and captions to video files. The trainer's samples come from here too."""

@@ -1,0 +1,121 @@
+"""The sampling pipeline: everything between captions and frames, for the trainer and for `sample.py` alike."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kinema.conditioning.text import TextEncoder
+from kinema.data.geometry import ClipShape, Geometry
+from kinema.data.pixels import to_uint8
+from kinema.diffusion.guidance import check_guidance, guided
+from kinema.diffusion.objective import Objective
+from kinema.diffusion.solvers import Solver, solve
+from kinema.models.vae.vae import CausalVAE
+
+
+@dataclass
+class SamplingConfig:
+    """How noise becomes video."""
+
+    solver: Solver = Solver.euler
+    """euler, heun, ddim or dpmpp_2m."""
+    num_steps: int = 30
+    """Steps of the solver."""
+    guidance_scale: float = 4.0
+    """Classifier-free guidance (Ho and Salimans 2022); 1 turns it off and halves the cost."""
+    timestep_shift: float | None = None
+    """Shift of the sampler's timesteps; null obeys the training objective, any number overrides it visibly."""
+    seed: int = 0
+    """Seed of the first video; the next ones count up from it."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps={self.num_steps} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A denoiser with all that its numbers depend on."""
+
+    denoiser: nn.Module
+    vae: CausalVAE
+    text_encoder: TextEncoder
+    objective: Objective
+    geometry: Geometry
+    fps: float
+    shapes: list[ClipShape]
+    """Shapes that the denoiser was trained on."""
+    guidance_dropout: float
+    """Share of captions that were dropped in training; 0 forbids guidance."""
+
+    def check(self, config: SamplingConfig, shape: ClipShape, fps: float | None = None) -> None:
+        """Refuse what contradicts the training: shape, frame rate, guidance."""
+        self.geometry.check(shape, key="shape")
+        if shape not in self.shapes:
+            raise ValueError(
+                f"shape={list(shape)} (frames, height, width) is not one that these weights were trained on: "
+                f"{[list(s) for s in self.shapes]}. Choose one of them, or allow_untrained_shape=true."
+            )
+        if fps is not None and fps != self.fps:
+            raise ValueError(
+                f"fps={fps:g} contradicts the checkpoint, which was trained at {self.fps:g} frames per second: the motion "
+                f"would play at another speed. Leave fps out."
+            )
+        check_guidance(config.guidance_scale, self.guidance_dropout)
+
+    @torch.no_grad()
+    def latents(
+        self,
+        captions: Sequence[str],
+        shape: ClipShape,
+        config: SamplingConfig,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Tensor]:
+        """Captions -> normalised latents (C, T, H, W) each; video i starts from the noise of seed + i alone."""
+        self.denoiser.eval()
+        device = next(self.denoiser.parameters()).device
+        size = (self.vae.config.latent_channels, *self.geometry.latent_shape(shape))
+        noise = [initial_noise(size, config.seed + index).to(device) for index in range(len(captions))]
+        text = [embedding.to(device) for embedding in self.text_encoder.encode(list(captions))]
+        predict = guided(self.denoiser, text, self.text_encoder.null().to(device), config.guidance_scale)
+        return solve(
+            predict,
+            noise,
+            self.objective,
+            config.solver,
+            config.num_steps,
+            shift=config.timestep_shift,
+            num_tokens=[self.geometry.num_tokens(shape)] * len(captions),
+            progress=progress,
+        )
+
+    @torch.no_grad()
+    def videos(
+        self,
+        captions: Sequence[str],
+        shape: ClipShape,
+        config: SamplingConfig,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Tensor]:
+        """Captions -> frames uint8 (T, H, W, 3) each."""
+        latents = self.latents(captions, shape, config, progress)
+        self.vae.eval()
+        device = next(self.vae.parameters()).device
+        return [to_uint8(self.vae.decode(clip[None].to(device))[0]).cpu() for clip in latents]
+
+    def manifest(self) -> dict[str, Any]:
+        """The part of the manifest that sampling obeys."""
+        return {
+            "fps": self.fps,
+            "shapes": [list(shape) for shape in self.shapes],
+            "text": self.text_encoder.policy(),
+            "guidance_dropout": self.guidance_dropout,
+        }
+
+
+def initial_noise(size: Sequence[int], seed: int) -> Tensor:
+    """Unit noise of one video, drawn on the CPU so that a seed means the same on every device."""
+    return torch.randn(tuple(size), generator=torch.Generator().manual_seed(seed))

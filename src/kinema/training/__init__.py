@@ -1,0 +1,1 @@
+"""The loop and its state: tasks, optimiser, schedule, EMA, checkpoints, metrics."""

@@ -1,0 +1,199 @@
+"""Training the DiT: packs to latents and text, one keyed draw of noise a clip, the objective's loss."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinema.conditioning.dropout import DropoutCount, drop_text
+from kinema.conditioning.text import TextEncoder
+from kinema.data.geometry import ClipShape, Geometry
+from kinema.data.loading import Pack
+from kinema.data.pixels import to_model_range
+from kinema.data.plan import keyed_seed
+from kinema.diffusion.objective import Objective
+from kinema.distributed.engine import Engine
+from kinema.models.vae.vae import CausalVAE, Posterior
+from kinema.sampling.pipeline import SamplingConfig
+from kinema.training.metrics import Clock
+
+NOISE_BINS = 4
+"""Losses are reported for this many equal ranges of the timestep."""
+
+
+@dataclass
+class SamplesConfig(SamplingConfig):
+    """Sample videos during training, made by the sampler's own code from the EMA weights."""
+
+    every_steps: int = 500
+    """Steps between samples; 0 makes none."""
+    prompts: list[str] = field(default_factory=list)
+    """Captions to sample, always the same, so that the pictures show progress."""
+    shape: list[int] = field(default_factory=list)
+    """Frames, height, width; empty takes the first of data.shapes."""
+
+
+@dataclass
+class DiTTaskConfig:
+    """`task=dit`: train the denoiser on the latents of a trained VAE."""
+
+    guidance_dropout: float = 0.1
+    """Share of captions replaced by the null caption, so that guidance can be used (Ho and Salimans 2022)."""
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    """Sample videos during training."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance_dropout < 1:
+            raise ValueError(f"task.guidance_dropout={self.guidance_dropout} must be in [0, 1), usually 0.1.")
+
+
+class DiTTask:
+    """What the loop needs to know of the DiT: how a pack becomes a loss."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        vae: CausalVAE,
+        text_encoder: TextEncoder,
+        objective: Objective,
+        geometry: Geometry,
+        guidance_dropout: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.engine = engine
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.objective = objective
+        self.geometry = geometry
+        self.guidance_dropout = guidance_dropout
+        self.seed = seed
+        self.device = device
+        self.dropout_count = DropoutCount()
+
+    def micro_step(
+        self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock
+    ) -> dict[str, float]:
+        """One pack's share of the step: forward, backward, and the engine's step. Returns sums, to be reduced."""
+        with clock.phase("encode"):
+            generators = [self.generator("noise", pack.step, pack.lane, i) for i in range(len(pack.keys))]
+            latents = self.encode(pack, generators)
+            text = [embedding.to(self.device) for embedding in self.text_encoder.encode(pack.captions)]
+            seeds = [keyed_seed(self.seed, "dropout", pack.step, pack.lane, i) for i in range(len(text))]
+            text, dropped = drop_text(text, self.text_encoder.null().to(self.device), self.guidance_dropout, seeds)
+            self.dropout_count.add(dropped)
+            tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]
+            timesteps = torch.cat(
+                [
+                    self.objective.sample_timesteps(1, g, [count])
+                    for g, count in zip(generators, tokens, strict=True)
+                ]
+            ).to(self.device)
+            noise = [
+                torch.randn(clip.shape, generator=generator).to(self.device)
+                for clip, generator in zip(latents, generators, strict=True)
+            ]
+        with clock.phase("forward"):
+            losses = self.objective.loss(self.engine, latents, text, timesteps, noise, tokens)  # (B,)
+            weights = pack.weights.to(self.device)
+            loss = (losses * weights).sum() / total_weight
+        with clock.phase("backward"):
+            self.engine.backward(loss)
+        with clock.phase("optimizer"):
+            self.engine.step(learning_rate)
+        return {
+            "loss": float(loss.detach()),
+            "clips": float((weights > 0).sum()),
+            "tokens": float(sum(tokens)),
+            **by_noise_level(losses.detach().cpu(), timesteps.cpu(), pack.weights),
+        }
+
+    def encode(self, pack: Pack, generators: list[torch.Generator]) -> list[Tensor]:
+        """Normalised latents (C, T, H, W) of each clip: a draw from its posterior, cached or fresh."""
+        if pack.latents is not None:
+            posteriors = [Posterior(mean[None], logvar[None]) for mean, logvar in pack.latents]
+        else:
+            assert pack.frames is not None
+            with torch.no_grad():
+                posteriors = encode_frames(self.vae, pack.frames, self.device)
+        draws = [torch.randn(p.mean.shape, generator=g) for p, g in zip(posteriors, generators, strict=True)]
+        samples = [p.sample(draw.to(p.mean.device))[0] for p, draw in zip(posteriors, draws, strict=True)]
+        return [sample.to(self.device) for sample in samples]
+
+    @torch.no_grad()
+    def validate(self, packs: list[Pack]) -> dict[str, float]:
+        """Loss of held-out clips at fixed noise and evenly spread timesteps. Returns sums, to be reduced."""
+        self.engine.module.eval()
+        totals: dict[str, float] = {}
+        for pack in packs:
+            # Keyed by position alone: the same noise at every validation, on any number of ranks.
+            generators = [self.generator("validation", position) for position in pack.positions]
+            latents = self.encode(pack, generators)
+            noise = [
+                torch.randn(x.shape, generator=g).to(self.device) for x, g in zip(latents, generators, strict=True)
+            ]
+            spread = torch.tensor([(position * 0.6180339887) % 1 for position in pack.positions])  # golden ratio
+            timesteps = (0.02 + 0.96 * spread).to(self.device)
+            text = [embedding.to(self.device) for embedding in self.text_encoder.encode(pack.captions)]
+            tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]
+            losses = self.objective.loss(self.engine, latents, text, timesteps, noise, tokens).cpu()
+            sums = {
+                "loss": float((losses * pack.weights).sum()),
+                "weight": float(pack.weights.sum()),
+                **by_noise_level(losses, timesteps.cpu(), pack.weights),
+            }
+            totals = {key: totals.get(key, 0.0) + value for key, value in sums.items()}
+        self.engine.module.train()
+        return totals
+
+    def engines(self) -> dict[str, Engine]:
+        """The engines whose state a checkpoint holds; the first is the model's."""
+        return {"model": self.engine}
+
+    def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Full weights as they go into a checkpoint."""
+        return weights
+
+    def generator(self, *key: int | str) -> torch.Generator:
+        """The generator of one clip's draws; a function of the seed and the key alone."""
+        return torch.Generator().manual_seed(keyed_seed(self.seed, *key))
+
+
+def encode_frames(vae: CausalVAE, frames: list[Tensor], device: torch.device) -> list[Posterior]:
+    """uint8 frames (T, H, W, 3) of any sizes -> one posterior a clip; equal sizes share a call."""
+    posteriors: list[Posterior | None] = [None] * len(frames)
+    for shape in dict.fromkeys(tuple(clip.shape) for clip in frames):
+        members = [i for i, clip in enumerate(frames) if tuple(clip.shape) == shape]
+        batch = torch.stack([to_model_range(frames[i].to(device)) for i in members])
+        posterior = vae.encode(batch)
+        for row, i in enumerate(members):
+            posteriors[i] = Posterior(posterior.mean[row : row + 1], posterior.logvar[row : row + 1])
+    return [posterior for posterior in posteriors if posterior is not None]
+
+
+def by_noise_level(losses: Tensor, timesteps: Tensor, weights: Tensor) -> dict[str, float]:
+    """Sums and weights of losses (B,) in equal ranges of the timesteps (B,), under keys that `noise_table` reads."""
+    bins = (timesteps * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
+    sums = torch.zeros(NOISE_BINS).index_add_(0, bins, losses * weights)
+    counts = torch.zeros(NOISE_BINS).index_add_(0, bins, weights)
+    return {
+        **{f"noise_sum_{i}": float(value) for i, value in enumerate(sums)},
+        **{f"noise_weight_{i}": float(value) for i, value in enumerate(counts)},
+    }
+
+
+def noise_table(totals: dict[str, float]) -> dict[str, Any]:
+    """Mean loss by range of the timestep, for example {"0.00-0.25": 0.8, ...}; None where no clip fell."""
+    table: dict[str, Any] = {}
+    for i in range(NOISE_BINS):
+        weight = totals.pop(f"noise_weight_{i}")
+        total = totals.pop(f"noise_sum_{i}")
+        table[f"{i / NOISE_BINS:.2f}-{(i + 1) / NOISE_BINS:.2f}"] = total / weight if weight else None
+    return table
+
+
+def shapes_of(shapes: list[list[int]]) -> list[ClipShape]:
+    """Configured [frames, height, width] lists as shapes."""
+    return [ClipShape(*shape) for shape in shapes]

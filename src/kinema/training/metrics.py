@@ -1,0 +1,165 @@
+"""What a run tells: a plain metrics file, always, and Weights & Biases beside it, which can never stop it."""
+
+import enum
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class WandbMode(enum.Enum):
+    """Where Weights & Biases records go."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class LoggingConfig:
+    """Metrics file, console and Weights & Biases."""
+
+    every_steps: int = 10
+    """Steps between lines of `metrics.jsonl`; each holds the mean over those steps."""
+    wandb: WandbMode = WandbMode.auto
+    """auto: online when logged in, else offline (`wandb sync` uploads later); disabled: not at all."""
+    project: str = "kinema"
+    """Weights & Biases project."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError(f"logging.every_steps={self.every_steps} must be at least 1.")
+
+
+class MetricsFile:
+    """`metrics.jsonl` of a run folder: one JSON object a line, flushed at once; see docs/checkpoints.md."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "metrics.jsonl"
+
+    def truncate_after(self, step: int) -> None:
+        """Forget lines of steps that a resumed run will do again, and a half-written last line."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if record["step"] <= step:
+                kept.append(line)
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record."""
+        with self.path.open("a") as handle:
+            handle.write(json.dumps(record) + "\n")
+
+
+class WandbTracker:
+    """Sends records to Weights & Biases from a thread of its own; what it cannot take is dropped and counted."""
+
+    def __init__(self, config: LoggingConfig, run_dir: Path, resolved: dict[str, Any]) -> None:
+        self.dropped = 0
+        self.problem: str | None = None
+        self._records: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=1000)
+        self._thread = threading.Thread(target=self._run, args=(config, run_dir, resolved), daemon=True)
+        self._enabled = config.wandb is not WandbMode.disabled
+        if self._enabled:
+            self._thread.start()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Queue one record; never waits."""
+        if not self._enabled:
+            return
+        try:
+            self._records.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self, timeout_seconds: float = 10.0) -> None:
+        """Give the thread a last chance to flush."""
+        if self._enabled:
+            self.write_end()
+            self._thread.join(timeout_seconds)
+
+    def write_end(self) -> None:
+        """Tell the thread that nothing more comes."""
+        try:
+            self._records.put_nowait(None)
+        except queue.Full:
+            self.dropped += 1
+
+    def _run(self, config: LoggingConfig, run_dir: Path, resolved: dict[str, Any]) -> None:
+        try:
+            import wandb
+
+            os.environ.setdefault("WANDB_SILENT", "true")
+            mode = config.wandb.value
+            if config.wandb is WandbMode.auto:
+                mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+            run = wandb.init(
+                project=config.project,
+                name=run_dir.name,
+                id=run_dir.name,
+                resume="allow",
+                dir=str(run_dir),
+                config=resolved,
+                mode=mode,
+                settings=wandb.Settings(init_timeout=30, console="off", x_disable_meta=True, x_disable_stats=True),
+            )
+            while (record := self._records.get()) is not None:
+                run.log(_scalars(record), step=record["step"])
+            run.finish()
+        except BaseException as error:  # a tracker must never end a run; the problem is shown in its summary
+            self.problem = f"{type(error).__name__}: {error}"
+            self._enabled = False
+
+
+def _logged_in() -> bool:
+    netrc = Path.home() / ".netrc"
+    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.exists() and "wandb" in netrc.read_text())
+
+
+def _scalars(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of a record under slash-separated names, for example `train/seconds/data`."""
+    prefix = prefix or f"{record['kind']}/"
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat |= _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+class Clock:
+    """Seconds by phase since the last reading; what no phase covers is `other`."""
+
+    def __init__(self) -> None:
+        self._phases: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's time to `name`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - started
+
+    def read(self, steps: int) -> dict[str, float]:
+        """Mean seconds a step by phase; starts over."""
+        total = time.perf_counter() - self._started
+        phases = {**self._phases, "other": max(0.0, total - sum(self._phases.values()))}
+        self.__init__()  # type: ignore[misc]
+        return {name: seconds / steps for name, seconds in phases.items()}

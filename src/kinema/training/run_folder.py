@@ -1,0 +1,124 @@
+"""One folder a run, shared by all ranks and found again by the same command; and trained VAEs in other runs."""
+
+import enum
+import fcntl
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from kinema.identity import digest, fingerprint, from_plain
+from kinema.models.vae import CausalVAE, VAEConfig
+from kinema.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, replace_text
+
+
+class Weights(enum.Enum):
+    """Which of a checkpoint's two sets of weights."""
+
+    ema = "ema"
+    raw = "raw"
+
+
+@dataclass
+class VAECheckpoint:
+    """A trained VAE: the newest checkpoint of a `task=vae` run."""
+
+    path: str = "runs/vae"
+    """Its run folder."""
+    weights: Weights = Weights.ema
+    """ema or raw."""
+
+
+def open_run_folder(run_dir: Path) -> TextIO:
+    """Create the folder and lock it for this job; a second job on the same folder is refused."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"name={run_dir.name}: another job is writing {run_dir}. Stop it, or choose another name.") from None
+    return lock
+
+
+def write_config(run_dir: Path, config_yaml: str, differences: list[str], allowed: bool) -> list[str]:
+    """Keep the configuration beside the run; refuse one that would make other numbers than the run began with.
+
+    `differences` are those to the stored one, as `changed_keys` lists them; returned when they are allowed.
+    """
+    if differences and not allowed:
+        raise ValueError(
+            f"name={run_dir.name}: this run began with another configuration ({'; '.join(differences)}). Choose another "
+            f"name for a new run, or allow_config_change=true to continue with these changes."
+        )
+    replace_text(run_dir / "config.yaml", config_yaml)
+    return differences
+
+
+def checkpoint_of(path: str, key: str) -> Checkpoint:
+    """The checkpoint that a run folder or a checkpoint folder stands for; `key` names the option in errors."""
+    folder = Path(path)
+    if (folder / "seal.json").exists():
+        return CheckpointStore(folder.parent.parent).open(int(folder.name.removeprefix("step-")))
+    found = CheckpointStore(folder).newest()
+    if found is None:
+        raise CheckpointError(f"{key}={path} holds no checkpoint; train one there first, or name another run.")
+    return found
+
+
+def load_vae(checkpoint: Checkpoint, weights: Weights) -> tuple[CausalVAE, dict[str, Any]]:
+    """The frozen VAE of a checkpoint and its identity: configuration, fingerprint of the weights, and a hash of both."""
+    manifest = checkpoint.document("manifest")
+    if manifest["task"] != "vae":
+        raise ValueError(f"vae.path: {checkpoint.folder} holds a {manifest['task']}, not a VAE.")
+    vae = CausalVAE(from_plain(manifest["vae"]["config"], VAEConfig))
+    tensors = checkpoint.tensors("model" if weights is Weights.raw else "ema")
+    if fingerprint(tensors) != manifest["fingerprints"][weights.value]:
+        raise ValueError(f"{checkpoint.folder}: the weights are not those that its manifest names.")
+    vae.load_state_dict(tensors)
+    identity = {
+        "config": manifest["vae"]["config"],
+        "weights": weights.value,
+        "fingerprint": fingerprint(tensors),
+        "hash": digest([manifest["vae"]["config"], fingerprint(tensors)]),
+    }
+    return vae.eval().requires_grad_(False), identity
+
+
+def carry_vae(run_dir: Path, source: Checkpoint) -> None:
+    """Copy the VAE's checkpoint into the run, so that the run folder alone can be sampled anywhere."""
+    target = run_dir / "vae" / "checkpoints" / source.folder.name
+    if target.exists():
+        return
+    aside = run_dir / "vae" / ".writing"
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(source.folder, aside)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside.rename(target)
+
+
+def data_hash(manifest: dict[str, Any]) -> str:
+    """The identity of a data set, from its manifest."""
+    return str(manifest["hash"])
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file."""
+    return json.loads(path.read_text())
+
+
+def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, weights: Weights) -> str:
+    """Give `module` a checkpoint's weights, all of them and no others; returns their fingerprint."""
+    tensors = checkpoint.tensors("model" if weights is Weights.raw else "ema")
+    own = module.state_dict()
+    wrong = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
+    if own.keys() != tensors.keys() or wrong:
+        missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        raise ValueError(
+            f"{checkpoint.folder} is a checkpoint of another model: {len(missing)} weights missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}."
+        )
+    module.load_state_dict(tensors)
+    return fingerprint(tensors)
