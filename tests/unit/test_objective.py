@@ -57,9 +57,7 @@ def test_ddpm_noises_and_targets_like_diffusers():
     noisy = torch.stack(objective.add_noise(list(latents), list(noise), timesteps))
     velocity = torch.stack(objective.target(list(latents), list(noise), timesteps))
     torch.testing.assert_close(noisy, reference.add_noise(latents, noise, rows), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        velocity, reference.get_velocity(latents, noise, rows), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(velocity, reference.get_velocity(latents, noise, rows), rtol=1e-4, atol=1e-5)
 
 
 def test_prediction_gives_back_data_noise_and_velocity(objective):
@@ -112,7 +110,10 @@ def test_the_loss_of_a_pack_is_the_loss_of_each_clip_alone_and_so_is_its_gradien
     torch.testing.assert_close(together.grad, alone.grad)
 
     # And against the formula written out in float64.
-    p = [0.4 * x + t * c for x, t, c in zip(objective.add_noise(latents, noise, timesteps), timesteps, text)]
+    p = [
+        0.4 * x + t * c
+        for x, t, c in zip(objective.add_noise(latents, noise, timesteps), timesteps, text, strict=True)
+    ]
     y = objective.target(latents, noise, timesteps)
     mean_squares = [((a.double() - b.double()) ** 2).mean() for a, b in zip(p, y, strict=True)]
     torch.testing.assert_close(losses.double(), torch.stack(mean_squares), rtol=1e-5, atol=1e-6)
@@ -173,7 +174,7 @@ def test_weights_have_mean_1_for_each_size_of_clip():
 
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_min_snr_weighs_the_error_of_the_data_by_the_clipped_snr(name):
-    """Golden values at 11 timesteps: loss in any target = c * min(SNR, gamma) * loss in the data, one c for all t."""
+    """At 11 timesteps: loss in any target = c * min(SNR, gamma) * loss in the data, one c for all t."""
     objective = WEIGHTED[name]
     gamma = objective.min_snr_gamma or 5.0
     t = torch.linspace(0.02, 0.98, 11, dtype=torch.float64)

@@ -163,11 +163,14 @@ def test_asking_for_the_sampling_grid_twice_changes_nothing():
 
 def test_histogram_shows_the_draws_and_the_grid():
     flow = RectifiedFlow(timestep_shift=3.0, shift_base_tokens=64)
-    picture = realised_histogram(flow, 10, num_tokens=[64, 256], sampling_tokens=256, num_samples=4000)
+    picture = realised_histogram(flow, 10, num_tokens=256, training_tokens=[64, 256], num_samples=4000)
     assert len(picture["edges"]) == 21
     assert len(picture["counts"]) == 20
     assert sum(picture["counts"]) == 4000
     assert picture["sampler"] == flow.sampling_timesteps(10, num_tokens=256).tolist()
+    assert picture["counts"] != realised_histogram(flow, 10, num_tokens=256, num_samples=4000)["counts"]
+    other = realised_histogram(flow, 10, num_tokens=64, shift=1.0, num_samples=4000)
+    assert other["sampler"] == RectifiedFlow().sampling_timesteps(10).tolist()
     unshifted = realised_histogram(RectifiedFlow(), 10, num_samples=4000)
     assert sum(picture["counts"][10:]) > 1.3 * sum(unshifted["counts"][10:])
 
@@ -194,3 +197,11 @@ def test_histogram_shows_the_draws_and_the_grid():
 def test_a_setting_that_makes_no_sense_or_is_never_read_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_quantiles_rise_with_probability():
+    u = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
+    for objective in (RectifiedFlow(timestep_mean=0.3, timestep_shift=2.0), DDPM()):
+        times = objective.training_timesteps(u, objective.shift_for(None))
+        assert (times.diff() >= 0).all()
+        assert times[-1] == 1

@@ -229,7 +229,6 @@ class PretrainedTextEncoder(TextEncoder):
         self.config = config
         self.tokenizer = load_tokenizer(config)
         self.model = load_model(config)
-        check_fits(config, self.model, self.tokenizer)
         self.width = self.model.config.hidden_size
         self.weights_hash = hash_weights(self.model)
 
@@ -308,9 +307,10 @@ def load_tokenizer(config: PretrainedText) -> Any:
 
 
 def load_model(config: PretrainedText) -> nn.Module:
-    """The frozen encoder, from safetensors weights; never from a pickle."""
+    """The frozen encoder, from safetensors weights; never from a pickle, and never with a weight missing."""
     import transformers
 
+    check_fits(config, read_pretrained(transformers.AutoConfig, config))
     classes = {
         TextFamily.t5: transformers.T5EncoderModel,
         TextFamily.umt5: transformers.UMT5EncoderModel,
@@ -318,7 +318,14 @@ def load_model(config: PretrainedText) -> nn.Module:
         TextFamily.auto: transformers.AutoModel,
     }
     dtype = torch.float32 if config.dtype is TextDtype.float32 else torch.bfloat16
-    model = read_pretrained(classes[config.family], config, use_safetensors=True, dtype=dtype)
+    options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
+    model, loading = read_pretrained(classes[config.family], config, **options)
+    if loading["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(loading["missing_keys"])
+        raise ValueError(
+            f"text.path={config.path} lacks {len(missing)} weights of text.family={config.family.value}, "
+            f"for example {missing[0]}."
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -327,38 +334,38 @@ def read_pretrained(kind: Any, config: PretrainedText, **options: Any) -> Any:
     try:
         return kind.from_pretrained(config.path, **options)
     except (OSError, ValueError) as error:
-        where = (
-            "the folder lacks a file"
-            if Path(config.path).is_dir()
-            else "no such folder, and the hub has not answered"
-        )
+        is_folder = Path(config.path).is_dir()
+        where = "the folder lacks a file" if is_folder else "no such folder, and the hub did not give it"
         raise ValueError(
-            f"text.path={config.path} cannot be read as {kind.__name__} ({where}): it must hold config.json, "
+            f"text.path={config.path} cannot be read by {kind.__name__} ({where}): it must hold config.json, "
             f"tokenizer files and *.safetensors weights. {error}"
         ) from error
 
 
-def check_fits(config: PretrainedText, model: Any, tokenizer: Any) -> None:
-    """Refuse a family, a length or a layer that this encoder does not have."""
-    found = model.config.model_type
-    expected = {
-        TextFamily.t5: ("t5",),
-        TextFamily.umt5: ("umt5",),
-        TextFamily.clip: ("clip_text_model", "clip"),
+def check_fits(config: PretrainedText, model_config: Any) -> None:
+    """Refuse a family, a length or a layer that this encoder does not have, before its weights are read."""
+    families = {
+        TextFamily.t5: ["t5"],
+        TextFamily.umt5: ["umt5"],
+        TextFamily.clip: ["clip", "clip_text_model"],
     }
-    if config.family in expected and found not in expected[config.family]:
+    found = model_config.model_type
+    if found not in families.get(config.family, [found]):
         raise ValueError(
             f"text.family={config.family.value} does not fit text.path={config.path}, whose type is {found}."
         )
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and config.max_tokens > longest:
+    model_config = getattr(model_config, "text_config", model_config)  # a whole CLIP holds two
+    longest = getattr(model_config, "max_position_embeddings", config.max_tokens)
+    if config.max_tokens > longest:
         raise ValueError(
             f"text.max_tokens={config.max_tokens} is more than the {longest} tokens that "
             f"text.path={config.path} was built for. Type {longest} or less."
         )
-    num_layers = model.config.num_hidden_layers
+    num_layers = model_config.num_hidden_layers
     if -config.layer > num_layers + 1:
-        raise ValueError(f"text.layer={config.layer} does not exist: the encoder has {num_layers} layers.")
+        raise ValueError(
+            f"text.layer={config.layer} does not exist: text.path={config.path} has {num_layers} layers."
+        )
 
 
 def hash_weights(model: nn.Module, max_values: int = 4096) -> str:

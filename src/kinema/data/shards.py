@@ -317,7 +317,7 @@ def _split_name(name: str) -> tuple[str, str]:
     """WebDataset's rule: the key ends at the first dot of the file's base name."""
     base = name.rsplit("/", 1)[-1]
     stem, _, ext = base.partition(".")
-    return name[: len(name) - len(base)] + stem, ext
+    return name[: len(name) - len(base)] + stem, ext.lower()
 
 
 def _read_samples(tar: Path) -> Iterator[dict[str, Any]]:

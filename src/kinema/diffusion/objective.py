@@ -193,14 +193,13 @@ class Objective:
 
     # The loss
 
-    def loss(
+    def loss(  # noqa: PLR0917  a formula may have many arguments
         self,
         model: Model,
         latents: Clips,
         text: Any,
         timesteps: Tensor,
         noise: Clips,
-        *,
         num_tokens: Sequence[int] | None = None,
     ) -> Tensor:
         """Clips with one timestep (B,) each -> mean squared error of each clip (B,), float32, weighted.
@@ -267,8 +266,8 @@ class RectifiedFlow(Objective):
         if self.prediction_target is PredictionTarget.noise:
             raise ValueError(
                 "objective.prediction_target=noise cannot sample a rectified flow: at t = 1 a clip is "
-                "nothing but noise, and the predicted noise says nothing of the data. Type velocity or data, or "
-                "choose the DDPM objective."
+                "nothing but noise, and the predicted noise says nothing of the data. Type velocity or data, "
+                "or choose the DDPM objective."
             )
         if self.timestep_shift <= 0:
             raise ValueError(

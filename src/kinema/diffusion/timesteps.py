@@ -35,27 +35,30 @@ def shift_timesteps(t: Tensor, shift: Tensor | float) -> Tensor:
     Esser et al. 2024 (Stable Diffusion 3), section 5.3.2, equation 23, where shift = sqrt(m / n): it lowers
     the log signal-to-noise ratio by 2 log(shift) at every t.
     """
-    return shift * t / (1 + (shift - 1) * t)
+    return shift * t / (shift * t + (1 - t))  # 1 + (shift - 1) t, written so that 1 stays exactly 1
 
 
 def realised_histogram(
     objective: "Objective",
     num_steps: int,
     *,
-    num_tokens: Sequence[int] | None = None,
-    sampling_tokens: int | None = None,
+    shift: float | None = None,
+    num_tokens: int | None = None,
+    training_tokens: Sequence[int] | None = None,
     num_samples: int = 10_000,
     bins: int = 20,
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """What the objective really draws, beside what the sampler really visits, for the head of a run.
 
-    `num_tokens` are the sizes of the training clips (used in turn), `sampling_tokens` the size of a sampled
-    clip; both are needed only with `objective.shift_base_tokens`. Returns `edges` (bins + 1), `counts` (bins,
-    together `num_samples`) and `sampler` (num_steps + 1 timesteps from 1 to 0).
+    `num_tokens` is the size of a sampled clip and `shift` the sampler's own shift, if it has one;
+    `training_tokens` are the sizes of the training clips, used in turn, where they differ from `num_tokens`.
+    Returns `edges` (bins + 1), `counts` (bins, together `num_samples`) and `sampler` (num_steps + 1 timesteps
+    from 1 to 0).
     """
-    tokens = None if num_tokens is None else [num_tokens[i % len(num_tokens)] for i in range(num_samples)]
+    grid = objective.sampling_timesteps(num_steps, shift, num_tokens)
+    sizes = training_tokens if num_tokens is None or training_tokens is not None else [num_tokens]
+    tokens = None if sizes is None else [sizes[i % len(sizes)] for i in range(num_samples)]
     drawn = objective.sample_timesteps(num_samples, Generator().manual_seed(seed), tokens)
     counts, edges = torch.histogram(drawn.double(), bins=bins, range=(0.0, 1.0))
-    grid = objective.sampling_timesteps(num_steps, num_tokens=sampling_tokens)
     return {"edges": edges.tolist(), "counts": counts.tolist(), "sampler": grid.tolist()}

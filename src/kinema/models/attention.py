@@ -36,6 +36,7 @@ class Attention(Protocol):
         v: Tensor,
         q_lengths: Lengths,
         k_lengths: Lengths,
+        *,
         order: Order | None = None,
     ) -> Tensor:
         """q (N, h, d), k and v (M, h, d), both packed clip after clip -> (N, h, d).
@@ -55,12 +56,12 @@ class AttentionKernel(Enum):
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths, order: Order | None = None
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths, *, order: Order | None = None
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v within each clip, by torch's SDPA; shapes as in `Attention`.
 
-    Equal lengths are one batched call over views, without a copy. Otherwise one call for each run of neighbours
-    that ask with the same length; keys of several lengths in a run are padded and masked.
+    Equal lengths are one batched call over views, without a copy. Otherwise one call for each run of
+    neighbours that ask with the same length; keys of several lengths in a run are padded and masked.
     """
     if order is not None:
         q, k, v = (_Reorder.apply(x, *order) for x in (q, k, v))
@@ -74,19 +75,19 @@ def attention(
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths, order: Order | None = None
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths, *, order: Order | None = None
 ) -> Tensor:
     """The same function by flash-attn's variable-length kernel; CUDA tensors in bfloat16 or float16 only."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
-            f"model.attention_kernel=flash got {q.dtype} on {q.device.type}: flash-attn runs on CUDA in bfloat16 "
-            "or float16. Type model.attention_kernel=sdpa, or train in bf16 on a GPU."
+            f"model.attention_kernel=flash got {q.dtype} on {q.device.type}: flash-attn runs on CUDA in "
+            "bfloat16 or float16. Type model.attention_kernel=sdpa, or train in bf16 on a GPU."
         )
-    return _flash_varlen(q, k, v, q_lengths, k_lengths, order)
+    return _flash_varlen(q, k, v, q_lengths, k_lengths, order=order)
 
 
 def attention_of(kernel: AttentionKernel) -> Attention:
-    """The function behind a configured kernel. A kernel that is not installed is an error, not another kernel."""
+    """The function behind a configured kernel; one that is not installed is an error, not another kernel."""
     if kernel is AttentionKernel.flash:
         try:
             import flash_attn  # noqa: F401
@@ -173,7 +174,7 @@ class _Reorder(torch.autograd.Function):
 
 
 def _flash_varlen(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths, order: Order | None
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths, *, order: Order | None
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 

@@ -1,4 +1,4 @@
-"""Where a token lies in its clip, and the rotary embedding that tells attention: one function for everyone."""
+"""Where a token lies in its clip, and the rotary embedding that tells attention: one for everyone."""
 
 from collections.abc import Sequence
 
@@ -21,9 +21,9 @@ def rope_3d(
 ) -> tuple[Tensor, Tensor]:
     """Rotary angles of tokens in space and time: positions (N, 3) -> cos, sin (N, head_dim / 2).
 
-    Su et al. 2021 (RoFormer), section 3.2.2, once for each axis: the first `axes[0]` channels of a head turn with
-    t, the next `axes[1]` with h, the last with w. Angles are float64 inside: at position 1000 a float32 angle
-    is already off by 6e-5. Positions need not be whole.
+    Su et al. 2021 (RoFormer), section 3.2.2, once for each axis: the first `axes[0]` channels of a head turn
+    with t, the next `axes[1]` with h, the last with w. Angles are float64 inside: at position 1000 a float32
+    angle can be off by 3e-5. Positions need not be whole.
     """
     check_rope_axes(axes, head_dim)
     angles = [

@@ -15,7 +15,7 @@ from kinema.report.run_folder import Record, Series, keys_of, read_run, series
 BANDS = Path(__file__).parent / "bands"
 POINTS = 60
 """Points of a band; the loss is smoothed before, so more would say nothing new."""
-WIDTH_IN_DEVIATIONS = 3.0
+WIDTH_IN_DEVIATIONS = 4.0
 LEAST_WIDTH = 0.05
 """Half-width as a fraction of the middle that a band never goes below: other hardware rounds differently."""
 ALLOWED_OUTSIDE = 0.05
@@ -47,7 +47,7 @@ class Judgement:
 
 
 def running_median(curve: Series, at: NDArray[np.float64], window: float) -> NDArray[np.float64]:
-    """Median of the values within window/2 steps of each of the points `at` (n,) -> (n,); NaN where there is none."""
+    """Median of the values within window/2 steps of each point of `at` (n,); NaN where there is none."""
     steps, values = curve
     first = np.searchsorted(steps, at - window / 2, side="left")
     last = np.searchsorted(steps, at + window / 2, side="right")
@@ -55,19 +55,19 @@ def running_median(curve: Series, at: NDArray[np.float64], window: float) -> NDA
 
 
 def default_window(steps: NDArray[np.float64]) -> float:
-    """Window of the running median in steps: a thirtieth of the run, but at least 9 records."""
+    """Window of the running median in steps: a thirtieth of the run, but at least 7 records."""
     if len(steps) < 2:
         return 1.0
     spacing = float(np.median(np.diff(steps)))
-    return max(9 * spacing, float(steps[-1] - steps[0]) / 30)
+    return max(7 * spacing, float(steps[-1] - steps[0]) / 30)
 
 
 def make_band(runs: Sequence[Path | list[Record]]) -> dict[str, Any]:
     """Reference band of one or several healthy runs of the same experiment.
 
     runs: run folders, or the train records themselves ({"step", "loss", "loss_by_noise"}). The middle is the
-    median over runs of the running median; the half-width is three deviations, made of the scatter between the
-    runs and of the error of the running median inside a run. Steps after the shortest run's end are left out.
+    median over runs of the running median; the half-width is four deviations, made of the scatter between the
+    runs and the error of the running median inside a run. Steps after the shortest run's end are left out.
     Errors: ValueError without a run, or when a run has fewer than 20 losses.
     """
     if not runs:
@@ -80,7 +80,7 @@ def make_band(runs: Sequence[Path | list[Record]]) -> dict[str, Any]:
             raise ValueError(f"make_band: run={name} has {len(steps)} losses; a band needs at least 20.")
     first = max(steps[0] for steps, _ in curves)
     last = min(steps[-1] for steps, _ in curves)
-    at = np.unique(np.round(np.linspace(first, last, POINTS)))
+    at = np.unique(np.linspace(first, last, POINTS).round()).astype(np.float64)
     window = max(default_window(steps) for steps, _ in curves)
 
     by_noise = {}
@@ -122,7 +122,7 @@ def judge(curve: Series, band: Record, name: str | None = None) -> Judgement:
 
 
 def load_band(name: str) -> Record | None:
-    """The band `name`: a file by path (ending in .json) or one that ships with the project, None when none does.
+    """The band `name`: a file by path (ending in .json) or one that ships with the project, else None.
 
     Errors: ValueError when the path does not exist or holds no band.
     """
@@ -167,7 +167,7 @@ def _band_of(curves: list[Series], at: NDArray[np.float64], window: float) -> di
 
 
 def _median_error(curve: Series, at: NDArray[np.float64], window: float) -> NDArray[np.float64]:
-    """Standard error of the running median: 1.2533 sigma / sqrt(n), sigma by the median absolute deviation."""
+    """Standard error of the running median: 1.2533 sigma / sqrt(n), sigma from the median deviation."""
     steps, values = curve
     errors = []
     for center in at:

@@ -2,16 +2,17 @@
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from kinema.report.band import running_median
@@ -25,7 +26,7 @@ SENTINELS = {
 INK, SOFT, GRID = (SENTINELS[name] for name in ("ink", "soft", "grid"))
 COLOURS = [SENTINELS[f"s{i}"] for i in range(1, 7)]
 
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: the page's own font, selectable
     "font.size": 11,
     "figure.facecolor": "none",
@@ -113,12 +114,12 @@ def noise_plot(curves: dict[str, Series], band: Record | None, log: bool) -> str
             axes.set_title(f"timestep {name}", color=INK)
             _finish(axes, "step", ticks=4)
         _limit(panels[0], list(curves.values()), log)
-        if log:
-            _log_ticks(panels[0])
     return out[0]
 
 
-def lines_plot(name: str, lines: Sequence[Line], unit: str, log: bool = False, zero: bool = False) -> str:
+def lines_plot(
+    name: str, lines: Sequence[Line], unit: str = "", log: bool = False, zero: bool = False
+) -> str:
     """Curves over the step in half width; `unit` is written above the axis."""
     with _figure(name, HALF) as (figure, out):
         axes = figure.subplots()
@@ -135,18 +136,15 @@ def lines_plot(name: str, lines: Sequence[Line], unit: str, log: bool = False, z
     return out[0]
 
 
-def stream_plot(
-    name: str, curve: Series, unit: str, *, log: bool = False, zero: bool = False, colour: int = 0
-) -> str:
+def stream_plot(name: str, curve: Series, *, log: bool = False, zero: bool = False, colour: int = 0) -> str:
     """A noisy stream in half width: raw faint, running median bold."""
     with _figure(name, HALF) as (figure, out):
         axes = figure.subplots()
-        _draw_smoothed(axes, curve, None, COLOURS[colour], unit)
+        _draw_smoothed(axes, curve, None, COLOURS[colour], name)
         _limit(axes, [curve], log)
         if zero:
             axes.set_ylim(0, 1.15 * float(np.quantile(curve[1], 0.98)))
         _finish(axes, "step")
-        axes.set_title(unit, color=SOFT)
     return out[0]
 
 
@@ -176,7 +174,7 @@ def phases_plot(phases: dict[str, Series]) -> str:
 
 def timesteps_plot(edges: Sequence[float], counts: Sequence[float], sampler: Sequence[float]) -> str:
     """Density of the timesteps trained on, over the points at which the sampler asks the model."""
-    with _figure("timesteps", HALF) as (figure, out):
+    with _figure("timesteps", (WIDE[0], 210)) as (figure, out):
         axes = figure.subplots()
         widths = np.diff(np.asarray(edges, dtype=float))
         density = np.asarray(counts, dtype=float) / max(float(np.sum(counts)), 1) / widths
@@ -190,7 +188,6 @@ def timesteps_plot(edges: Sequence[float], counts: Sequence[float], sampler: Seq
         axes.set_xlim(0, 1)
         _finish(axes, "timestep: 0 data, 1 noise", integer=False)
         axes.yaxis.set_major_locator(MaxNLocator(4, prune="lower"))
-        axes.set_title("density", color=SOFT)
     return out[0]
 
 
@@ -203,11 +200,11 @@ def psnr_plot(clips: Sequence[Sequence[float]]) -> str:
                 range(len(clip)), clip, color=COLOURS[index % 6], linewidth=1.6, marker="o", markersize=3
             )
         _finish(axes, "frame")
-        axes.set_title("PSNR, dB", color=SOFT)
+        axes.set_title("dB", color=SOFT)
     return out[0]
 
 
-def events_plot(events: dict[str, Sequence[int]], last_step: int) -> str:
+def events_plot(events: Mapping[str, Sequence[int]], last_step: int) -> str:
     """When each kind of event happened, one row a kind."""
     with _figure("events", (WIDE[0], 62 + 22 * len(events))) as (figure, out):
         axes = figure.subplots()
@@ -287,12 +284,14 @@ def _thin(steps: NDArray[np.float64], values: NDArray[np.float64]) -> Series:
 
 
 def _limit(axes: Axes, curves: Sequence[Series], log: bool) -> None:
-    """Vertical limits from the bulk of the values: a spike leaves the frame, it must not flatten the curve."""
+    """Vertical limits from the bulk of the values: a spike leaves the frame, not flattens the curve."""
     values = np.concatenate([curve[1] for curve in curves]) if curves else np.zeros(0)
     if log:
         axes.set_yscale("log")
         values = values[values > 0]
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if not len(values):
         return
     low, high = np.quantile(values, 0.002), np.quantile(values, 0.998)
@@ -302,13 +301,9 @@ def _limit(axes: Axes, curves: Sequence[Series], log: bool) -> None:
         axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
 
 
-def _log_ticks(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(LogFormatterSciNotation())
-
-
 def _finish(axes: Axes, label: str, ticks: int = 8, integer: bool = True) -> None:
     axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=integer))
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=integer, steps=[1, 2, 5, 10]))
     if integer:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.margins(x=0.01)

@@ -1,6 +1,7 @@
 """Reads a run folder as it is: whole, interrupted, or killed in the middle of a line."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,14 +44,19 @@ class RunRecord:
 
     @property
     def task(self) -> str:
-        """`dit` or `vae`; empty when neither run.json nor the config says."""
-        task = self.info.get("task") or self.config.get("task") or ""
-        return str(task.get("name", "")) if isinstance(task, dict) else str(task)
+        """`dit` or `vae`; empty when run.json does not say."""
+        return str(self.info.get("task") or "")
+
+    @property
+    def experiment(self) -> str:
+        """The experiment that was asked for, by which the reference band is found; else the run's name."""
+        found = re.search(r"(?:^|\s)\+?experiment=([\w./-]+)", str(self.info.get("command", "")))
+        return str(self.info.get("experiment") or (found[1] if found else self.name))
 
     @property
     def planned_steps(self) -> int | None:
         """The number of steps the configuration asked for."""
-        steps = self.config.get("steps")
+        steps = self.config.get("steps", self.info.get("steps"))
         return int(steps) if isinstance(steps, int | float) else None
 
     @property
@@ -81,6 +87,8 @@ def read_run(folder: Path) -> RunRecord:
         run.config = _parse_config(run.config_text, run.notes)
     if (folder / "quarantine.jsonl").exists():
         run.quarantine = read_lines(folder / "quarantine.jsonl", run.notes)
+    elif run.ledger is not None:
+        run.quarantine = []  # the file begins with the first clip that fails
     if (folder / "metrics.jsonl").exists():
         _sort_metrics(run, read_lines(folder / "metrics.jsonl", run.notes))
     return run

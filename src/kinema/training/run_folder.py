@@ -2,8 +2,6 @@
 
 import enum
 import fcntl
-import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,7 +10,7 @@ import torch
 
 from kinema.identity import digest, fingerprint, from_plain
 from kinema.models.vae import CausalVAE, VAEConfig
-from kinema.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, replace_text
+from kinema.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, json_writer, replace_text, tensor_writer
 
 
 class Weights(enum.Enum):
@@ -87,26 +85,17 @@ def load_vae(checkpoint: Checkpoint, weights: Weights) -> tuple[CausalVAE, dict[
     return vae.eval().requires_grad_(False), identity
 
 
-def carry_vae(run_dir: Path, source: Checkpoint) -> None:
-    """Copy the VAE's checkpoint into the run, so that the run folder alone can be sampled anywhere."""
-    target = run_dir / "vae" / "checkpoints" / source.folder.name
-    if target.exists():
+def carry_vae(run_dir: Path, source: Checkpoint, weights: Weights) -> None:
+    """Publish the VAE's weights inside the run, so that the run folder alone can be sampled anywhere."""
+    store = CheckpointStore(run_dir / "vae")
+    if source.step in store.steps():
         return
-    aside = run_dir / "vae" / ".writing"
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source.folder, aside)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside.rename(target)
-
-
-def data_hash(manifest: dict[str, Any]) -> str:
-    """The identity of a data set, from its manifest."""
-    return str(manifest["hash"])
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file."""
-    return json.loads(path.read_text())
+    name = "model" if weights is Weights.raw else "ema"
+    writers = {
+        f"{name}.safetensors": tensor_writer(source.tensors(name)),
+        "manifest.json": json_writer(source.document("manifest")),
+    }
+    store.publish(source.step, writers)
 
 
 def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, weights: Weights) -> str:

@@ -32,7 +32,7 @@ class AttentionPattern(Enum):
     full = "full"
     """Every token sees every other: one attention over the clip."""
     factorised = "factorised"
-    """First within each frame, then over time at each place: cheaper for long clips, two attentions a block."""
+    """First within each frame, then over time at each place: cheaper for long clips."""
 
 
 class ModulationSource(Enum):
@@ -63,29 +63,29 @@ class DiTConfig:
     activation: Activation = Activation.gelu
     modulation: ModulationSource = ModulationSource.table
     qk_norm: bool = True
-    """RMS-normalise queries and keys per head; keeps attention stable in bfloat16 and at high learning rates."""
+    """RMS-normalise queries and keys per head: stable in bfloat16 and at high learning rates."""
     rope_axes: list[int] = field(default_factory=lambda: [12, 10, 10])
     """Channels of a head that turn with time, height and width; even, and their sum is the head width."""
     rope_theta: float = 10000.0
-    """Base of the rotary wavelengths. Short clips of small frames can use less: their positions stay below it."""
+    """Base of the rotary wavelengths, which lie between 2 pi and 2 pi * theta tokens."""
     pooled_text: bool = False
-    """Add the mean of the text embeddings to the timestep's, so that the caption also modulates every block."""
+    """Add the mean of the text embeddings to the timestep's: the caption also modulates every block."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
         for name in ("width", "depth", "num_heads", "mlp_ratio", "rope_theta"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be above zero.")
-        if self.width % self.num_heads:
+        if self.width % (2 * self.num_heads):
             usable = [heads for heads in range(1, self.width + 1) if self.width % (2 * heads) == 0]
             raise ValueError(
-                f"model.num_heads={self.num_heads} must divide model.width={self.width}: heads share the channels "
-                f"equally. Usable here: {usable}."
+                f"model.num_heads={self.num_heads} must divide model.width={self.width} into heads of an "
+                f"even width: rotary positions turn channel pairs. Usable: {usable or 'an even width'}."
             )
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
             raise ValueError(
-                f"model.patch_size={self.patch_size} must be three numbers from 1 up (frames, rows, columns). "
-                "Type for example model.patch_size=[1,2,2]."
+                f"model.patch_size={self.patch_size} must be three numbers from 1 up (frames, rows, columns)."
+                " Type for example model.patch_size=[1,2,2]."
             )
         check_rope_axes(self.rope_axes, self.head_dim)
 
@@ -106,12 +106,12 @@ class DiTConfig:
 
 
 class DiT(nn.Module):
-    """Diffusion transformer over packs: clips of any size in one call, each with its own timestep and caption.
+    """Diffusion transformer over packs: clips of any size in one call, each with its timestep and caption.
 
     Peebles and Xie 2023, with spacetime patches, rotary positions in three axes, and the caption by
-    cross-attention (PixArt-alpha, Chen et al. 2023). Linear layers start from Xavier's uniform distribution with
-    zero biases; everything that modulates, and the last layer, starts at zero. Hence a new model is the identity
-    between its patches and predicts exactly zero.
+    cross-attention (PixArt-alpha, Chen et al. 2023). Linear layers start from Xavier's uniform distribution
+    with zero biases; everything that modulates, and the last layer, starts at zero. Hence every block of a
+    new model is the identity, and its prediction is exactly zero.
     """
 
     def __init__(self, config: DiTConfig, latent_channels: int, text_width: int) -> None:
@@ -136,10 +136,10 @@ class DiT(nn.Module):
         self._initialise()
 
     def forward(self, latents: Sequence[Tensor], timesteps: Tensor, text: Sequence[Tensor]) -> list[Tensor]:
-        """Clips (C, T, H, W), timesteps (B,) float32 in [0, 1], captions (L, text_width) -> clips like the first.
+        """latents (C, T, H, W) each, timesteps (B,) in [0, 1], text (L, text_width) each -> like latents.
 
-        Clips and captions may all differ in size. Packs with equal shapes side by side are fastest, so clips are
-        sorted by shape on the way in and put back on the way out.
+        Clips and captions may all differ in size. Equal shapes side by side are fastest, so clips are sorted
+        by shape on the way in and put back on the way out.
         """
         self._check(latents, timesteps, text)
         order = sorted(range(len(latents)), key=lambda clip: tuple(latents[clip].shape))
@@ -159,13 +159,15 @@ class DiT(nn.Module):
         words = torch.cat(list(text))
 
         condition = self._condition(timesteps, words, lengths)
-        segments = self._segments(grids, lengths, timesteps)
+        segments = self._segments(grids, lengths, condition.embedding)
         video = self.patch_embedding(patchify(latents, self.config.patch_size))
-        tokens: Tokens = {"video": video.to(timesteps.dtype), "text": self.text_embedding(words)}
+        tokens: Tokens = {"video": video.to(condition.embedding.dtype), "text": self.text_embedding(words)}
         for block in self.blocks:
             tokens = block(tokens, segments, condition)
 
-        shift, scale = spread(self.head_modulation(condition.embedding), segments["video"].lengths).chunk(2, -1)
+        shift, scale = spread(self.head_modulation(condition.embedding), segments["video"].lengths).chunk(
+            2, -1
+        )
         patches = self.head(modulated_norm(tokens["video"], shift, scale))
         return unpatchify(patches.to(latents[0].dtype), grids, self.config.patch_size)
 
@@ -178,28 +180,32 @@ class DiT(nn.Module):
         return Condition(embedding, shared)
 
     def _segments(self, grids: Sequence[Grid], text_lengths: Lengths, like: Tensor) -> Segments:
-        """Angles, cuts and orders are made here once; blocks only read them."""
+        """Angles (device and dtype of `like`), cuts and orders are made here once; blocks only read them."""
         config = self.config
         tables = []
         for grid, group in groupby(grids):
+            clips = len(list(group))
             positions = grid_positions(*grid, device=like.device)
             table = rope_3d(positions, config.head_dim, config.rope_axes, config.rope_theta, like.dtype)
-            tables.append([part.repeat(len(list(group)), 1) for part in table])
+            tables.append([part.repeat(clips, 1) for part in table])
         cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
-        return {"video": video_segment(grids, (cos, sin), config.spans), "text": text_segment(text_lengths)}
+        return {
+            "video": video_segment(grids, (cos, sin), {*config.spans, Span.clip}),
+            "text": text_segment(text_lengths),
+        }
 
     def _check(self, latents: Sequence[Tensor], timesteps: Tensor, text: Sequence[Tensor]) -> None:
         if not len(latents) == len(timesteps) == len(text) > 0:
             raise ValueError(
-                f"the model got {len(latents)} clips, {len(timesteps)} timesteps and {len(text)} captions: it needs "
-                "one timestep and one caption for each clip, and at least one clip."
+                f"the model got {len(latents)} clips, {len(timesteps)} timesteps, {len(text)} captions: it "
+                "needs one timestep and one caption for each clip, and at least one clip."
             )
         if timesteps.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"timesteps have dtype {timesteps.dtype}: keep them float32, half precision merges neighbours."
+                f"timesteps have dtype {timesteps.dtype}: keep them float32, half precision merges some."
             )
         for clip in latents:
-            if clip.shape[0] != self.latent_channels:
+            if clip.ndim != 4 or clip.shape[0] != self.latent_channels:
                 raise ValueError(
                     f"a clip of latents has shape {tuple(clip.shape)} where the model was built for "
                     f"(C={self.latent_channels}, T, H, W)."
@@ -207,8 +213,8 @@ class DiT(nn.Module):
         for caption in text:
             if caption.ndim != 2 or caption.shape[1] != self.text_width or len(caption) == 0:
                 raise ValueError(
-                    f"text embeddings have shape {tuple(caption.shape)} where the model was built for (L >= 1, "
-                    f"{self.text_width}). An empty caption is the encoder's null text, not zero tokens."
+                    f"text embeddings have shape {tuple(caption.shape)}, the model was built for "
+                    f"(L >= 1, {self.text_width}). An empty caption is the encoder's null text, not no tokens."
                 )
 
     def _initialise(self) -> None:
@@ -216,8 +222,9 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        zero = [self.head, self.head_modulation]
-        zero += [self.shared_modulation] if self.shared_modulation is not None else []
+        zero: list[nn.Linear] = [self.head, self.head_modulation]
+        if self.shared_modulation is not None:
+            zero.append(self.shared_modulation)
         zero += [module.linear for module in self.modules() if isinstance(module, LinearModulation)]
         for linear in zero:
             nn.init.zeros_(linear.weight)
@@ -235,7 +242,7 @@ class DiT(nn.Module):
     def flops(self, tokens: int, text_tokens: int, frames: int | None = None) -> float:
         """Floating-point operations of the forward pass on one clip; a multiply and an add are two.
 
-        Matrix products only; backward takes twice as many. `frames` (of tokens) is needed for factorised attention.
+        Matrix products only; backward takes twice as many. Factorised attention needs `frames` of tokens too.
         """
         config, width = self.config, self.config.width
         if config.attention is AttentionPattern.full:

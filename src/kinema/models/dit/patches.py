@@ -33,12 +33,12 @@ def unpatchify(tokens: Tensor, grids: Sequence[Grid], patch_size: Sequence[int])
 
 def token_grid(shape: Sequence[int], patch_size: Sequence[int]) -> Grid:
     """Tokens along time, height and width of a clip (C, T, H, W); patches must fit without a rest."""
-    extents = tuple(shape[1:])
-    if len(extents) != 3 or any(extent % patch for extent, patch in zip(extents, patch_size, strict=True)):
-        nearest = [max(extent // patch, 1) * patch for extent, patch in zip(extents, patch_size, strict=False)]
+    pairs = list(zip(shape[1:], patch_size, strict=True))
+    if any(extent % patch or extent == 0 for extent, patch in pairs):
+        nearest = [max(round(extent / patch), 1) * patch for extent, patch in pairs]
         raise ValueError(
-            f"a clip of latents with shape {tuple(shape)} does not divide into model.patch_size={list(patch_size)}: "
-            f"latents are (C, T, H, W) and T, H, W must be multiples of it. Nearest T, H, W: {nearest}."
+            f"a clip of latents with shape {tuple(shape)} does not divide into model.patch_size="
+            f"{list(patch_size)}: its T, H, W must be multiples of it. Nearest: {nearest}."
         )
-    t, h, w = (extent // patch for extent, patch in zip(extents, patch_size, strict=True))
+    t, h, w = (extent // patch for extent, patch in pairs)
     return t, h, w

@@ -1,6 +1,6 @@
 """The segments of a pack: what a block knows of each one besides its tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
@@ -52,7 +52,7 @@ class Segment:
 Segments = dict[str, Segment]
 
 
-def video_segment(grids: Sequence[Grid], rope: tuple[Tensor, Tensor], spans: Sequence[Span]) -> Segment:
+def video_segment(grids: Sequence[Grid], rope: tuple[Tensor, Tensor], spans: Iterable[Span]) -> Segment:
     """The segment of clips with these token grids, with only the cuts that the model asks for."""
     cuts = {span: _cut(span, grids, rope[0].device) for span in spans}
     return Segment(tuple(t * h * w for t, h, w in grids), cuts, rope)

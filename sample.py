@@ -1,0 +1,25 @@
+"""Sample videos from a training checkpoint: `python sample.py run=runs/demo prompt="a red circle moves left"`."""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from kinema.config import register_schemas
+from kinema.console import explain_errors
+from kinema.sampling.sample import SampleConfig, sample
+
+register_schemas()
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="sample")
+@explain_errors
+def main(composed: DictConfig) -> None:
+    """Load, check against the manifest, sample, write."""
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, SampleConfig)
+    sample(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""How a script meets its user: errors in one line that says what to type, and exit statuses with one meaning each."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EXIT_CONFIG = 64
+EXIT_DATA = 65
+EXIT_CHECKPOINT = 66
+EXIT_NON_FINITE = 70
+
+
+def run_script(main: Callable[[], Any], config_name: str) -> None:
+    """Run a Hydra script so that its errors reach the user whole and in one line."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints errors of its own and hides the cause
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(f"{first_cause(error)} {_suggestions(config_name)}".strip(), EXIT_CONFIG)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+
+
+def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
+    """Turn errors that a user can cause into one line and an exit status; show the rest as they are."""
+
+    @functools.wraps(main)
+    def explained(*arguments: Any) -> None:
+        from kinema.data.ledger import DataBudgetError
+        from kinema.training.checkpoint import CheckpointError
+        from kinema.training.loop import NonFiniteLoss
+
+        try:
+            sys.exit(main(*arguments) or 0)
+        except DataBudgetError as error:
+            fail(str(error), EXIT_DATA)
+        except CheckpointError as error:
+            fail(str(error), EXIT_CHECKPOINT)
+        except NonFiniteLoss as error:
+            fail(str(error), EXIT_NON_FINITE)
+        except ValueError as error:
+            if "KINEMA_TRACEBACK" in os.environ:
+                raise
+            fail(str(error), EXIT_CONFIG)
+
+    return explained
+
+
+def fail(message: str, status: int) -> None:
+    """One line on stderr, with the rank where there are several, and out."""
+    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"error{rank}: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def first_cause(error: BaseException) -> str:
+    """The message of the innermost exception: the one that names the key."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip()
+
+
+def _suggestions(config_name: str) -> str:
+    """`did you mean ...?` for each override whose key the composed configuration lacks."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from kinema.config import suggestion
+
+    GlobalHydra.instance().clear()
+    keys = [argument.lstrip("+~").split("=")[0] for argument in sys.argv[1:] if "=" in argument]
+    with initialize_config_dir(str(Path(sys.argv[0]).resolve().parent / "configs"), version_base="1.3"):
+        plain = compose(config_name)
+    return " ".join(filter(None, (suggestion(key, plain) for key in keys if "/" not in key)))

@@ -1,0 +1,131 @@
+"""Which clip sizes fit the VAE and the patches, and which size each clip is given."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kinema.data.sample import ClipRecord
+
+
+class ClipShape(NamedTuple):
+    """Frames and sides of one clip, in pixels; H before W everywhere."""
+
+    frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """VAE strides and patch size, and the clip shapes that they allow.
+
+    A causal VAE maps the first frame alone and then groups of `temporal_stride`, so a clip has
+    k * temporal_stride + 1 frames; its k + 1 latent frames and its latent sides divide into whole patches.
+    """
+
+    temporal_stride: int
+    spatial_stride: int
+    patch_size: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        numbers = (self.temporal_stride, self.spatial_stride, *self.patch_size)
+        if len(self.patch_size) != 3 or min(numbers) < 1:
+            raise ValueError(
+                f"temporal_stride={self.temporal_stride}, spatial_stride={self.spatial_stride} and "
+                f"patch_size={self.patch_size} must be whole numbers from 1 (patch_size has three: t, h, w)."
+            )
+
+    def check(self, shape: Sequence[int], key: str = "data.shapes") -> ClipShape:
+        """Return the shape when it is legal; else raise ValueError with the rules and the nearest legal shapes."""
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"{key}={list(shape)} must be [frames, height, width], each at least 1.")
+        wanted = ClipShape(*shape)
+        if self._is_legal(wanted):
+            return wanted
+        frames, height, width = self._steps
+        legal_frames = [k * self.temporal_stride + 1 for k in range(frames - 1, 4 * frames, frames)]
+        raise ValueError(
+            f"{key}={list(wanted)} does not fit the VAE (strides {self.temporal_stride} and {self.spatial_stride}) "
+            f"and patch_size={list(self.patch_size)}: frames must be one of {_listed(legal_frames)}, ..., height a "
+            f"multiple of {height} and width a multiple of {width}. Nearest legal: "
+            f"{', '.join(str(list(near)) for near in self.nearest(wanted))}."
+        )
+
+    def nearest(self, shape: Sequence[int]) -> list[ClipShape]:
+        """Up to four legal shapes around the wanted one, nearest first (sum of the axes' absolute log ratios)."""
+        wanted = ClipShape(*shape)
+        frame_step, *side_steps = self._steps
+        latent_frames = (wanted.frames - 1) / self.temporal_stride + 1
+        axes = [[(k - 1) * self.temporal_stride + 1 for k in _around(latent_frames, frame_step)]]
+        axes += [_around(side, step) for side, step in zip(wanted[1:], side_steps, strict=True)]
+        candidates = [ClipShape(*candidate) for candidate in itertools.product(*axes)]
+        return sorted(candidates, key=lambda candidate: _distance(candidate, wanted))[:4]
+
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Latent frames, height and width of a legal clip shape."""
+        frames, height, width = self.check(shape)
+        return (
+            (frames - 1) // self.temporal_stride + 1,
+            height // self.spatial_stride,
+            width // self.spatial_stride,
+        )
+
+    def num_tokens(self, shape: Sequence[int]) -> int:
+        """Patches of a legal clip shape."""
+        return math.prod(
+            side // patch for side, patch in zip(self.latent_shape(shape), self.patch_size, strict=True)
+        )
+
+    @property
+    def _steps(self) -> tuple[int, int, int]:
+        """Multiples that latent frames, height and width must be; sides in pixels."""
+        return (
+            self.patch_size[0],
+            self.spatial_stride * self.patch_size[1],
+            self.spatial_stride * self.patch_size[2],
+        )
+
+    def _is_legal(self, shape: ClipShape) -> bool:
+        frame_step, *side_steps = self._steps
+        groups, rest = divmod(shape.frames - 1, self.temporal_stride)
+        whole_sides = all(side % step == 0 for side, step in zip(shape[1:], side_steps, strict=True))
+        return rest == 0 and (groups + 1) % frame_step == 0 and whole_sides
+
+
+def assign_shape(record: ClipRecord, shapes: Sequence[ClipShape], fps: float) -> ClipShape | None:
+    """Give a clip the shape of nearest aspect ratio, and of those the longest that it can fill at `fps`.
+
+    Shapes of equal aspect ratio and length are told apart by area: the largest that needs no enlarging, else the
+    smallest. None when the clip is shorter than every shape of its aspect ratio; the caller counts it.
+    """
+    aspect = math.log(record.width / record.height)
+    misfits = [abs(math.log(shape.width / shape.height) - aspect) for shape in shapes]
+    matching = [shape for shape, misfit in zip(shapes, misfits, strict=True) if misfit < min(misfits) + 1e-9]
+    # Durations are rounded when written; a thousandth of a frame is not a missing frame.
+    fitting = [shape for shape in matching if shape.frames <= record.duration_seconds * fps + 1e-3]
+    if not fitting:
+        return None
+
+    def preference(shape: ClipShape) -> tuple[int, bool, int]:
+        enlarged = shape.height > record.height or shape.width > record.width
+        area = shape.height * shape.width
+        return shape.frames, not enlarged, -area if enlarged else area
+
+    return max(fitting, key=preference)
+
+
+def _around(value: float, step: int) -> list[int]:
+    """The multiples of `step` at or just below and above the value, without 0."""
+    below = math.floor(value / step) * step
+    above = math.ceil(value / step) * step
+    return sorted({max(below, step), max(above, step)})
+
+
+def _distance(a: ClipShape, b: ClipShape) -> float:
+    return sum(abs(math.log(x / y)) for x, y in zip(a, b, strict=True))
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(str(number) for number in numbers)

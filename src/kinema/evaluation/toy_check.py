@@ -1,0 +1,367 @@
+"""Does a clip show what its toy caption says? Vocabulary, held-out rule, and the vision check."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (232, 44, 40),
+    "green": (40, 196, 62),
+    "blue": (52, 104, 248),
+    "yellow": (246, 220, 48),
+    "purple": (186, 60, 226),
+    "white": (238, 238, 238),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+"""Unit steps (x, y) in pixels; y grows downwards."""
+SIZES: dict[str, float] = {"small": 0.32, "large": 0.44}
+"""Diameter of the disc with the object's area, in short sides of the frame."""
+SPEEDS: dict[str, float] = {"slowly": 0.15, "quickly": 0.30}
+"""In short sides of the frame per second."""
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What a caption says about one object."""
+
+    size: str
+    colour: str
+    shape: str
+    speed: str
+    direction: str
+    bounces: bool = False
+
+    @property
+    def phrase(self) -> str:
+        """E.g. `a large red circle moves slowly right and bounces`."""
+        ending = " and bounces" if self.bounces else ""
+        return f"a {self.size} {self.colour} {self.shape} moves {self.speed} {self.direction}{ending}"
+
+
+def is_heldout(colour: str, shape: str, direction: str) -> bool:
+    """Whether this combination never occurs in the train split.
+
+    With every word numbered by its place in the vocabulary: (colour + 2 shape + 3 direction) divisible by 6.
+    That is 12 of the 72 combinations: each colour misses one horizontal and one vertical direction of one shape, so that each
+    word and each *pair* of words is still seen in training, and only the composition of three is new.
+    """
+    c, s, d = list(COLOURS).index(colour), SHAPES.index(shape), list(DIRECTIONS).index(direction)
+    return (c + 2 * s + 3 * d) % 6 == 0
+
+
+def combinations(*, heldout: bool) -> list[tuple[str, str, str]]:
+    """All (colour, shape, direction) of one side of the rule, in vocabulary order."""
+    return [c for c in product(COLOURS, SHAPES, DIRECTIONS) if is_heldout(*c) == heldout]
+
+
+class HeldoutPrompt(NamedTuple):
+    """One prompt of the measure, with what the check will look for."""
+
+    prompt: str
+    colour: str
+    shape: str
+    direction: str
+
+
+def heldout_prompts(n: int = 64) -> list[HeldoutPrompt]:
+    """`n` different single-object captions of combinations that training never shows, evenly over the 12 of them.
+
+    Quick objects always bounce here: at the default frame size most of them have no room to cross the frame unhindered for
+    the captioned time, so that training has few clips of the kind. Raises ValueError beyond 72 prompts.
+    """
+    combos = combinations(heldout=True)
+    variants = [
+        (size, speed, bounces)
+        for size, (speed, bounces) in product(SIZES, [("slowly", False), ("slowly", True), ("quickly", True)])
+    ]
+    if not 1 <= n <= len(combos) * len(variants):
+        raise ValueError(f"n={n} must be from 1 to {len(combos) * len(variants)}, the number of different prompts.")
+    prompts = []
+    for i in range(n):
+        round_, place = divmod(i, len(combos))
+        colour, shape, direction = combos[place]
+        size, speed, bounces = variants[(round_ + place) % len(variants)]  # shifted: words stay balanced for any n
+        phrase = Attributes(size, colour, shape, speed, direction, bounces).phrase
+        prompts.append(HeldoutPrompt(phrase, colour, shape, direction))
+    return prompts
+
+
+_PHRASE = re.compile(
+    rf"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) "
+    rf"moves ({'|'.join(SPEEDS)}) ({'|'.join(DIRECTIONS)})( and bounces)?"
+)
+
+
+def parse_caption(caption: str) -> Attributes:
+    """The one object of a caption; raises ValueError for other words or two objects, which this check cannot judge."""
+    match = _PHRASE.fullmatch(caption.strip())
+    if match is None:
+        raise ValueError(
+            f"prompt={caption!r} is not a caption of one toy object. Type it like {Attributes('large', 'red', 'circle', 'slowly', 'right').phrase!r}; "
+            f"colours: {', '.join(COLOURS)}; shapes: {', '.join(SHAPES)}; directions: {', '.join(DIRECTIONS)}."
+        )
+    size, colour, shape, speed, direction, bounces = match.groups()
+    return Attributes(size, colour, shape, speed, direction, bounces is not None)
+
+
+# --- The vision check ----------------------------------------------------------------------------------------
+
+MIN_CONTRAST = 70.0
+"""Euclidean RGB distance from the background below which nothing counts as an object."""
+MIN_GOOD_FRAMES = 0.75
+"""Share of the frames that must show exactly one plausible object."""
+MIN_TRAVEL = 0.08
+"""Short sides the centroid must move before it has a direction."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is seen in a clip; `none` where nothing is seen clearly."""
+
+    colour: str = NONE
+    shape: str = NONE
+    direction: str = NONE
+    bounces: bool = False
+    reason: str = ""
+    """Why something is `none`."""
+
+
+@dataclass(frozen=True)
+class ToyVerdict:
+    """A finding beside what the caption says."""
+
+    expected: Attributes
+    found: Finding
+
+    @property
+    def colour_ok(self) -> bool:
+        """Whether the colour is the caption's."""
+        return self.found.colour == self.expected.colour
+
+    @property
+    def shape_ok(self) -> bool:
+        """Whether the shape is the caption's."""
+        return self.found.shape == self.expected.shape
+
+    @property
+    def direction_ok(self) -> bool:
+        """Whether the first motion has the caption's direction."""
+        return self.found.direction == self.expected.direction
+
+    @property
+    def ok(self) -> bool:
+        """All three at once."""
+        return self.colour_ok and self.shape_ok and self.direction_ok
+
+
+def check_clip(frames: NDArray[np.uint8], prompt: str | Attributes) -> ToyVerdict:
+    """Look at uint8 frames (T, H, W, 3) and compare with the caption of one object. Nothing ambiguous counts as right."""
+    expected = parse_caption(prompt) if isinstance(prompt, str) else prompt
+    return ToyVerdict(expected, look(frames))
+
+
+def pass_rates(verdicts: Sequence[ToyVerdict]) -> dict[str, float]:
+    """Share of the verdicts that are right, for each attribute and for all at once."""
+    if not verdicts:
+        raise ValueError("No verdicts: there is no rate over zero clips.")
+    names = ("colour", "shape", "direction")
+    rates = {name: sum(getattr(v, f"{name}_ok") for v in verdicts) / len(verdicts) for name in names}
+    return rates | {"all": sum(v.ok for v in verdicts) / len(verdicts)}
+
+
+def look(frames: NDArray[np.uint8]) -> Finding:
+    """Find colour, shape and direction of the one object in uint8 frames (T, H, W, 3) on a plain background.
+
+    Colour by hue and saturation of the object's core; shape by its blur-invariant moments; direction by the first clear displacement
+    of its centroid. Raises ValueError for another layout or fewer than 4 frames.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) < 4:
+        raise ValueError(f"frames of type {frames.dtype} and shape {frames.shape} must be uint8 (T >= 4, H, W, 3).")
+    pictures = frames.astype(np.float32)
+    background = _plain_background(pictures)
+    if background is None:
+        return Finding(reason="no plain background")
+    contrast = np.linalg.norm(pictures - background, axis=-1)  # (T, H, W)
+    objects = [_find_object(c) for c in contrast]
+    objects = _of_steady_size(objects)
+    good = [t for t, mask in enumerate(objects) if mask is not None]
+    if len(good) < MIN_GOOD_FRAMES * len(frames):
+        return Finding(reason=f"one clear object in only {len(good)} of {len(frames)} frames")
+
+    cores = [_core(pictures[t], contrast[t], objects[t]) for t in good]
+    colour, purity = _majority([name for core in cores for name in name_colours(core)])
+    if purity < 0.7:
+        colour = NONE
+    measures = np.array(
+        [_moments(pictures[t], background, core.mean(0), objects[t]) for t, core in zip(good, cores, strict=True)]
+    )
+    shape, agreement = _majority([name_shape(*m[2:]) for m in measures])
+    if agreement < 0.6 or name_shape(*np.median(measures[:, 2:], axis=0)) != shape:
+        shape = NONE
+    direction, bounces = name_motion(measures[:, :2] / min(frames.shape[1:3]))
+    unclear = [n for n, v in [("colour", colour), ("shape", shape), ("direction", direction)] if v == NONE]
+    return Finding(colour, shape, direction, bounces, f"unclear {', '.join(unclear)}" if unclear else "")
+
+
+def _majority(names: Sequence[str]) -> tuple[str, float]:
+    """The commonest name and its share."""
+    name, count = Counter(names).most_common(1)[0]
+    return name, count / len(names)
+
+
+def _plain_background(pictures: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    """The colour (3,) of the frame's rim; None if the rim, where no object touches it, is not of one dark colour."""
+    rim = np.ones(pictures.shape[1:3], bool)
+    rim[2:-2, 2:-2] = False
+    pixels = pictures[:, rim].reshape(-1, 3)
+    colour = np.median(pixels, axis=0)
+    spread = np.median(np.linalg.norm(pixels - colour, axis=-1))
+    return colour if spread < 30 and colour.max() < 90 else None
+
+
+def _find_object(contrast: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+    """The mask (H, W) of the one object of a frame; None without one, or with a second one worth the name."""
+    peak = np.percentile(contrast, 98)
+    if peak < MIN_CONTRAST:
+        return None
+    labels = _components(contrast > 0.5 * peak)
+    areas = np.bincount(labels.ravel())
+    areas[0] = 0
+    order = np.argsort(areas)[::-1]
+    share = areas[order[0]] / contrast.size
+    alone = len(areas) < 3 or areas[order[1]] < 0.15 * areas[order[0]]
+    return labels == order[0] if alone and 0.02 <= share <= 0.35 else None
+
+
+def _components(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Label 4-connected regions 1, 2, ... and 0 elsewhere, by letting the largest pixel number spread in each."""
+    height, width = mask.shape
+    spread = np.zeros((height + 2, width + 2), np.int64)
+    inner = spread[1:-1, 1:-1]
+    inner[mask] = np.flatnonzero(mask) + 1
+    while True:
+        before = inner.copy()
+        for neighbour in (spread[:-2, 1:-1], spread[2:, 1:-1], spread[1:-1, :-2], spread[1:-1, 2:]):
+            np.maximum(inner, neighbour, out=inner, where=mask)
+        if np.array_equal(before, inner):
+            return np.unique(inner, return_inverse=True)[1].reshape(mask.shape) if not mask.all() else inner * 0 + 1
+
+
+def _of_steady_size(objects: list[NDArray[np.bool_] | None]) -> list[NDArray[np.bool_] | None]:
+    """Drop the frames whose object has an area far from the usual: it flickers or dissolves."""
+    areas = [mask.sum() for mask in objects if mask is not None]
+    if not areas:
+        return objects
+    usual = np.median(areas)
+    return [m if m is not None and 0.6 * usual <= m.sum() <= 1.6 * usual else None for m in objects]
+
+
+def _core(
+    picture: NDArray[np.float32], contrast: NDArray[np.float32], mask: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """Colours (n, 3) of the object's brighter half, away from its blurred rim."""
+    return picture[mask & (contrast >= np.median(contrast[mask]))]
+
+
+def name_colours(pixels: NDArray[np.float32]) -> list[str]:
+    """The name of each colour (n, 3), `none` between the names: hue more than 24 degrees off, or half saturated."""
+    high, low = pixels.max(-1), pixels.min(-1)
+    saturation = (high - low) / np.maximum(high, 1)
+    hue = hue_degrees(pixels)
+    names = np.full(len(pixels), NONE, dtype="U8")
+    for name, colour in COLOURS.items():
+        if name == "white":
+            names[saturation < 0.25] = name
+            continue
+        off = np.abs((hue - hue_degrees(np.float32([colour]))[0] + 180) % 360 - 180)
+        names[(saturation > 0.4) & (off < 24)] = name
+    names[high < 90] = NONE
+    return names.tolist()
+
+
+def hue_degrees(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Hue of RGB colours (n, 3), as the angle around the grey axis: red 0, green 120, blue 240."""
+    r, g, b = pixels[:, 0], pixels[:, 1], pixels[:, 2]
+    return np.degrees(np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b)) % 360
+
+
+def _moments(
+    picture: NDArray[np.float32], background: NDArray[np.float32], colour: NDArray[np.float32], mask: NDArray[np.bool_]
+) -> tuple[float, ...]:
+    """(x, y) of the centroid in pixels, then what `name_shape` asks: its five normalised moments.
+
+    Each pixel is weighted with how far it has gone from the background's to the object's colour, so that blurred outlines count
+    in part. With z = x + iy about the centroid (y upwards): E z^3 and E z^4 do not change under an isotropic blur, whatever
+    its width, and the area does not either.
+    """
+    towards = colour - background
+    coverage = np.clip((picture - background) @ towards / (towards @ towards), 0, 1)
+    coverage[~_dilate(mask, 3)] = 0
+    coverage[coverage < 0.06] = 0  # codec noise, which the high powers below would magnify
+    area = coverage.sum()
+    y, x = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]] + 0.5
+    cx, cy = (coverage * x).sum() / area, (coverage * y).sum() / area
+    z = (x - cx) - 1j * (y - cy)
+
+    second = (coverage * z**2).sum() / area
+    third = (coverage * z**3).sum() / area / area**1.5
+    fourth = (coverage * z**4).sum() / area / area**2
+    spread = (coverage * np.abs(z) ** 2).sum() / area
+    return cx, cy, area / (2 * np.pi * spread), abs(second) / spread, third.real, third.imag, fourth.real
+
+
+def _dilate(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
+    for _ in range(pixels):
+        grown = np.pad(mask, 1)
+        mask = grown[1:-1, 1:-1] | grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:]
+    return mask
+
+
+TRIANGLE_THIRD = -(4 / (3 * np.sqrt(3))) ** 1.5 / 10
+"""Imaginary part of E z^3 / area^1.5 of an equilateral triangle that stands on its base; 0 for circle and square."""
+SQUARE_FOURTH = -1 / 60
+"""E z^4 / area^2 of an upright square; 0 for circle and equilateral triangle."""
+
+
+def name_shape(compactness: float, elongation: float, third_x: float, third_y: float, fourth: float) -> str:
+    """The shape whose moments are nearest, `none` if they are far from all three or the object is frayed or elongated.
+
+    `compactness` is 1 for a disc, 0.95 for a square, 0.83 for a triangle and falls with blur; `elongation` 0 for all.
+    """
+    if compactness < 0.65 or elongation > 0.2:
+        return NONE
+    point = np.array([third_y / TRIANGLE_THIRD, fourth / SQUARE_FOURTH, third_x / TRIANGLE_THIRD])
+    prototypes = {"circle": (0, 0, 0), "square": (0, 1, 0), "triangle": (1, 0, 0)}
+    distances = {name: float(np.linalg.norm(point - prototype)) for name, prototype in prototypes.items()}
+    nearest = min(distances, key=distances.__getitem__)
+    return nearest if distances[nearest] < 0.5 else NONE
+
+
+def name_motion(centroids: NDArray[np.float64]) -> tuple[str, bool]:
+    """Direction of the first clear displacement of centroids (T, 2) as x, y in short sides; and whether it turns back.
+
+    `none` when it never moves `MIN_TRAVEL`, moves diagonally (the smaller part above half of the larger) or jumps.
+    """
+    steps = np.linalg.norm(np.diff(centroids, axis=0), axis=1)
+    travelled = centroids - centroids[0]
+    far = np.flatnonzero(np.linalg.norm(travelled, axis=1) >= MIN_TRAVEL)
+    if len(far) == 0 or steps.max() > 0.3:
+        return NONE, False
+    first = travelled[far[0]]
+    along, across = np.max(np.abs(first)), np.min(np.abs(first))
+    if across > 0.5 * along:
+        return NONE, False
+    direction = max(DIRECTIONS, key=lambda name: float(first @ np.array(DIRECTIONS[name])))
+    ahead = travelled @ np.array(DIRECTIONS[direction])
+    turns_back = ahead.max() - ahead[np.argmax(ahead) :].min() > 0.75 * MIN_TRAVEL
+    return direction, bool(turns_back)

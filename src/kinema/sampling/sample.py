@@ -1,0 +1,180 @@
+"""From a checkpoint to video files: loads what the manifest says, and refuses what contradicts it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kinema.conditioning.text import HashText, PretrainedText, build_text_encoder, check_policy
+from kinema.data.contact_sheet import contact_sheet
+from kinema.data.encoding import write_video
+from kinema.data.geometry import ClipShape, Geometry
+from kinema.diffusion.objective import DDPM, RectifiedFlow
+from kinema.identity import from_plain
+from kinema.models.dit import DiT, DiTConfig
+from kinema.sampling.pipeline import Pipeline, SamplingConfig
+from kinema.training.checkpoint import Checkpoint, CheckpointStore
+from kinema.training.run_folder import Weights, checkpoint_of, load_vae, load_weights
+
+
+@dataclass
+class SampleConfig(SamplingConfig):
+    """`python sample.py run=runs/NAME prompt="..."`."""
+
+    run: str = ""
+    """A run folder (its newest checkpoint) or one checkpoint folder."""
+    weights: Weights = Weights.ema
+    """ema or raw."""
+    prompt: str = ""
+    """The caption of the video."""
+    prompts_file: str | None = None
+    """A text file with one caption a line, instead of `prompt`."""
+    shape: list[int] = field(default_factory=list)
+    """Frames, height, width; empty takes the first shape of the training."""
+    fps: float | None = None
+    """Only to state what is expected: another rate than the checkpoint's is refused."""
+    allow_untrained_shape: bool = False
+    """Sample a legal shape that the training never showed."""
+    batch_size: int = 16
+    """Videos denoised together; does not change them beyond rounding."""
+    out: str | None = None
+    """Output folder; null makes `videos/` in the run folder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.run:
+            raise ValueError("run is empty; type run=runs/NAME, a folder that train.py made.")
+        if bool(self.prompt) == bool(self.prompts_file):
+            raise ValueError('type exactly one of prompt="a caption" and prompts_file=captions.txt.')
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+
+    def captions(self) -> list[str]:
+        """The captions to sample."""
+        if not self.prompts_file:
+            return [self.prompt]
+        lines = Path(self.prompts_file).read_text().splitlines()
+        if not (captions := [line.strip() for line in lines if line.strip()]):
+            raise ValueError(f"prompts_file={self.prompts_file} holds no caption.")
+        return captions
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pipeline from a checkpoint, with the identity of what was loaded."""
+
+    pipeline: Pipeline
+    manifest: dict[str, Any]
+    checkpoint: Checkpoint
+    weights: Weights
+    fingerprint: str
+
+    def describe(self) -> str:
+        """One line for people: which weights these are."""
+        return f"{self.weights.value} weights of step {self.checkpoint.step}, fingerprint {self.fingerprint}"
+
+
+def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device: str = "cpu") -> Loaded:
+    """Build the models that the manifest describes and give them the checkpoint's weights, verified by fingerprint."""
+    manifest = checkpoint.document("manifest")
+    if manifest["task"] != "dit":
+        raise ValueError(f"run: {checkpoint.folder} holds a {manifest['task']}; sampling needs a task=dit run.")
+    vae_checkpoint = CheckpointStore(checkpoint.folder.parent.parent / "vae").newest()
+    if vae_checkpoint is None:
+        raise ValueError(f"{checkpoint.folder.parent.parent}/vae is missing: the run folder is not complete.")
+    vae, identity = load_vae(vae_checkpoint, Weights(manifest["vae"]["weights"]))
+    if identity["hash"] != manifest["vae"]["hash"]:
+        raise ValueError(
+            f"the VAE in {vae_checkpoint.folder} (hash {identity['hash']}) is not the one of the training "
+            f"(hash {manifest['vae']['hash']})."
+        )
+    text_encoder = build_text_encoder(from_plain(manifest["text"]["config"], HashText, PretrainedText))
+    check_policy(text_encoder, manifest["text"]["policy"])
+    model_config = from_plain(manifest["model"]["config"], DiTConfig)
+    denoiser = DiT(model_config, vae.config.latent_channels, text_encoder.width)
+    found = load_weights(denoiser, checkpoint, weights)
+    if found != manifest["fingerprints"][weights.value]:
+        raise ValueError(f"{checkpoint.folder}: the {weights.value} weights are not those that its manifest names.")
+    pipeline = Pipeline(
+        denoiser=denoiser.eval().to(device),
+        vae=vae.to(device),
+        text_encoder=text_encoder.to(device),
+        objective=from_plain(manifest["objective"], RectifiedFlow, DDPM),
+        geometry=geometry_of(vae.geometry_strides, model_config),
+        fps=manifest["fps"],
+        shapes=[ClipShape(*shape) for shape in manifest["shapes"]],
+        guidance_dropout=manifest["guidance_dropout"],
+    )
+    return Loaded(pipeline, manifest, checkpoint, weights, found)
+
+
+def geometry_of(strides: tuple[int, int], model: DiTConfig) -> Geometry:
+    """Which clip sizes a VAE and a DiT can take together."""
+    patch_time, patch_height, patch_width = model.patch_size
+    return Geometry(*strides, (patch_time, patch_height, patch_width))
+
+
+def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[Path]:
+    """Sample every caption into `NNN.mp4` and one `sheet.png`, both carrying seed, prompt and manifest."""
+    loaded = load_pipeline(checkpoint_of(config.run, "run"), config.weights)
+    pipeline, captions = loaded.pipeline, config.captions()
+    shape = ClipShape(*config.shape) if config.shape else pipeline.shapes[0]
+    if config.allow_untrained_shape:
+        pipeline.geometry.check(shape, key="shape")
+        pipeline = _with_shape(pipeline, shape)
+    pipeline.check(config, shape, config.fps)
+    say(f"loaded {loaded.describe()}")
+    run_dir = loaded.checkpoint.folder.parent.parent
+    out = Path(config.out) if config.out else run_dir / "videos" / f"step-{loaded.checkpoint.step:08d}-{config.weights.value}"
+    out.mkdir(parents=True, exist_ok=True)
+
+    rows, paths = [], []
+    bar = tqdm(total=len(captions) * config.num_steps, desc="sampling", unit="step", dynamic_ncols=True)
+    for start in range(0, len(captions), config.batch_size):
+        batch = captions[start : start + config.batch_size]
+        options = _from_seed(config, config.seed + start)
+        videos = pipeline.videos(batch, shape, options, lambda done, total, n=len(batch): bar.update(n))  # type: ignore[misc]
+        for offset, (caption, frames) in enumerate(zip(batch, videos, strict=True)):
+            path = out / f"{start + offset:03d}.mp4"
+            write_video(path, frames, pipeline.fps, metadata=metadata(loaded, config, caption, start + offset))
+            rows.append((frames.numpy(), caption))
+            paths.append(path)
+    bar.close()
+    contact_sheet(rows, out / "sheet.png", columns=1 if len(rows) < 8 else 2, metadata=metadata(loaded, config, "", 0))
+    say(f"wrote {len(paths)} video(s) and a contact sheet to {out}")
+    return paths
+
+
+def metadata(loaded: Loaded, config: SamplingConfig, caption: str, index: int) -> dict[str, str]:
+    """What a file says of its origin: enough to make it again."""
+    return {
+        "title": caption,
+        "comment": json.dumps(
+            {
+                "generator": "kinema",
+                "digital_source_type": "trainedAlgorithmicMedia",
+                "prompt": caption,
+                "seed": config.seed + index,
+                "solver": config.solver.value,
+                "num_steps": config.num_steps,
+                "guidance_scale": config.guidance_scale,
+                "timestep_shift": config.timestep_shift,
+                "weights": loaded.weights.value,
+                "fingerprint": loaded.fingerprint,
+                "manifest": loaded.manifest,
+            }
+        ),
+    }
+
+
+def _from_seed(config: SamplingConfig, seed: int) -> SamplingConfig:
+    return SamplingConfig(config.solver, config.num_steps, config.guidance_scale, config.timestep_shift, seed)
+
+
+def _with_shape(pipeline: Pipeline, shape: ClipShape) -> Pipeline:
+    from dataclasses import replace
+
+    return replace(pipeline, shapes=[*pipeline.shapes, shape])

@@ -1,0 +1,403 @@
+"""Putting a run together: each function reads like its list of parts. Nothing is computed here."""
+
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from kinema.conditioning.text import build_text_encoder
+from kinema.data.geometry import ClipShape, Geometry
+from kinema.data.latents import LatentCache
+from kinema.data.ledger import Quarantine
+from kinema.data.loading import DataConfig, Pack, make_loader, plan_clips
+from kinema.data.plan import Plan, lanes_of
+from kinema.data.shards import DatasetIndex
+from kinema.distributed.collectives import barrier, from_main
+from kinema.distributed.engine import Engine
+from kinema.distributed.process import Process, seed_everything
+from kinema.identity import digest, to_plain
+from kinema.models.dit import DiT
+from kinema.models.vae import CausalVAE
+from kinema.sampling.pipeline import Pipeline
+from kinema.sampling.sample import geometry_of
+from kinema.training.checkpoint import CheckpointStore, write_json
+from kinema.training.dit_task import DiTTask, shapes_of
+from kinema.training.ema import EMA
+from kinema.training.loop import Outputs, Trainer, initial_weights
+from kinema.training.metrics import WandbTracker
+from kinema.training.pictures import SampleMaker, StripMaker, save_timesteps
+from kinema.training.run_folder import (
+    Weights,
+    carry_vae,
+    checkpoint_of,
+    load_vae,
+    load_weights,
+    open_run_folder,
+    write_config,
+)
+from kinema.training.vae_task import VAETask
+
+if TYPE_CHECKING:
+    from kinema.config import Config
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run folder and what goes beside its checkpoints."""
+
+    outputs: Outputs
+    store: CheckpointStore
+    config_yaml: str
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.outputs.run_dir
+
+
+@contextmanager
+def start_run(config: "Config", config_yaml: str, process: Process) -> Iterator[Run]:
+    """Open the run folder on the main rank, check it against the configuration, start the trackers."""
+    from kinema.config import changed_keys
+
+    seed_everything(config.seed)
+    run_dir = Path(config.run_root) / config.name
+    outputs = Outputs(run_dir, process.is_main, tracker=None)
+    logging = config.logging
+    problem, lock = None, None
+    if process.is_main:
+        try:
+            lock = open_run_folder(run_dir)
+            stored = run_dir / "config.yaml"
+            differences = changed_keys(stored.read_text(), config_yaml) if stored.exists() else []
+            for line in write_config(run_dir, config_yaml, differences, config.allow_config_change):
+                outputs.event(0, "configuration changed", line)
+            outputs.tracker = WandbTracker(logging, run_dir, {"config": config_yaml})
+        except ValueError as error:
+            problem = str(error)
+    if problem := from_main(problem):
+        raise ValueError(problem)
+    try:
+        yield Run(outputs, CheckpointStore(run_dir, config.checkpoint.keep), config_yaml)
+    finally:
+        if lock:
+            lock.close()
+
+
+def build_dit(config: "Config", run: Run, process: Process, after_first_step: Callable[[], None]) -> Trainer:
+    """The trainer of `task=dit`."""
+    source = checkpoint_of(config.vae.path, "vae.path")
+    vae, vae_identity = load_vae(source, config.vae.weights)
+    text_encoder = build_text_encoder(config.text)
+    geometry = geometry_of(vae.geometry_strides, config.model)
+    model = DiT(config.model, vae.config.latent_channels, text_encoder.width)
+    data = build_data(config, geometry, process, run, vae_identity["hash"])
+    engine = build_engine(config, model, data.lanes_per_rank, run, process)
+    task = DiTTask(
+        engine=engine,
+        vae=vae.to(process.device),
+        text_encoder=text_encoder.to(process.device),
+        objective=config.objective,
+        geometry=geometry,
+        guidance_dropout=config.task.guidance_dropout,
+        seed=config.seed,
+        device=process.device,
+    )
+    twin = DiT(config.model, vae.config.latent_channels, text_encoder.width).to(process.device)
+    pipeline = Pipeline(
+        denoiser=twin,
+        vae=vae,
+        text_encoder=text_encoder,
+        objective=config.objective,
+        geometry=geometry,
+        fps=config.data.fps,
+        shapes=data.shapes,
+        guidance_dropout=config.task.guidance_dropout,
+    )
+    samples = SampleMaker(pipeline, config.task.samples, run.folder)
+    manifest = {
+        "task": "dit",
+        "model": {"config": to_plain(config.model)},
+        "vae": vae_identity,
+        "text": {"config": to_plain(config.text), "policy": text_encoder.policy()},
+        "objective": to_plain(config.objective),
+        "fps": config.data.fps,
+        "shapes": [list(shape) for shape in data.shapes],
+        "guidance_dropout": config.task.guidance_dropout,
+        **common_manifest(config, data),
+    }
+    if process.is_main:
+        carry_vae(run.folder, source, config.vae.weights)
+        save_timesteps(run.folder, config.objective, config.task.samples, geometry, data.shapes)
+    describe_run(config, run, process, model, flops_per_step=dit_flops(config, model, data, geometry))
+    return assemble(config, run, process, task, data, engine, manifest, after_first_step, samples, config.task.samples.every_steps)
+
+
+def build_vae(config: "Config", run: Run, process: Process, after_first_step: Callable[[], None]) -> Trainer:
+    """The trainer of `task=vae`."""
+    model = CausalVAE(config.vae)
+    geometry = Geometry(*model.geometry_strides, (1, 1, 1))
+    data = build_data(config, geometry, process, run, vae_hash=None)
+    engine = build_engine(config, model, data.lanes_per_rank, run, process)
+    packs = [pack for packs in data.some_packs(config.task.statistics_clips) for pack in packs] if process.is_main else []
+    task = VAETask(
+        config=config.task,
+        engine=engine,
+        twin=CausalVAE(config.vae).to(process.device),
+        statistics_packs=packs,
+        optim=config.optim,
+        parallel=config.parallel,
+        accumulation=data.lanes_per_rank,
+        seed=config.seed,
+        device=process.device,
+    )
+    manifest = {"task": "vae", "vae": {"config": to_plain(config.vae)}, **common_manifest(config, data)}
+    strips = StripMaker(task.twin, data.heldout_packs(config.task.strips), run.folder) if process.is_main else None
+    flops = 3 * sum(sum(model.flops(*shape)) for shape in data.step_shapes)
+    describe_run(config, run, process, model, flops_per_step=flops)
+    return assemble(config, run, process, task, data, engine, manifest, after_first_step, strips, config.task.strips_every_steps)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The planned data set of a run, as one rank sees it."""
+
+    config: DataConfig
+    index: DatasetIndex
+    heldout: DatasetIndex
+    plan: Plan
+    heldout_plan: Plan | None
+    lanes: list[int]
+    shapes: list[ClipShape]
+    cache: LatentCache | None
+    seed: int
+    report: str
+
+    @property
+    def lanes_per_rank(self) -> int:
+        """Packs of one step that this rank serves: its gradient accumulation."""
+        return len(self.lanes)
+
+    @property
+    def step_shapes(self) -> list[ClipShape]:
+        """Shapes of the clips of the first step, for estimates."""
+        return [slot.clip.shape for lane in self.plan.step(0) for slot in lane]
+
+    def load(self, first_step: int, num_steps: int, heldout: bool = False, workers: int | None = None) -> Iterator[list[Pack]]:
+        """This rank's packs of each step."""
+        plan = self.heldout_plan if heldout else self.plan
+        assert plan is not None
+        return make_loader(
+            self.heldout if heldout else self.index,
+            plan,
+            self.lanes,
+            first_step,
+            num_steps,
+            fps=self.config.fps,
+            decoder=self.config.decoder,
+            window=self.config.window,
+            seed=self.seed,
+            num_workers=self.config.num_workers if workers is None else workers,
+            prefetch=self.config.prefetch,
+            timeout_seconds=self.config.timeout_seconds,
+            latents=None if heldout else self.cache,
+        )
+
+    def some_packs(self, clips: int) -> list[list[Pack]]:
+        """The packs of the first steps of the plan that hold at least `clips` clips together, freshly decoded."""
+        steps = -(-clips // self.config.clips_per_step)
+        return list(self.load(0, steps, workers=0))
+
+    def heldout_packs(self, clips: int) -> list[list[Pack]]:
+        """As `some_packs`, of the held-out clips."""
+        if self.heldout_plan is None:
+            return []
+        steps = -(-clips // self.config.clips_per_step)
+        return list(self.load(0, steps, heldout=True, workers=0))
+
+
+def build_data(config: "Config", geometry: Geometry, process: Process, run: Run, vae_hash: str | None) -> Data:
+    """Index, shapes and plan of the training and held-out clips; every refusal is counted and shown."""
+    data, shapes = config.data, shapes_of(config.data.shapes)
+    for shape in shapes:
+        geometry.check(shape, key="data.shapes")
+    index = DatasetIndex.load(data.path, split=data.train_split)
+    heldout = DatasetIndex.load(data.path, split=data.heldout_split)
+    clips, kept = plan_clips(index, data, geometry)
+    heldout_plan = None
+    if heldout.entries:
+        heldout_clips, _ = plan_clips(heldout, data, geometry)
+        heldout_plan = build_plan(config, heldout, heldout_clips)
+    cache = None
+    if data.latents is not None:
+        if vae_hash is None:
+            raise ValueError(f"data.latents={data.latents}: a VAE trains on frames. Type data.latents=null.")
+        cache = LatentCache.load(data.latents, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps)
+    if process.is_main:
+        tqdm.write(f"data {data.path}: {kept.line()}")
+    return Data(
+        data, index, heldout, build_plan(config, index, clips), heldout_plan,
+        lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept.line(),
+    )  # fmt: skip
+
+
+def build_plan(config: "Config", index: DatasetIndex, clips: list[Any]) -> Plan:
+    """The plan that deals planned clips to steps and lanes."""
+    shards = sorted({entry.shard for entry in index.entries})
+    return Plan(
+        clips,
+        [shards.index(index.entries[clip.entry_index].shard) for clip in clips],
+        seed=config.seed,
+        lanes=config.data.lanes,
+        clips_per_step=config.data.clips_per_step,
+        max_pack_tokens=config.data.max_pack_tokens,
+        shuffle_block_shards=config.data.shuffle_block_shards,
+    )
+
+
+def build_engine(config: "Config", model: nn.Module, accumulation: int, run: Run, process: Process) -> Engine:
+    """The engine over a model that already holds its weights: those of the newest checkpoint, `init_from`, or fresh."""
+    model.to(process.device)
+    if config.init_from is not None and not run.store.steps():
+        load_weights(model, checkpoint_of(config.init_from, "init_from"), Weights.ema)
+    initial_weights(run.store, process, model)
+    return Engine(
+        model,
+        config.optim.build(model),
+        zero_stage=config.parallel.zero_stage,
+        precision=config.parallel.precision,
+        accumulation=accumulation,
+        gradient_clipping=config.optim.gradient_clipping,
+    )
+
+
+def assemble(
+    config: "Config",
+    run: Run,
+    process: Process,
+    task: Any,
+    data: Data,
+    engine: Engine,
+    manifest: dict[str, Any],
+    after_first_step: Callable[[], None],
+    make_samples: Any,
+    sample_every_steps: int,
+) -> Trainer:
+    """The trainer from its parts; the same for every task."""
+    barrier()
+    heldout = (lambda: data.heldout_packs(config.validation.clips)) if data.heldout_plan else None
+    schedule, peak, steps = config.schedule, config.optim.learning_rate, config.steps
+    return Trainer(
+        process=process,
+        task=task,
+        plan=data.plan,
+        index=data.index,
+        load=data.load,
+        load_validation=heldout,
+        learning_rate=lambda step: peak * schedule.factor(step, steps),
+        steps=steps,
+        ema=EMA(config.ema, engine),
+        store=run.store,
+        checkpoint=config.checkpoint,
+        validation=config.validation,
+        logging=config.logging,
+        outputs=run.outputs,
+        quarantine=Quarantine(config.data.max_failed_fraction),
+        manifest=manifest,
+        config_yaml=run.config_yaml,
+        sample_every_steps=sample_every_steps,
+        make_samples=make_samples,
+        after_first_step=after_first_step,
+    )
+
+
+def common_manifest(config: "Config", data: Data) -> dict[str, Any]:
+    """What every manifest holds."""
+    return {
+        "format_version": 1,
+        "kinema": version("kinema"),
+        "name": config.name,
+        "seed": config.seed,
+        "ema": to_plain(config.ema),
+        "data": {
+            "hash": data.index.hash,
+            "licenses": data.index.manifest["licenses"],
+            "kept": data.report,
+        },
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def dit_flops(config: "Config", model: DiT, data: Data, geometry: Geometry) -> float:
+    """Floating-point operations of one step: three times the forward pass of every clip of a step."""
+    return 3 * sum(model.flops(geometry.num_tokens(shape), config.text.max_tokens) for shape in data.step_shapes)
+
+
+def describe_run(config: "Config", run: Run, process: Process, model: nn.Module, flops_per_step: float) -> None:
+    """Write `run.json` and print the header: what runs, on what, with which identity."""
+    if not process.is_main:
+        return
+    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters())
+    record = {
+        "name": config.name,
+        "task": "dit" if config.model is not None else "vae",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": " ".join(sys.argv),
+        "steps": config.steps,
+        "world_size": process.world_size,
+        "device": device_name(process),
+        "threads": torch.get_num_threads(),
+        "versions": {**{name: version(name) for name in ("torch", "deepspeed", "kinema")}, "python": platform.python_version()},
+        "parameters": parameters,
+        "flops_per_step": flops_per_step,
+        "peak_flops_measured": measure_peak_flops(process.device),
+        "config_hash": digest(run.config_yaml),
+        "git": git_revision(),
+    }  # fmt: skip
+    write_json(run.folder / "run.json", record)
+    parallel = config.parallel
+    tqdm.write(
+        f"run {run.folder}: {parameters / 1e6:.2f} M parameters, config {record['config_hash'][:8]}, "
+        f"{process.world_size} rank(s) on {process.device}, ZeRO {parallel.zero_stage}, {parallel.precision.value}"
+    )
+
+
+def device_name(process: Process) -> str:
+    """The accelerator's or the processor's name."""
+    if process.device.type == "cuda":
+        return torch.cuda.get_device_name(process.device)
+    return platform.processor() or platform.machine()
+
+
+def measure_peak_flops(device: torch.device, size: int = 1024, repeats: int = 8) -> float:
+    """Floating-point operations a second of a float32 matrix product on this device: what MFU is measured against."""
+    matrix = torch.randn(size, size, device=device)
+    best = 0.0
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def git_revision() -> str | None:
+    """The commit of the code, with a mark if files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
