@@ -1,12 +1,10 @@
 """Sample videos from a training checkpoint: `python sample.py run=runs/demo prompt="a red circle moves left"`."""
 
-import sys
-
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from kinema.config import register_schemas
-from kinema.console import explain_errors
+from kinema.console import explain_errors, run_script
 from kinema.sampling.sample import SampleConfig, sample
 
 register_schemas()
@@ -22,4 +20,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, "sample")

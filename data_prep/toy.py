@@ -168,7 +168,11 @@ def simulate(
 
 
 def _next_hit(
-    bodies: list[Body], size: tuple[int, int], position: list[float], velocity: list[float], contact: float | None
+    bodies: list[Body],
+    size: tuple[int, int],
+    position: list[float],
+    velocity: list[float],
+    contact: float | None,
 ) -> tuple[float, tuple[int, ...]]:
     candidates: list[tuple[float, tuple[int, ...]]] = []
     for i, body in enumerate(bodies):
@@ -191,7 +195,9 @@ def _exchange(velocity: list[float], mass: list[float]) -> list[float]:
     return [2 * mean - u, 2 * mean - v]
 
 
-def positions_at(body: Body, path: list[tuple[float, float, float]], times: NDArray[np.float64]) -> NDArray[np.float64]:
+def positions_at(
+    body: Body, path: list[tuple[float, float, float]], times: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """The centroid at each time, (N, 2) as x, y in pixels."""
     moments = np.array(path)
     piece = np.searchsorted(moments[:, 0], times, side="right") - 1
@@ -218,7 +224,9 @@ class Scene:
     caption: str
 
 
-def draw_scene(rng: np.random.Generator, sizes: list[tuple[int, int]], heldout: bool, pair_share: float) -> Scene:
+def draw_scene(
+    rng: np.random.Generator, sizes: list[tuple[int, int]], heldout: bool, pair_share: float
+) -> Scene:
     """Choose one clip; draws again until the choice fits the frame with an exact caption."""
     size = sizes[rng.integers(len(sizes))]
     fps = FPS[rng.integers(len(FPS))]
@@ -366,7 +374,9 @@ def ring(scene: Scene, events: list[Event]) -> NDArray[np.float32]:
             note = list(COLOURS).index(scene.bodies[i].attributes.colour) * 2  # whole tones up from 392 Hz
             octave = 2 if event.kind == "collision" else 1
             pitch = 392.0 * octave * 2 ** (note / 12)
-            sound[begin : begin + len(t)] += (0.35 * np.sin(2 * np.pi * pitch * t) * np.exp(-t / 0.09)).astype(np.float32)
+            sound[begin : begin + len(t)] += (
+                0.35 * np.sin(2 * np.pi * pitch * t) * np.exp(-t / 0.09)
+            ).astype(np.float32)
     return np.clip(sound, -1, 1)
 
 
@@ -411,13 +421,17 @@ def make_clip(job: Job) -> tuple[ClipRecord, bytes, NDArray[np.uint8] | None]:
     return record, mp4, captioned if job.keep_frames else None
 
 
-def _ground_truth(scene: Scene, trajectories: list[NDArray[np.float64]], events: list[Event]) -> dict[str, Any]:
+def _ground_truth(
+    scene: Scene, trajectories: list[NDArray[np.float64]], events: list[Event]
+) -> dict[str, Any]:
     return {
         "attributes": [asdict(body.attributes) for body in scene.bodies],
         "diameters": [round(body.shape.diameter, 3) for body in scene.bodies],
         "speeds": [round(body.speed, 3) for body in scene.bodies],
         "trajectories": [np.round(t, 3).tolist() for t in trajectories],
-        "events": [{"seconds": round(e.seconds, 5), "kind": e.kind, "objects": list(e.objects)} for e in events],
+        "events": [
+            {"seconds": round(e.seconds, 5), "kind": e.kind, "objects": list(e.objects)} for e in events
+        ],
         "caption_seconds": WINDOW_SECONDS,
         "background": list(scene.background),
     }
@@ -435,25 +449,43 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
         except ValueError:
             raise ValueError(f"--sizes {text}: {item!r} is not WIDTHxHEIGHT, e.g. 64x64,80x48.") from None
         if min(width, height) < 32 or width % 16 or height % 16:
-            raise ValueError(f"--sizes {text}: sides of {item} must be multiples of 16 from 32 on, e.g. 64x64.")
+            raise ValueError(
+                f"--sizes {text}: sides of {item} must be multiples of 16 from 32 on, e.g. 64x64."
+            )
         sizes.append((width, height))
     return sizes
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write, e.g. data/toy")
-    parser.add_argument("--clips", type=int, default=1200, help="clips of the train split (default %(default)s)")
-    parser.add_argument("--heldout", type=int, default=96, help="clips of the held-out split (default %(default)s)")
+    parser.add_argument(
+        "--clips", type=int, default=1200, help="clips of the train split (default %(default)s)"
+    )
+    parser.add_argument(
+        "--heldout", type=int, default=96, help="clips of the held-out split (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other clips (default %(default)s)")
-    parser.add_argument("--sizes", default="64x64,64x64,80x48,48x80", help="WIDTHxHEIGHT list, drawn evenly (default %(default)s)")
-    parser.add_argument("--pairs", type=float, default=0.15, help="share of clips with two objects (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes; changes nothing but the time (default %(default)s)")
+    parser.add_argument(
+        "--sizes",
+        default="64x64,64x64,80x48,48x80",
+        help="WIDTHxHEIGHT list, drawn evenly (default %(default)s)",
+    )
+    parser.add_argument(
+        "--pairs", type=float, default=0.15, help="share of clips with two objects (default %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes; changes nothing but the time (default %(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the data set that lies in --out")
     arguments = parser.parse_args(argv)
     if arguments.clips < 1 or arguments.heldout < 0 or arguments.workers < 1 or not 0 <= arguments.pairs <= 1:
-        parser.error("--clips and --workers must be at least 1, --heldout at least 0, --pairs between 0 and 1")
+        parser.error(
+            "--clips and --workers must be at least 1, --heldout at least 0, --pairs between 0 and 1"
+        )
     return arguments
 
 
@@ -495,7 +527,12 @@ def main(argv: list[str] | None = None) -> int:
             if frames is not None:
                 rows.append((frames, f"{record.split}: {record.caption}"))
     sheet = arguments.out / "contact_sheet.png"
-    contact_sheet(rows, sheet, columns=2, title="toy, seed %d: the captioned first %.3f seconds" % (arguments.seed, WINDOW_SECONDS))
+    contact_sheet(
+        rows,
+        sheet,
+        columns=2,
+        title="toy, seed %d: the captioned first %.3f seconds" % (arguments.seed, WINDOW_SECONDS),
+    )
     print(f"contact sheet {sheet}")
     print(f"kept {len(jobs)}/{len(jobs)} READY {arguments.out}")
     return 0

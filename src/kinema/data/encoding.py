@@ -114,7 +114,9 @@ def _mux(
     if sound is not None:
         sound.codec_context.flags |= av.codec.context.Flags.bitexact
 
-    reformatter = av.video.reformatter.VideoReformatter()  # one for all frames: setting it up costs more than using it
+    reformatter = (
+        av.video.reformatter.VideoReformatter()
+    )  # one for all frames: setting it up costs more than using it
     for index, picture in enumerate(pictures):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
         frame = reformatter.reformat(frame, format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")

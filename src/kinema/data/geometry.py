@@ -38,7 +38,9 @@ class Geometry:
             )
 
     def check(self, shape: Sequence[int], key: str = "data.shapes") -> ClipShape:
-        """Return the shape when it is legal; else raise ValueError with the rules and the nearest legal shapes."""
+        """Return the shape when it is legal; else raise ValueError with the rules and the nearest legal
+        shapes.
+        """
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"{key}={list(shape)} must be [frames, height, width], each at least 1.")
         wanted = ClipShape(*shape)
@@ -54,7 +56,9 @@ class Geometry:
         )
 
     def nearest(self, shape: Sequence[int]) -> list[ClipShape]:
-        """Up to four legal shapes around the wanted one, nearest first (sum of the axes' absolute log ratios)."""
+        """Up to four legal shapes around the wanted one, nearest first (sum of the axes' absolute log
+        ratios).
+        """
         wanted = ClipShape(*shape)
         frame_step, *side_steps = self._steps
         latent_frames = (wanted.frames - 1) / self.temporal_stride + 1
@@ -97,8 +101,8 @@ class Geometry:
 def assign_shape(record: ClipRecord, shapes: Sequence[ClipShape], fps: float) -> ClipShape | None:
     """Give a clip the shape of nearest aspect ratio, and of those the longest that it can fill at `fps`.
 
-    Shapes of equal aspect ratio and length are told apart by area: the largest that needs no enlarging, else the
-    smallest. None when the clip is shorter than every shape of its aspect ratio; the caller counts it.
+    Shapes of equal aspect ratio and length are told apart by area: the largest that needs no enlarging, else
+    the smallest. None when the clip is shorter than every shape of its aspect ratio; the caller counts it.
     """
     aspect = math.log(record.width / record.height)
     misfits = [abs(math.log(shape.width / shape.height) - aspect) for shape in shapes]

@@ -25,7 +25,8 @@ class PlannedClip:
 
 @dataclass(frozen=True)
 class Slot:
-    """One place in a step: the clip, the epoch it belongs to, and its global position, counted from 0 for ever.
+    """One place in a step: the clip, the epoch it belongs to, and its global position, counted from 0 for
+    ever.
 
     All randomness of the clip (time offset, crop) is keyed by (seed, position).
     """
@@ -36,7 +37,8 @@ class Slot:
 
 
 def keyed_seed(*parts: int | str) -> int:
-    """Mix named parts into 64 bits, the same on every machine and version: the one source of keyed randomness.
+    """Mix named parts into 64 bits, the same on every machine and version: the one source of keyed
+    randomness.
 
     `keyed_seed(seed, "noise", step, lane)` seeds a generator. Parts are told apart by type and length, so
     ("ab", "c") and ("a", "bc"), or 1 and "1", differ.
@@ -67,8 +69,8 @@ class Plan:
     """Order of the clips for all epochs, cut into steps and dealt to lanes.
 
     Every epoch has its own permutation: shards are shuffled, and clips are shuffled inside blocks of
-    `shuffle_block_shards` shards, so that reading stays local. Positions run on through the epochs, and step s
-    takes positions [s * clips_per_step, (s + 1) * clips_per_step). Nothing depends on ranks or workers.
+    `shuffle_block_shards` shards, so that reading stays local. Positions run on through the epochs, and step
+    s takes positions [s * clips_per_step, (s + 1) * clips_per_step). Nothing depends on ranks or workers.
     """
 
     def __init__(
@@ -82,9 +84,13 @@ class Plan:
         max_pack_tokens: int,
         shuffle_block_shards: int,
     ) -> None:
-        """`shard_of[i]` is the shard of clips[i], any int; ValueError names what cannot work, before any step."""
+        """`shard_of[i]` is the shard of clips[i], any int; ValueError names what cannot work, before any
+        step.
+        """
         if not clips or len(clips) != len(shard_of):
-            raise ValueError(f"A plan needs clips, each with its shard; got {len(clips)} and {len(shard_of)}.")
+            raise ValueError(
+                f"A plan needs clips, each with its shard; got {len(clips)} and {len(shard_of)}."
+            )
         if lanes < 1 or clips_per_step < lanes:
             raise ValueError(
                 f"data.clips_per_step={clips_per_step} must be at least data.lanes={lanes}, and that at least 1: "
@@ -137,7 +143,9 @@ class Plan:
             )
 
     def _make_order(self, epoch: int) -> NDArray[np.int64]:
-        """The epoch's permutation of the clips, free of repeats inside the step that begins in the epoch before."""
+        """The epoch's permutation of the clips, free of repeats inside the step that begins in the epoch
+        before.
+        """
         order = self._blocks.permutation(self.seed, epoch)
         taken = epoch * len(self.clips) % self.clips_per_step  # of the step that straddles the border
         if taken and len(self.clips) >= 3 * self.clips_per_step:
@@ -156,10 +164,11 @@ class Plan:
 
 
 def deal(slots: Sequence[Slot], lanes: int, max_pack_tokens: int) -> list[list[Slot]]:
-    """Deal a step's slots to lanes so that the packs cost the same: dearest first, each to the cheapest lane with room.
+    """Deal a step's slots to lanes so that the packs cost the same: dearest first, each to the cheapest lane
+    with room.
 
-    Graham 1969, "Bounds on multiprocessing timing anomalies": without the token cap, the dearest lane costs at most
-    4/3 - 1/(3 lanes) times the least possible. Ties go to the lower position and the lower lane.
+    Graham 1969, "Bounds on multiprocessing timing anomalies": without the token cap, the dearest lane costs
+    at most 4/3 - 1/(3 lanes) times the least possible. Ties go to the lower position and the lower lane.
     """
     packs: list[list[Slot]] = [[] for _ in range(lanes)]
     costs, tokens = [0.0] * lanes, [0] * lanes
@@ -176,9 +185,9 @@ def deal(slots: Sequence[Slot], lanes: int, max_pack_tokens: int) -> list[list[S
 def pack_tokens_needed(tokens: Sequence[int], lanes: int, clips_per_step: int) -> int:
     """Token cap under which `deal` finds room for every clip of every possible step.
 
-    A clip of t tokens finds none only when every lane holds more than cap - t. That cannot be while some lane holds
-    fewer than ceil(clips / lanes) clips under a cap of so many of the largest; nor when the other clips' tokens, all
-    lanes together, are too few. The lower of the two caps is enough.
+    A clip of t tokens finds none only when every lane holds more than cap - t. That cannot be while some lane
+    holds fewer than ceil(clips / lanes) clips under a cap of so many of the largest; nor when the other
+    clips' tokens, all lanes together, are too few. The lower of the two caps is enough.
     """
     copies = 1 if len(tokens) >= 3 * clips_per_step else clips_per_step // len(tokens) + 2
     largest = sorted(list(tokens) * copies, reverse=True)[:clips_per_step]
@@ -194,7 +203,9 @@ class _Blocks:
 
     def permutation(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """The epoch's order of all clips."""
-        rank_of_shard = np.argsort(_random_keys(self.num_shards, seed, "shards", epoch), kind="stable").argsort()
+        rank_of_shard = np.argsort(
+            _random_keys(self.num_shards, seed, "shards", epoch), kind="stable"
+        ).argsort()
         block = rank_of_shard[self.shard_of] // self.block_shards
         keys = _random_keys(len(self.shard_of), seed, "clips", epoch)
         return np.lexsort((keys, block)).astype(np.int64)
@@ -206,7 +217,8 @@ def _random_keys(count: int, *parts: int | str) -> NDArray[np.uint64]:
 
 
 def _move_back(order: NDArray[np.int64], unwanted: set[int], head: int, clips_per_step: int) -> None:
-    """Swap unwanted clips out of the first `head` places, in place, for the nearest wanted ones of the middle.
+    """Swap unwanted clips out of the first `head` places, in place, for the nearest wanted ones of the
+    middle.
 
     The last `clips_per_step` places stay as they are, because the next epoch looks at them.
     """

@@ -1,7 +1,6 @@
 """The DeepSpeed engine: one function makes its dictionary, and sharded float32 state goes in and out by name."""
 
 import enum
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +70,6 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         if precision is Precision.bfloat16:
             # Inside the module, because DeepSpeed turns off an autocast that was entered outside it.
             device_type = next(module.parameters()).device.type

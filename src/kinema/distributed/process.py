@@ -1,10 +1,12 @@
 """Starting one rank: devices, the process group, and DeepSpeed's compiled communication op."""
 
 import fcntl
+import logging
 import os
 import random
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +47,9 @@ def start_process(timeout_seconds: float) -> Process:
     """Join the process group that `torchrun`, `deepspeed` or Slurm describes in the environment; alone without one."""
     import deepspeed
 
+    # DeepSpeed calls collectives by the names that torch 2.13 deprecates, once a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     alone = "RANK" not in os.environ
     if alone:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
@@ -132,3 +137,8 @@ def seed_everything(seed: int) -> None:
     """Fix the global generators; training draws keyed noise and never depends on their state."""
     random.seed(seed)
     torch.manual_seed(seed)
+
+
+if __name__ == "__main__":  # set-up: compile now, so that no run has to
+    if not torch.cuda.is_available():
+        load_cpu_communication_op()

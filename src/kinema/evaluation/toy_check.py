@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (232, 44, 40),
     "green": (40, 196, 62),
@@ -85,12 +84,16 @@ def heldout_prompts(n: int = 64) -> list[HeldoutPrompt]:
         for size, (speed, bounces) in product(SIZES, [("slowly", False), ("slowly", True), ("quickly", True)])
     ]
     if not 1 <= n <= len(combos) * len(variants):
-        raise ValueError(f"n={n} must be from 1 to {len(combos) * len(variants)}, the number of different prompts.")
+        raise ValueError(
+            f"n={n} must be from 1 to {len(combos) * len(variants)}, the number of different prompts."
+        )
     prompts = []
     for i in range(n):
         round_, place = divmod(i, len(combos))
         colour, shape, direction = combos[place]
-        size, speed, bounces = variants[(round_ + place) % len(variants)]  # shifted: words stay balanced for any n
+        size, speed, bounces = variants[
+            (round_ + place) % len(variants)
+        ]  # shifted: words stay balanced for any n
         phrase = Attributes(size, colour, shape, speed, direction, bounces).phrase
         prompts.append(HeldoutPrompt(phrase, colour, shape, direction))
     return prompts
@@ -186,7 +189,9 @@ def look(frames: NDArray[np.uint8]) -> Finding:
     of its centroid. Raises ValueError for another layout or fewer than 4 frames.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) < 4:
-        raise ValueError(f"frames of type {frames.dtype} and shape {frames.shape} must be uint8 (T >= 4, H, W, 3).")
+        raise ValueError(
+            f"frames of type {frames.dtype} and shape {frames.shape} must be uint8 (T >= 4, H, W, 3)."
+        )
     pictures = frames.astype(np.float32)
     background = _plain_background(pictures)
     if background is None:
@@ -203,7 +208,10 @@ def look(frames: NDArray[np.uint8]) -> Finding:
     if purity < 0.7:
         colour = NONE
     measures = np.array(
-        [_moments(pictures[t], background, core.mean(0), objects[t]) for t, core in zip(good, cores, strict=True)]
+        [
+            _moments(pictures[t], background, core.mean(0), objects[t])
+            for t, core in zip(good, cores, strict=True)
+        ]
     )
     shape, agreement = _majority([name_shape(*m[2:]) for m in measures])
     if agreement < 0.6 or name_shape(*np.median(measures[:, 2:], axis=0)) != shape:
@@ -254,7 +262,11 @@ def _components(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
         for neighbour in (spread[:-2, 1:-1], spread[2:, 1:-1], spread[1:-1, :-2], spread[1:-1, 2:]):
             np.maximum(inner, neighbour, out=inner, where=mask)
         if np.array_equal(before, inner):
-            return np.unique(inner, return_inverse=True)[1].reshape(mask.shape) if not mask.all() else inner * 0 + 1
+            return (
+                np.unique(inner, return_inverse=True)[1].reshape(mask.shape)
+                if not mask.all()
+                else inner * 0 + 1
+            )
 
 
 def _of_steady_size(objects: list[NDArray[np.bool_] | None]) -> list[NDArray[np.bool_] | None]:
@@ -296,7 +308,10 @@ def hue_degrees(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _moments(
-    picture: NDArray[np.float32], background: NDArray[np.float32], colour: NDArray[np.float32], mask: NDArray[np.bool_]
+    picture: NDArray[np.float32],
+    background: NDArray[np.float32],
+    colour: NDArray[np.float32],
+    mask: NDArray[np.bool_],
 ) -> tuple[float, ...]:
     """(x, y) of the centroid in pixels, then what `name_shape` asks: its five normalised moments.
 
@@ -327,7 +342,7 @@ def _dilate(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
     return mask
 
 
-TRIANGLE_THIRD = -(4 / (3 * np.sqrt(3))) ** 1.5 / 10
+TRIANGLE_THIRD = -((4 / (3 * np.sqrt(3))) ** 1.5) / 10
 """Imaginary part of E z^3 / area^1.5 of an equilateral triangle that stands on its base; 0 for circle and square."""
 SQUARE_FOURTH = -1 / 60
 """E z^4 / area^2 of an upright square; 0 for circle and equilateral triangle."""
@@ -344,7 +359,7 @@ def name_shape(compactness: float, elongation: float, third_x: float, third_y: f
     prototypes = {"circle": (0, 0, 0), "square": (0, 1, 0), "triangle": (1, 0, 0)}
     distances = {name: float(np.linalg.norm(point - prototype)) for name, prototype in prototypes.items()}
     nearest = min(distances, key=distances.__getitem__)
-    return nearest if distances[nearest] < 0.5 else NONE
+    return nearest if distances[nearest] < 0.45 else NONE
 
 
 def name_motion(centroids: NDArray[np.float64]) -> tuple[str, bool]:

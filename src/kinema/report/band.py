@@ -159,9 +159,10 @@ def _band_of(curves: list[Series], at: NDArray[np.float64], window: float) -> di
     smooth = np.stack([running_median(curve, at, window) for curve in curves])  # (runs, points)
     mid = np.median(smooth, axis=0)
     errors = np.stack([_median_error(curve, at, window) for curve in curves])
-    variance = np.mean(errors**2, axis=0)
+    variance = _calm(np.mean(errors**2, axis=0))
     if len(curves) > 1:
         variance = variance + np.var(smooth, axis=0, ddof=1)
+    variance = variance * (1 + 1 / len(curves))  # the middle is uncertain too, the more the fewer the runs
     half = np.maximum(WIDTH_IN_DEVIATIONS * np.sqrt(variance), LEAST_WIDTH * np.abs(mid))
     return {"mid": _numbers(mid), "low": _numbers(mid - half), "high": _numbers(mid + half)}
 
@@ -178,6 +179,12 @@ def _median_error(curve: Series, at: NDArray[np.float64], window: float) -> NDAr
         sigma = 1.4826 * np.median(np.abs(inside - np.median(inside)))
         errors.append(1.2533 * sigma / np.sqrt(len(inside)))
     return np.array(errors)
+
+
+def _calm(variance: NDArray[np.float64], reach: int = 4) -> NDArray[np.float64]:
+    """Median over neighbouring points: the scatter inside one window of a few records says little alone."""
+    windows = (variance[max(0, i - reach) : i + reach + 1] for i in range(len(variance)))
+    return np.array([np.nanmedian(window) if np.isfinite(window).any() else np.nan for window in windows])
 
 
 def _numbers(values: NDArray[np.float64]) -> list[float | None]:

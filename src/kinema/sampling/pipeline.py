@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from kinema.data.pixels import to_uint8
 from kinema.diffusion.guidance import check_guidance, guided
 from kinema.diffusion.objective import Objective
 from kinema.diffusion.solvers import Solver, solve
-from kinema.models.vae.vae import CausalVAE
+from kinema.models.vae import CausalVAE
 
 
 @dataclass
@@ -105,15 +104,6 @@ class Pipeline:
         self.vae.eval()
         device = next(self.vae.parameters()).device
         return [to_uint8(self.vae.decode(clip[None].to(device))[0]).cpu() for clip in latents]
-
-    def manifest(self) -> dict[str, Any]:
-        """The part of the manifest that sampling obeys."""
-        return {
-            "fps": self.fps,
-            "shapes": [list(shape) for shape in self.shapes],
-            "text": self.text_encoder.policy(),
-            "guidance_dropout": self.guidance_dropout,
-        }
 
 
 def initial_noise(size: Sequence[int], seed: int) -> Tensor:

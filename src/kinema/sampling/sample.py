@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from kinema.conditioning.text import HashText, PretrainedText, build_text_encoder, check_policy
@@ -124,7 +126,7 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     shape = ClipShape(*config.shape) if config.shape else pipeline.shapes[0]
     if config.allow_untrained_shape:
         pipeline.geometry.check(shape, key="shape")
-        pipeline = _with_shape(pipeline, shape)
+        pipeline = replace(pipeline, shapes=[*pipeline.shapes, shape])
     pipeline.check(config, shape, config.fps)
     say(f"loaded {loaded.describe()}")
     run_dir = loaded.checkpoint.folder.parent.parent
@@ -143,7 +145,8 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
             rows.append((frames.numpy(), caption))
             paths.append(path)
     bar.close()
-    contact_sheet(rows, out / "sheet.png", columns=1 if len(rows) < 8 else 2, metadata=metadata(loaded, config, "", 0))
+    contact_sheet(rows, out / "sheet.png", columns=1 if len(rows) < 8 else 2)
+    stamp_png(out / "sheet.png", metadata(loaded, config, " | ".join(captions), 0))
     say(f"wrote {len(paths)} video(s) and a contact sheet to {out}")
     return paths
 
@@ -170,11 +173,15 @@ def metadata(loaded: Loaded, config: SamplingConfig, caption: str, index: int) -
     }
 
 
+def stamp_png(path: Path, fields: dict[str, str]) -> None:
+    """Put text fields into a PNG file."""
+    text = PngInfo()
+    for name, value in fields.items():
+        text.add_itxt(name, value)
+    with Image.open(path) as picture:
+        picture.load()
+        picture.save(path, pnginfo=text)
+
+
 def _from_seed(config: SamplingConfig, seed: int) -> SamplingConfig:
     return SamplingConfig(config.solver, config.num_steps, config.guidance_scale, config.timestep_shift, seed)
-
-
-def _with_shape(pipeline: Pipeline, shape: ClipShape) -> Pipeline:
-    from dataclasses import replace
-
-    return replace(pipeline, shapes=[*pipeline.shapes, shape])

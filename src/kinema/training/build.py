@@ -18,9 +18,9 @@ from tqdm import tqdm
 from kinema.conditioning.text import build_text_encoder
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.latents import LatentCache
-from kinema.data.ledger import Quarantine
-from kinema.data.loading import DataConfig, Pack, make_loader, plan_clips
-from kinema.data.plan import Plan, lanes_of
+from kinema.data.ledger import Ledger, Quarantine
+from kinema.data.loading import DataConfig, KeepReport, Pack, make_loader, plan_clips, resolve_folder
+from kinema.data.plan import Plan, PlannedClip, lanes_of
 from kinema.data.shards import DatasetIndex
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
@@ -31,7 +31,7 @@ from kinema.models.vae import CausalVAE
 from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import geometry_of
 from kinema.training.checkpoint import CheckpointStore, write_json
-from kinema.training.dit_task import DiTTask, shapes_of
+from kinema.training.dit_task import DiTTask
 from kinema.training.ema import EMA
 from kinema.training.loop import Outputs, Trainer, initial_weights
 from kinema.training.metrics import WandbTracker
@@ -181,7 +181,7 @@ class Data:
     shapes: list[ClipShape]
     cache: LatentCache | None
     seed: int
-    report: str
+    kept: KeepReport
 
     @property
     def lanes_per_rank(self) -> int:
@@ -206,6 +206,7 @@ class Data:
             fps=self.config.fps,
             decoder=self.config.decoder,
             window=self.config.window,
+            crop=self.config.crop,
             seed=self.seed,
             num_workers=self.config.num_workers if workers is None else workers,
             prefetch=self.config.prefetch,
@@ -228,30 +229,44 @@ class Data:
 
 def build_data(config: "Config", geometry: Geometry, process: Process, run: Run, vae_hash: str | None) -> Data:
     """Index, shapes and plan of the training and held-out clips; every refusal is counted and shown."""
-    data, shapes = config.data, shapes_of(config.data.shapes)
+    data, shapes = config.data, config.data.clip_shapes
     for shape in shapes:
-        geometry.check(shape, key="data.shapes")
-    index = DatasetIndex.load(data.path, split=data.train_split)
-    heldout = DatasetIndex.load(data.path, split=data.heldout_split)
-    clips, kept = plan_clips(index, data, geometry)
+        geometry.check(shape)
+    path = resolve_folder(data.path, data.cache_folder)
+    index = DatasetIndex.load(path, split=data.train_split)
+    heldout = DatasetIndex.load(path, split=data.heldout_split)
+    clips, kept = choose_clips(config, index, geometry)
     heldout_plan = None
     if heldout.entries:
-        heldout_clips, _ = plan_clips(heldout, data, geometry)
-        heldout_plan = build_plan(config, heldout, heldout_clips)
+        heldout_plan = build_plan(config, heldout, choose_clips(config, heldout, geometry)[0])
     cache = None
     if data.latents is not None:
         if vae_hash is None:
             raise ValueError(f"data.latents={data.latents}: a VAE trains on frames. Type data.latents=null.")
         cache = LatentCache.load(data.latents, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps)
+        cache.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in clips])
     if process.is_main:
         tqdm.write(f"data {data.path}: {kept.line()}")
     return Data(
         data, index, heldout, build_plan(config, index, clips), heldout_plan,
-        lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept.line(),
+        lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept,
     )  # fmt: skip
 
 
-def build_plan(config: "Config", index: DatasetIndex, clips: list[Any]) -> Plan:
+def choose_clips(config: "Config", index: DatasetIndex, geometry: Geometry) -> tuple[list[PlannedClip], KeepReport]:
+    """The clips that a run uses, and why it leaves others out."""
+    data = config.data
+    return plan_clips(
+        index,
+        data.clip_shapes,
+        data.fps,
+        geometry,
+        allowed_licenses=data.allowed_licenses,
+        require_captions=data.require_captions,
+    )
+
+
+def build_plan(config: "Config", index: DatasetIndex, clips: list[PlannedClip]) -> Plan:
     """The plan that deals planned clips to steps and lanes."""
     shards = sorted({entry.shard for entry in index.entries})
     return Plan(
@@ -295,6 +310,9 @@ def assemble(
 ) -> Trainer:
     """The trainer from its parts; the same for every task."""
     barrier()
+    ledger = Ledger()
+    if process.is_main:
+        ledger.record_kept(data.kept)
     heldout = (lambda: data.heldout_packs(config.validation.clips)) if data.heldout_plan else None
     schedule, peak, steps = config.schedule, config.optim.learning_rate, config.steps
     return Trainer(
@@ -312,12 +330,13 @@ def assemble(
         validation=config.validation,
         logging=config.logging,
         outputs=run.outputs,
-        quarantine=Quarantine(config.data.max_failed_fraction),
+        quarantine=Quarantine(config.data.max_failed_fraction, config.data.min_failed_clips),
         manifest=manifest,
         config_yaml=run.config_yaml,
         sample_every_steps=sample_every_steps,
         make_samples=make_samples,
         after_first_step=after_first_step,
+        ledger=ledger,
     )
 
 
@@ -332,7 +351,7 @@ def common_manifest(config: "Config", data: Data) -> dict[str, Any]:
         "data": {
             "hash": data.index.hash,
             "licenses": data.index.manifest["licenses"],
-            "kept": data.report,
+            "kept": data.kept.line(),
         },
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

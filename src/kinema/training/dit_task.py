@@ -8,13 +8,13 @@ from torch import Tensor
 
 from kinema.conditioning.dropout import DropoutCount, drop_text
 from kinema.conditioning.text import TextEncoder
-from kinema.data.geometry import ClipShape, Geometry
+from kinema.data.geometry import Geometry
 from kinema.data.loading import Pack
 from kinema.data.pixels import to_model_range
 from kinema.data.plan import keyed_seed
 from kinema.diffusion.objective import Objective
 from kinema.distributed.engine import Engine
-from kinema.models.vae.vae import CausalVAE, Posterior
+from kinema.models.vae import CausalVAE, Posterior
 from kinema.sampling.pipeline import SamplingConfig
 from kinema.training.metrics import Clock
 
@@ -193,7 +193,3 @@ def noise_table(totals: dict[str, float]) -> dict[str, Any]:
         table[f"{i / NOISE_BINS:.2f}-{(i + 1) / NOISE_BINS:.2f}"] = total / weight if weight else None
     return table
 
-
-def shapes_of(shapes: list[list[int]]) -> list[ClipShape]:
-    """Configured [frames, height, width] lists as shapes."""
-    return [ClipShape(*shape) for shape in shapes]

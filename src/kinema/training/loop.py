@@ -1,9 +1,10 @@
 """The training loop: steps, checkpoints, validation, samples. What a pack costs is the task's business."""
 
+import json
 import math
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kinema.data.ledger import Ledger, Quarantine
-from kinema.data.loading import Pack
+from kinema.data.loading import Failure, Pack
 from kinema.data.plan import Plan
 from kinema.data.shards import DatasetIndex
 from kinema.distributed.collectives import all_sum, from_main, gather_objects
@@ -133,6 +134,7 @@ class Trainer:
     step: int = 0
     ledger: Ledger = field(default_factory=Ledger)
     _stop_signal: str | None = None
+    _stop: str | None = None
     _failed_saves: int = 0
     _saved_step: int = -1
 
@@ -158,19 +160,18 @@ class Trainer:
             bar.set_postfix_str(f"loss {totals['loss']:.4f}", refresh=False)
             first = window.first_of_run
             if first:
-                self.after_first_step()
+                self.after_first_step()  # a key that nothing has read by now stops the run
             if first or self.step % self.logging.every_steps == 0 or self.step == self.steps:
                 self._log(window, clock)
             if validation and due(self.step, self.validation.every_steps, self.steps):
                 self._validate(validation)
             if self.make_samples and due(self.step, self.sample_every_steps, self.steps):
                 self._sample()
-            stopped = self._stop_agreed()
-            if stopped or due(self.step, self.checkpoint.every_steps, self.steps):
+            if self._stop or due(self.step, self.checkpoint.every_steps, self.steps):
                 self._save()
-            if stopped:
+            if self._stop:
                 bar.close()
-                self._finish(f"stopped by {stopped} at step {self.step}; the same command continues")
+                self._finish(f"stopped by {self._stop} at step {self.step}; the same command continues")
                 return EXIT_PREEMPTED
         bar.close()
         self._finish("finished")
@@ -181,7 +182,7 @@ class Trainer:
         # The weight of the whole step must be known before the first backward: failed clips count 0 everywhere.
         total_weight = all_sum([sum(float(pack.weights.sum()) for pack in packs)])[0]
         if total_weight == 0:
-            raise ValueError(f"every clip of step {self.step} failed to decode; see quarantine.jsonl.")
+            raise ValueError(f"every clip of step {self.step} failed to decode: {packs[0].failures[:3]}.")
         learning_rate = self.learning_rate(self.step)
         sums: dict[str, float] = {}
         for pack in packs:
@@ -190,14 +191,18 @@ class Trainer:
             self.ledger.record(pack, self.index)
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
+        sums["failures"] = float(sum(len(pack.failures) for pack in packs))
+        sums["stop_signals"] = float(self._stop_signal is not None)
         totals = dict(zip(sums, all_sum(list(sums.values())), strict=True))
         if not math.isfinite(totals["loss"]):
             keys = [key for everyone in gather_objects([k for p in packs for k in p.keys]) for key in everyone]
             raise NonFiniteLoss(
                 f"the loss of step {self.step} is {totals['loss']}. Clips: {keys}. The last checkpoint is intact."
             )
-        self._quarantine(packs)
         self.step += 1
+        if totals.pop("failures"):
+            self._quarantine([failure for pack in packs for failure in pack.failures])
+        self._stop = next(filter(None, gather_objects(self._stop_signal))) if totals.pop("stop_signals") else None
         totals["lr"] = learning_rate
         totals["grad_norm"] = self._model_engine().grad_norm()
         return totals
@@ -230,20 +235,23 @@ class Trainer:
             if record is not None:
                 self.outputs.write({"step": self.step, **record})
 
-    def _quarantine(self, packs: list[Pack]) -> None:
-        failures = [failure for pack in packs for failure in pack.failures]
-        everyone = [failure for rank in gather_objects(failures) for failure in rank] if self._any(failures) else []
-        decoded = int(all_sum([float(sum(len(pack.keys) for pack in packs))])[0])
-        if self.process.is_main and everyone:
+    def _quarantine(self, failures: list[Failure]) -> None:
+        """Write damaged clips down, on the main rank, and stop all ranks together when there are too many."""
+        everyone = [failure for rank in gather_objects(failures) for failure in rank]
+        if self.process.is_main:
             with (self.outputs.run_dir / "quarantine.jsonl").open("a") as handle:
                 for failure in everyone:
-                    handle.write(failure.to_json(self.step) + "\n")
+                    handle.write(json.dumps({"step": self.step, **asdict(failure)}) + "\n")
         for failure in everyone:
             self.outputs.event(self.step, "quarantine", f"{failure.key} in {failure.shard}: {failure.reason}")
-        self.quarantine.add(decoded, everyone)
+        self.quarantine.check(self._whole_ledger())
 
-    def _any(self, values: list[Any]) -> bool:
-        return all_sum([float(len(values))])[0] > 0
+    def _whole_ledger(self) -> Ledger:
+        """The ledgers of all ranks added up; a collective."""
+        whole = Ledger()
+        for values in gather_objects(self.ledger.to_dict()):
+            whole.merge(Ledger.from_dict(values))
+        return whole
 
     # Signals
 
@@ -253,12 +261,6 @@ class Trainer:
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, remember)
-
-    def _stop_agreed(self) -> str | None:
-        """The signal that any rank got, so that all stop after the same step."""
-        if all_sum([float(self._stop_signal is not None)])[0] == 0:
-            return None
-        return next(name for name in gather_objects(self._stop_signal) if name)
 
     # Checkpoints
 
@@ -283,8 +285,7 @@ class Trainer:
             "step": self.step,
             "plan": self.plan.state(self.step),
             "optimizer_steps": {name: engine.optimizer_step() for name, engine in engines.items()},
-            "quarantine": self.quarantine.to_dict(),
-            "ledger": Ledger.merge([Ledger.from_dict(d) for d in gather_objects(self.ledger.to_dict())]).to_dict(),
+            "ledger": self._whole_ledger().to_dict(),
         }
         problem = None
         if self.process.is_main:
@@ -349,8 +350,8 @@ class Trainer:
                     shard.copy_(value)
             engine.set_optimizer_step(training["optimizer_steps"][name])
         self.ema.load(found.tensors("ema"))
-        self.quarantine.load(training["quarantine"])
-        if self.process.is_main:  # the other ranks count on from nothing; sums are taken over all
+        self.ledger = Ledger()  # the main rank goes on counting; the others start anew, and all are added up
+        if self.process.is_main:
             self.ledger = Ledger.from_dict(training["ledger"])
             self.outputs.metrics.truncate_after(self.step)
         self.outputs.event(self.step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)")

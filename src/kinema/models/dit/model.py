@@ -214,7 +214,7 @@ class DiT(nn.Module):
             if caption.ndim != 2 or caption.shape[1] != self.text_width or len(caption) == 0:
                 raise ValueError(
                     f"text embeddings have shape {tuple(caption.shape)}, the model was built for "
-                    f"(L >= 1, {self.text_width}). An empty caption is the encoder's null text, not no tokens."
+                    f"(L >= 1, {self.text_width}). An empty caption is the encoder's null text, never empty."
                 )
 
     def _initialise(self) -> None:

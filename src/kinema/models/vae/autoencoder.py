@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kinema.models.vae.layers import (
-    CausalConv,
     CausalSequential,
     ChannelNorm,
     Convolution,
@@ -28,6 +27,8 @@ from kinema.models.vae.layers import (
     space_to_depth,
 )
 from kinema.models.vae.posterior import LOGVAR_RANGE, Posterior
+
+INITIAL_LOGVAR = -5.0
 
 
 @dataclass
@@ -116,8 +117,20 @@ class _Output(nn.Module):
         self.norm = ChannelNorm(in_channels, config.norm)
         self.conv = conv3x3x3(in_channels, out_channels, config.convolution, config.time_padding)
 
+    @property
+    def last_bias(self) -> Tensor:
+        """The bias of the output channels, as data."""
+        return [module for module in self.conv.modules() if isinstance(module, nn.Conv3d)][-1].bias.data
+
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         return self.conv(nn.functional.silu(self.norm(x)), state)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Convolutions keep the variance of their input; PyTorch's default shrinks it to a third in each layer."""
+    if isinstance(module, nn.Conv3d):
+        nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        nn.init.zeros_(module.bias)
 
 
 class Encoder(CausalSequential):
@@ -177,6 +190,9 @@ class CausalVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.apply(_initialise)
+        # A posterior as wide as the prior drowns the untrained mean: it would collapse before it carries anything.
+        self.encoder[-1].last_bias[config.latent_channels :].fill_(INITIAL_LOGVAR)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
@@ -203,7 +219,9 @@ class CausalVAE(nn.Module):
         self._check_latents(latents)
         return self._to_pixels(self._denormalise(latents), None)
 
-    def encode_chunks(self, chunks: Iterable[Tensor], state: StreamState | None = None) -> Iterator[Posterior]:
+    def encode_chunks(
+        self, chunks: Iterable[Tensor], state: StreamState | None = None
+    ) -> Iterator[Posterior]:
         """Video in chunks along T -> the posterior of each; together equal to `encode` of the whole.
 
         The first chunk has k * temporal_stride + 1 frames, later ones k * temporal_stride. Pass a state to go
@@ -261,7 +279,9 @@ class CausalVAE(nn.Module):
 
     def _to_posterior(self, video: Tensor, state: StreamState | None) -> Posterior:
         # Channels last: the norm over channels then has a fused CPU kernel and convolutions are as fast.
-        pixels = space_to_depth(video, self.config.pixel_patch).contiguous(memory_format=torch.channels_last_3d)
+        pixels = space_to_depth(video, self.config.pixel_patch).contiguous(
+            memory_format=torch.channels_last_3d
+        )
         mean, logvar = self.encoder(pixels, state).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(*LOGVAR_RANGE))
 
@@ -285,9 +305,10 @@ class CausalVAE(nn.Module):
             raise ValueError(
                 f"the VAE encodes float videos (B, 3, T, H, W) in [-1, 1], not {video.dtype} {tuple(video.shape)}"
             )
-        self._check_size(*video.shape[2:], starts_clip=starts_clip)
+        frames, height, width = video.shape[2:]
+        self._check_size(frames, height, width, starts_clip)
         low, high = torch.stack([*torch.aminmax(video)]).tolist()
-        if not (-1.001 <= low and high <= 1.001):
+        if low < -1.001 or high > 1.001:
             raise ValueError(f"the VAE encodes pixels in [-1, 1], these lie in [{low:.3f}, {high:.3f}]")
 
     def _check_size(self, frames: int, height: int, width: int, starts_clip: bool) -> None:
@@ -300,7 +321,9 @@ class CausalVAE(nn.Module):
             raise ValueError(f"frames={frames}: vae.temporal_stride={time} needs {rule}; use {legal}")
         for name, size in (("height", height), ("width", width)):
             if size < 1 or size % space:
-                legal = " or ".join(str(n) for n in (size // space * space, (size // space + 1) * space) if n > 0)
+                legal = " or ".join(
+                    str(n) for n in (size // space * space, (size // space + 1) * space) if n > 0
+                )
                 raise ValueError(f"{name}={size}: vae.spatial_stride={space} must divide it; use {legal}")
 
     def _check_latents(self, latents: Tensor) -> None:

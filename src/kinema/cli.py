@@ -1,0 +1,56 @@
+"""The `kinema` command: what surrounds training. Each verb's last line is its verdict."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+VERBS: dict[str, tuple[str, str]] = {
+    "data check": ("kinema.data.check", "count and check the clips of a data set, and draw a contact sheet"),
+    "data index": ("kinema.data.index_command", "index the tar shards of a WebDataset that Kinema did not write"),
+    "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),
+    "report": ("kinema.report.page", "write the report page of a run"),
+    "evaluate": ("kinema.evaluation.captions", "measure how well the samples of a toy run follow held-out captions"),
+    "demo": ("kinema.demo", "the whole way on a laptop: data, VAE, DiT, samples, report"),
+}
+"""Verb -> module with `add_arguments(parser)` and `run(arguments) -> int`; imported only when it is used."""
+
+
+def main() -> None:
+    """Parse the verb, import its module, run it, and exit with its status."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    words = sys.argv[1:]
+    for verb, (module, summary) in VERBS.items():
+        parts = verb.split()
+        if words[: len(parts)] == parts:
+            sys.exit(run_verb(verb, module, summary, words[len(parts) :]))
+    print(overview(), file=sys.stdout if words in ([], ["--help"], ["-h"]) else sys.stderr)
+    sys.exit(0 if words in ([], ["--help"], ["-h"]) else 64)
+
+
+def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int:
+    """Run one verb; an error that a user can cause becomes one line."""
+    from kinema.console import EXIT_CONFIG
+
+    module = import_module(module_name)
+    parser = argparse.ArgumentParser(prog=f"kinema {verb}", description=f"{summary[0].upper()}{summary[1:]}.")
+    add_arguments: Callable[[argparse.ArgumentParser], None] = module.add_arguments
+    add_arguments(parser)
+    try:
+        return int(module.run(parser.parse_args(words)))
+    except ValueError as error:
+        if "KINEMA_TRACEBACK" in os.environ:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+
+
+def overview() -> str:
+    """What the command offers."""
+    lines = [f"  kinema {verb:<12} {summary}" for verb, (_, summary) in VERBS.items()]
+    return "\n".join(["usage: kinema VERB [options]      (kinema VERB --help for the options)", "", *lines])
+
+
+if __name__ == "__main__":
+    main()

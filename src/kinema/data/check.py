@@ -1,0 +1,261 @@
+"""`kinema data check PATH`: is every clip of a data set what its record says?"""
+
+import argparse
+import hashlib
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from kinema.data.contact_sheet import contact_sheet
+from kinema.data.cuts import suspected_cuts
+from kinema.data.sample import ClipRecord
+from kinema.data.shards import ClipEntry, DamagedSample, DatasetIndex, read_member
+
+EXIT_READY, EXIT_DATA_ERROR = 0, 65  # EX_DATAERR of sysexits.h
+SHEET_CLIPS = 24
+NAMED_KEYS = 5
+"""How many clips of one cause the verdict names before it says `...`."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a clip cannot be kept."""
+
+    key: str
+    cause: str
+    """`damaged`, `undecodable`, `no caption` or `wrong record`: what the verdict counts."""
+    detail: str
+
+
+@dataclass
+class ClipReport:
+    """What was found in one clip."""
+
+    record: ClipRecord
+    problem: Problem | None = None
+    cuts: list[int] = field(default_factory=list)
+    picture: NDArray[np.uint8] | None = None
+    """A few of its frames, only for clips of the contact sheet."""
+
+
+@dataclass
+class CheckResult:
+    """Everything that `kinema data check` prints."""
+
+    folder: Path
+    index: DatasetIndex
+    reports: list[ClipReport]
+    sheet: Path | None
+
+    @property
+    def problems(self) -> list[Problem]:
+        """One for each clip that cannot be kept, in data set order."""
+        return [report.problem for report in self.reports if report.problem is not None]
+
+    @property
+    def kept(self) -> int:
+        """Clips without a problem. A suspected cut is no problem but a hint."""
+        return len(self.reports) - len(self.problems)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every clip is kept."""
+        return not self.problems
+
+    @property
+    def exit_code(self) -> int:
+        """0 if ready, else 65."""
+        return EXIT_READY if self.ready else EXIT_DATA_ERROR
+
+    def verdict(self) -> str:
+        """`kept 512/512 READY`, or how many were kept and every cause with the first clips it hit."""
+        count = f"kept {self.kept}/{len(self.reports)}"
+        if self.ready:
+            return f"{count} READY"
+        by_cause: dict[str, list[str]] = defaultdict(list)
+        for problem in self.problems:
+            by_cause[problem.cause].append(problem.key)
+        causes = [f"{cause} {len(keys)} ({_first(keys)})" for cause, keys in sorted(by_cause.items())]
+        return f"{count}: {', '.join(causes)}"
+
+    def table(self) -> str:
+        """The data set in a few lines of plain text."""
+        records = [report.record for report in self.reports]
+        lines = [
+            f"{self.index.manifest['name']} in {self.folder}, hash {self.index.hash[:12]}",
+            "",
+            f"{'split':<10}{'clips':>7}{'minutes':>9}   {'seconds':<14}{'fps':<26}sizes",
+        ]
+        for split in sorted({record.split for record in records}, reverse=True):
+            lines.append(_split_line(split, [record for record in records if record.split == split]))
+        causes = Counter(problem.cause for problem in self.problems)
+        cut = [report.record.key for report in self.reports if report.cuts]
+        lines += [
+            "",
+            f"{'missing captions':<18}{causes['no caption']}",
+            f"{'undecodable':<18}{causes['undecodable']}",
+            f"{'damaged bytes':<18}{causes['damaged']}",
+            f"{'wrong records':<18}{causes['wrong record']}",
+            f"{'suspected cuts':<18}{len(cut)}" + (f" ({_first(cut)})" if cut else ""),
+            f"{'licences':<18}{_counts(record.license for record in records)}",
+            f"{'sources':<18}{_counts(record.source for record in records)}",
+            f"{'consent':<18}{_counts(record.consent for record in records)}",
+        ]
+        lines += [f"{'attribution':<18}{text}" for text in self.index.manifest.get("attributions", [])]
+        return "\n".join(lines)
+
+
+def check_dataset(folder: str | Path, *, workers: int = 2, show_progress: bool = False) -> CheckResult:
+    """Read and decode every clip, compare it with its record, and write `contact_sheet.png` beside the manifest.
+
+    Raises ValueError (from `DatasetIndex.load`) if the data set as a whole cannot be opened.
+    """
+    folder = Path(folder)
+    index = DatasetIndex.load(folder)
+    if not index.entries:
+        raise ValueError(f"data.path={folder} has no clips: there is nothing to check. Build it again.")
+    shown = set(np.rint(np.linspace(0, len(index.entries) - 1, SHEET_CLIPS)).astype(int).tolist())
+    reports = list(
+        tqdm(
+            _reports(folder, index.entries, shown, workers),
+            total=len(index.entries),
+            unit="clip",
+            desc="checking",
+            disable=not show_progress,
+        )
+    )
+    return CheckResult(folder, index, reports, _write_sheet(folder, reports))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `kinema data check`."""
+    parser.add_argument("path", type=Path, help="folder with a data set, e.g. data/toy")
+    parser.add_argument("--workers", type=int, default=2, help="decoding threads (default %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table, the problems and the verdict; returns 0 if ready, else 65."""
+    try:
+        result = check_dataset(arguments.path, workers=arguments.workers, show_progress=True)
+    except ValueError as error:
+        print(f"kept 0: {error}")
+        return EXIT_DATA_ERROR
+    print(result.table())
+    for problem in result.problems[:20]:
+        print(f"{problem.cause}: {problem.key}: {problem.detail}")
+    if len(result.problems) > 20:
+        print(f"... and {len(result.problems) - 20} more problems")
+    if result.sheet is not None:
+        print(f"contact sheet {result.sheet}")
+    print(result.verdict())
+    return result.exit_code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m kinema.data.check PATH`."""
+    parser = argparse.ArgumentParser(prog="kinema data check", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def _reports(folder: Path, entries: list[ClipEntry], shown: set[int], workers: int) -> Iterator[ClipReport]:
+    """A report for each entry, in order; decoding leaves Python's lock, so threads are enough."""
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(lambda i: _check_clip(folder, entries[i], i in shown), range(len(entries)))
+
+
+def _check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
+    record, key = entry.record, entry.record.key
+    try:
+        mp4 = read_member(folder, entry, "mp4")
+        if hashlib.sha256(mp4).hexdigest() != record.sha256:
+            return ClipReport(
+                record, Problem(key, "damaged", f"{entry.shard}: sha256 of the mp4 is not the record's")
+            )
+        if "json" in entry.members:
+            read_member(folder, entry, "json")
+    except DamagedSample as error:
+        return ClipReport(record, Problem(key, "damaged", f"{error.shard}: {error.reason}"))
+    try:
+        frames, fps = _decode(mp4)
+    except (av.error.FFmpegError, IndexError, ValueError) as error:
+        return ClipReport(record, Problem(key, "undecodable", f"{entry.shard}: {error}"))
+
+    report = ClipReport(record, cuts=suspected_cuts(frames))
+    difference = _difference(record, frames, fps)
+    if difference:
+        report.problem = Problem(key, "wrong record", difference)
+    elif not record.caption.strip():
+        report.problem = Problem(key, "no caption", "its caption is empty or absent")
+    if show:
+        report.picture = frames[np.rint(np.linspace(0, len(frames) - 1, 5)).astype(int)].copy()
+    return report
+
+
+def _decode(mp4: bytes) -> tuple[NDArray[np.uint8], float]:
+    """All frames (T, H, W, 3) as displayed, and the mean frame rate by their timestamps (0 for a single frame)."""
+    with av.open(io.BytesIO(mp4)) as container:
+        frames = list(container.decode(video=0))
+    if not frames:
+        raise ValueError("no frame could be decoded")
+    # PyAV leaves the turning that the file asks for to its caller; rotation is counter-clockwise, as rot90's.
+    turns = round(frames[0].rotation / 90) % 4
+    pictures = np.stack([np.rot90(frame.to_ndarray(format="rgb24"), turns) for frame in frames])
+    seconds = frames[-1].time - frames[0].time
+    return pictures, (len(frames) - 1) / seconds if seconds > 0 else 0.0
+
+
+def _difference(record: ClipRecord, frames: NDArray[np.uint8], fps: float) -> str:
+    """What the record says against what was decoded; empty when they agree."""
+    count, height, width = frames.shape[:3]
+    found = []
+    if (width, height) != (record.width, record.height):
+        found.append(f"size {record.width}x{record.height} in the record, {width}x{height} in the mp4")
+    if count != record.num_frames:
+        found.append(f"num_frames={record.num_frames} in the record, {count} in the mp4")
+    if fps and abs(fps - record.fps) > 0.01 * record.fps:
+        found.append(f"fps={record.fps:g} in the record, {fps:.3f} in the mp4")
+    if abs(record.duration_seconds - record.num_frames / record.fps) > 1.5 / record.fps:
+        found.append(f"duration_seconds={record.duration_seconds:g} is not num_frames / fps")
+    return "; ".join(found)
+
+
+def _write_sheet(folder: Path, reports: list[ClipReport]) -> Path | None:
+    rows = [(r.picture, f"{r.record.key}: {r.record.caption}") for r in reports if r.picture is not None]
+    if not rows:
+        return None  # nothing could be decoded; the verdict says so
+    path = folder / "contact_sheet.png"
+    contact_sheet(rows, path, columns=2, title=f"{len(rows)} of {len(reports)} clips of {folder.name}")
+    return path
+
+
+def _split_line(split: str, records: list[ClipRecord]) -> str:
+    seconds = [record.duration_seconds for record in records]
+    return (
+        f"{split:<10}{len(records):>7}{sum(seconds) / 60:>9.1f}   {f'{min(seconds):.2f} to {max(seconds):.2f}':<14}"
+        f"{_counts(f'{record.fps:g}' for record in records):<26}"
+        f"{_counts(f'{record.width}x{record.height}' for record in records)}"
+    )
+
+
+def _counts(values: Iterable[str]) -> str:
+    """`24: 310, 8: 290`, the commonest first."""
+    ordered = Counter(values).most_common()
+    shown = ", ".join(f"{value}: {count}" for value, count in ordered[:6])
+    return shown + (f", and {len(ordered) - 6} more" if len(ordered) > 6 else "")
+
+
+def _first(keys: list[str]) -> str:
+    return ", ".join(keys[:NAMED_KEYS]) + (", ..." if len(keys) > NAMED_KEYS else "")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,276 @@
+"""Cached VAE posteriors: encoded once, read by random access, refused when they belong to something else."""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from kinema.data.decoding import DecodeError, Decoder, decode_clip
+from kinema.data.geometry import ClipShape
+from kinema.data.plan import PlannedClip
+from kinema.data.shards import DamagedSample, DatasetIndex, Member, read_member, write_aside
+
+FORMAT_VERSION = 1
+"""Raise it when the pixels that reach the VAE change: frame choice, crop, resizing, range."""
+MANIFEST = "latents.json"
+BLOCK = 512  # bytes; tar rounds every payload up to whole blocks
+
+
+class LatentWriter:
+    """Writes posteriors into WebDataset tars (one safetensors member a clip), an index beside each, and a
+    manifest.
+
+    A context manager. The folder takes its name when it is whole; nothing is left of an interrupted one.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        vae_hash: str,
+        data_hash: str,
+        shapes: Sequence[ClipShape],
+        fps: float,
+        max_samples: int = 1024,
+    ) -> None:
+        self.folder, self.max_samples = Path(folder), max_samples
+        if self.folder.exists():
+            raise ValueError(
+                f"folder={self.folder} exists already. Remove it, or choose another for the latents."
+            )
+        self.building = self.folder.with_name(self.folder.name + ".building")
+        self._identity = _identity(vae_hash, data_hash, shapes, fps)
+        self._latent_shapes: dict[ClipShape, list[int]] = {}
+        self._shards: list[dict[str, Any]] = []
+        self._samples: list[dict[str, Any]] = []
+        self._failures: dict[str, str] = {}
+        self._tar: Any = None
+
+    def __enter__(self) -> "LatentWriter":
+        shutil.rmtree(self.building, ignore_errors=True)
+        self.building.mkdir(parents=True)
+        return self
+
+    def write(self, key: str, shape: ClipShape, start_seconds: float, mean: Tensor, logvar: Tensor) -> None:
+        """Append one posterior, (C, t, h, w) each; kept as float32."""
+        if mean.shape != logvar.shape or mean.ndim != 4:
+            sizes = f"mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)}"
+            raise ValueError(f"Clip key={key}: {sizes} must both be (C, t, h, w).")
+        expected = self._latent_shapes.setdefault(shape, list(mean.shape))
+        if expected != list(mean.shape):
+            raise ValueError(
+                f"Clip key={key}: latents {list(mean.shape)}, but others of {shape} have {expected}."
+            )
+        tensors = {"mean": mean.float().cpu().contiguous(), "logvar": logvar.float().cpu().contiguous()}
+        self._append(key, shape, round(start_seconds, 6), safetensors.save(tensors))
+
+    def fail(self, key: str, reason: str) -> None:
+        """Note a clip that could not be encoded; reading it reports the reason, as for any damaged clip."""
+        self._failures[key] = reason
+
+    def _append(self, key: str, shape: ClipShape, start_seconds: float, payload: bytes) -> None:
+        if self._tar is None:
+            from webdataset.writer import TarWriter
+
+            self._tar_path = self.building / f"latents-{len(self._shards):06d}.tar"
+            self._tar = TarWriter(str(self._tar_path), encoder=False, mtime=0)
+        name = f"{key}--{'x'.join(map(str, shape))}--{round(start_seconds * 1e6):012d}"
+        self._tar.write({"__key__": name, "safetensors": payload})
+        offset = self._tar.tarstream.offset - (len(payload) + BLOCK - 1) // BLOCK * BLOCK
+        member = {"offset": offset, "size": len(payload), "crc32": zlib.crc32(payload)}
+        self._samples.append({"key": key, "shape": shape, "start_seconds": start_seconds, "member": member})
+        if len(self._samples) == self.max_samples:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        self._tar.close()
+        path = self._tar_path
+        content = json.dumps({"shard": path.name, "samples": self._samples}, indent=0).encode()
+        write_aside(path.with_suffix(".index.json"), content)
+        shard = {"file": path.name, "bytes": path.stat().st_size, "samples": len(self._samples)}
+        self._shards.append({**shard, "index_crc32": zlib.crc32(content)})
+        self._tar, self._samples = None, []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._tar is not None:
+            self._close_shard()
+        if kind is not None or not self._shards:
+            shutil.rmtree(self.building)
+            if kind is None:
+                raise ValueError(
+                    f"No latents were written for folder={self.folder}: {self._failures or 'no clips'}."
+                )
+            return
+        manifest = {
+            **self._identity,
+            "latent_shapes": [[list(shape), latent] for shape, latent in self._latent_shapes.items()],
+            "failures": self._failures,
+            "shards": self._shards,
+        }
+        write_aside(self.building / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        os.replace(self.building, self.folder)
+
+
+def write_latents(
+    folder: str | Path,
+    index: DatasetIndex,
+    clips: Sequence[PlannedClip],
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    vae_hash: str,
+    shapes: Sequence[ClipShape],
+    fps: float,
+    decoder: Decoder = Decoder.decord,
+    windows_per_clip: int = 1,
+) -> dict[str, str]:
+    """Encode every planned clip into `folder`; returns {key: reason} of those that failed.
+
+    `encode` maps frames uint8 (T, H, W, 3) to the posterior's mean and log-variance (C, t, h, w). With more
+    than one window, starts are spread evenly over what each clip can spare; the loader draws among them.
+    """
+    failures = {}
+    with LatentWriter(folder, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=fps) as writer:
+        for clip in clips:
+            entry = index.entries[clip.entry_index]
+            spare = max(entry.record.duration_seconds - clip.shape.frames / fps, 0.0)
+            try:
+                mp4 = read_member(index.folder, entry, "mp4")
+                for start in np.unique(np.linspace(0, spare, windows_per_clip).round(6)).tolist():
+                    frames = decode_clip(mp4, clip.shape, fps, start, decoder)
+                    writer.write(entry.record.key, clip.shape, start, *encode(frames))
+            except (DamagedSample, DecodeError) as error:
+                failures[entry.record.key] = str(error)
+                writer.fail(entry.record.key, str(error))
+    return failures
+
+
+class LatentCache:
+    """Read access to a folder of `LatentWriter`; files stay open, and forked workers share them safely."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], places: "_Places") -> None:
+        self.folder, self.manifest, self._places = folder, manifest, places
+        self._latent_shapes = {
+            ClipShape(*shape): tuple(latent) for shape, latent in manifest["latent_shapes"]
+        }
+        self._files: dict[str, int] = {}
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, vae_hash: str, data_hash: str, shapes: Sequence[ClipShape], fps: float
+    ) -> "LatentCache":
+        """Open a cache; raises ValueError naming the field in which it differs from what the run would
+        encode.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(
+                f"data.latents={folder} has no {MANIFEST}: it is not a whole latent cache. Encode it again."
+            )
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        for name, wanted in _identity(vae_hash, data_hash, shapes, fps).items():
+            if manifest.get(name) != wanted:
+                raise ValueError(
+                    f"data.latents={folder} was made with {name}={manifest.get(name)}, and this run has "
+                    f"{name}={wanted}. Encode the latents again, or type data.latents=null to encode anew "
+                    "in every step."
+                )
+        return cls(folder, manifest, _load_places(folder, manifest))
+
+    def latent_shape(self, shape: ClipShape) -> tuple[int, ...]:
+        """(C, t, h, w) of the cached latents of a clip shape."""
+        return self._latent_shapes[shape]
+
+    def starts(self, key: str, shape: ClipShape) -> list[float]:
+        """Start seconds at which the clip was encoded, rising; raises DamagedSample if encoding it failed."""
+        if key in self.manifest["failures"]:
+            raise DamagedSample(key, self.folder.name, self.manifest["failures"][key])
+        return sorted(self._places[key, shape])
+
+    def check_covers(self, wanted: Sequence[tuple[str, ClipShape]]) -> None:
+        """Raise ValueError unless every clip, in its shape, is cached or noted as failed."""
+        lacking = [key for key, shape in wanted if (key, shape) not in self._places]
+        lacking = [key for key in lacking if key not in self.manifest["failures"]]
+        if lacking:
+            raise ValueError(
+                f"data.latents={self.folder} lacks {len(lacking)} of {len(wanted)} clips, e.g. {lacking[0]}. "
+                "Encode the latents again with the same data selection."
+            )
+
+    def read(self, key: str, shape: ClipShape, start_seconds: float) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, float32 (C, t, h, w); raises DamagedSample if the bytes are not those
+        written.
+        """
+        shard, member = self._places[key, shape][start_seconds]
+        try:
+            payload = os.pread(self._file(shard), member.size, member.offset)
+        except OSError as error:
+            raise DamagedSample(key, shard, f"cannot be read: {error}") from error
+        if zlib.crc32(payload) != member.crc32:
+            raise DamagedSample(
+                key, shard, "latents have another checksum than the index: their bytes changed"
+            )
+        try:
+            tensors = safetensors.load(payload)
+            return tensors["mean"], tensors["logvar"]
+        except (SafetensorError, KeyError) as error:
+            raise DamagedSample(key, shard, f"latents do not parse: {error}") from error
+
+    def close(self) -> None:
+        """Close the shards' files; a later read opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _file(self, shard: str) -> int:
+        if shard not in self._files:
+            self._files[shard] = os.open(self.folder / shard, os.O_RDONLY)
+        return self._files[shard]
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_files": {}}
+
+
+_Places = dict[tuple[str, ClipShape], dict[float, tuple[str, Member]]]
+
+
+def _identity(vae_hash: str, data_hash: str, shapes: Sequence[ClipShape], fps: float) -> dict[str, Any]:
+    """What must agree between the cache and the run."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "vae_hash": vae_hash,
+        "data_hash": data_hash,
+        "shapes": sorted(list(shape) for shape in shapes),
+        "fps": float(fps),
+    }
+
+
+def _load_places(folder: Path, manifest: dict[str, Any]) -> _Places:
+    places: _Places = {}
+    for shard in manifest["shards"]:
+        path = folder / shard["file"]
+        size = path.stat().st_size if path.is_file() else 0
+        if size != shard["bytes"]:
+            raise ValueError(
+                f"data.latents: {path} has {size} bytes, not {shard['bytes']}. Encode the latents again."
+            )
+        content = path.with_suffix(".index.json").read_bytes()
+        if zlib.crc32(content) != shard["index_crc32"]:
+            raise ValueError(f"data.latents: the index of {path} was changed. Encode the latents again.")
+        for sample in json.loads(content)["samples"]:
+            place = places.setdefault((sample["key"], ClipShape(*sample["shape"])), {})
+            place[sample["start_seconds"]] = (shard["file"], Member(**sample["member"]))
+    return places

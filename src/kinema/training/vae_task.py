@@ -1,0 +1,166 @@
+"""Training the VAE: reconstruction, KL, perceptual and adversarial terms, and the latent statistics it is saved with."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kinema.data.loading import Pack
+from kinema.data.pixels import to_model_range
+from kinema.data.plan import keyed_seed
+from kinema.distributed.engine import Engine, ParallelConfig, Precision
+from kinema.models.vae import CausalVAE, LatentStatistics
+from kinema.models.vae.losses import VAELoss, VAELossConfig, psnr
+from kinema.training.metrics import Clock
+from kinema.training.optim import AdamW
+
+
+@dataclass
+class VAETaskConfig:
+    """`task=vae`: train the causal 3D VAE on pixels."""
+
+    loss: VAELossConfig = field(default_factory=VAELossConfig)
+    """Weights of the loss terms."""
+    statistics_clips: int = 64
+    """Training clips on which each checkpoint's latent mean and deviation are measured."""
+    strips: int = 4
+    """Held-out clips drawn as original, reconstruction and difference."""
+    strips_every_steps: int = 500
+    """Steps between those pictures; 0 draws none."""
+
+    def __post_init__(self) -> None:
+        if self.statistics_clips < 1:
+            raise ValueError(f"task.statistics_clips={self.statistics_clips} must be at least 1.")
+
+
+class VAETask:
+    """What the loop needs to know of the VAE: how a pack becomes a loss, and what its weights are saved with."""
+
+    def __init__(
+        self,
+        *,
+        config: VAETaskConfig,
+        engine: Engine,
+        twin: CausalVAE,
+        statistics_packs: list[Pack],
+        optim: AdamW,
+        parallel: ParallelConfig,
+        accumulation: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.engine = engine
+        self.twin = twin
+        self.statistics_packs = statistics_packs
+        self.seed = seed
+        self.device = device
+        self.loss = VAELoss(config.loss).to(device)
+        self.discriminator: Engine | None = None
+        if self.loss.discriminator is not None:
+            # Replicated at any ZeRO stage: it is small, and the VAE's loss runs through its weights as they are.
+            self.discriminator = Engine(
+                self.loss.discriminator,
+                optim.build(self.loss.discriminator),
+                zero_stage=0,
+                precision=Precision.float32,
+                accumulation=accumulation,
+                gradient_clipping=optim.gradient_clipping,
+            )
+        self.latent_channels = twin.config.latent_channels
+
+    def micro_step(
+        self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock
+    ) -> dict[str, float]:
+        """One pack's share of the step: forward, backward, and the engines' steps. Returns sums, to be reduced."""
+        sums: dict[str, float] = {"clips": float((pack.weights > 0).sum()), "tokens": 0.0}
+        losses, judged = [], []
+        for video, weights, positions in self.batches(pack):
+            with clock.phase("forward"):
+                noise = self.noise(video, [keyed_seed(self.seed, "posterior", p) for p in positions])
+                reconstruction, posterior = self.engine(video, noise)
+                total, terms = self.loss.generator_loss(video, reconstruction, posterior, pack.step)
+                losses.append((total * weights).sum() / total_weight)
+                judged.append((video, reconstruction.detach(), weights))
+            for name, term in terms.items():
+                key = f"term_{name}"
+                sums[key] = sums.get(key, 0.0) + float((term * weights).sum()) / total_weight
+            sums["tokens"] += float(posterior.mean[:, 0].numel())
+        loss = torch.stack(losses).sum()
+        with clock.phase("backward"):
+            self.engine.backward(loss)
+        with clock.phase("optimizer"):
+            self.engine.step(learning_rate)
+        if self.discriminator is not None:
+            sums["term_discriminator"] = self._discriminator_step(judged, pack.step, total_weight, learning_rate, clock)
+        return {"loss": float(loss.detach()), **sums}
+
+    def _discriminator_step(
+        self, judged: list[tuple[Tensor, Tensor, Tensor]], step: int, total_weight: float, rate: float, clock: Clock
+    ) -> float:
+        assert self.discriminator is not None
+        if not self.loss.adversarial_runs(step):
+            return 0.0
+        with clock.phase("discriminator"):
+            losses = [
+                (self.loss.discriminator_loss(video, fake, step)[0] * weights).sum() / total_weight
+                for video, fake, weights in judged
+            ]
+            loss = torch.stack(losses).sum()
+            self.discriminator.backward(loss)
+            self.discriminator.step(rate)
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def validate(self, packs: list[Pack]) -> dict[str, float]:
+        """Mean absolute error and PSNR of held-out clips, decoded from the posterior's mean. Returns sums."""
+        totals = {"loss": 0.0, "psnr": 0.0, "weight": 0.0}
+        for pack in packs:
+            for video, weights, _ in self.batches(pack):
+                reconstruction, _ = self.engine(video, torch.zeros(self.latent_size(video), device=self.device))
+                totals["loss"] += float(((reconstruction - video).abs().flatten(1).mean(1) * weights).sum())
+                totals["psnr"] += float((psnr(reconstruction, video).mean(1) * weights).sum())
+                totals["weight"] += float(weights.sum())
+        return totals
+
+    def engines(self) -> dict[str, Engine]:
+        """The engines whose state a checkpoint holds; the first is the model's."""
+        return {"model": self.engine} | ({"discriminator": self.discriminator} if self.discriminator else {})
+
+    @torch.no_grad()
+    def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights with the latent mean and deviation measured under them, on the main rank; elsewhere as given.
+
+        Training works with latents before normalisation, so nothing of it depends on these statistics.
+        """
+        if not self.statistics_packs:
+            return weights
+        channels = self.latent_channels
+        neutral = {"latent_mean": torch.zeros(channels), "latent_std": torch.ones(channels)}
+        self.twin.load_state_dict({**weights, **neutral})
+        statistics = LatentStatistics(channels)
+        for pack in self.statistics_packs:
+            for video, _, _ in self.batches(pack):
+                statistics.update(self.twin.encode_unnormalised(video))
+        mean, std = statistics.mean_and_std()
+        self.twin.set_latent_statistics(mean, std)
+        return {name: tensor.clone() for name, tensor in self.twin.state_dict().items()}
+
+    def batches(self, pack: Pack) -> list[tuple[Tensor, Tensor, list[int]]]:
+        """The pack's clips by equal shape: video (B, 3, T, H, W) in [-1, 1], weights (B,), positions."""
+        assert pack.frames is not None
+        batches = []
+        for shape in dict.fromkeys(pack.shapes):
+            members = [i for i, other in enumerate(pack.shapes) if other == shape]
+            video = torch.stack([to_model_range(pack.frames[i].to(self.device)) for i in members])
+            batches.append((video, pack.weights[members].to(self.device), [pack.positions[i] for i in members]))
+        return batches
+
+    def noise(self, video: Tensor, seeds: list[int]) -> Tensor:
+        """Unit noise for the posteriors of `video`, one keyed draw a clip."""
+        size = self.latent_size(video)[1:]
+        draws = [torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(draws).to(self.device)
+
+    def latent_size(self, video: Tensor) -> tuple[int, ...]:
+        """(B, C, t, h, w) of the latents of `video`."""
+        return (len(video), *self.twin.latent_shape(*video.shape[2:]))

@@ -1,0 +1,415 @@
+"""The DiT: what a new one does, that packs equal single clips, and that nothing is dead, shared or rounded away."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kinema.models.dit import Activation, AttentionPattern, DiT, DiTConfig, ModulationSource
+from kinema.models.dit.conditioning import Condition, LinearModulation, TableModulation, sinusoids, spread
+from kinema.models.dit.layers import HeadNorm, SegmentAttention
+from kinema.models.dit.patches import patchify, unpatchify
+from kinema.models.dit.segments import Span
+from kinema.models.position import apply_rope
+
+CHANNELS, TEXT = 5, 7
+# Batch, channels, frames, rows and columns all differ, and so do the captions.
+SHAPES = [(4, 6, 8), (2, 10, 4), (4, 6, 8), (6, 2, 12)]
+WORDS = [3, 1, 9, 2]
+VARIANTS = {
+    "full": {},
+    "factorised": {"attention": AttentionPattern.factorised},
+    "linear": {"modulation": ModulationSource.linear, "patch_size": [2, 2, 2]},
+    "pooled": {"pooled_text": True, "qk_norm": False, "activation": Activation.gelu_tanh},
+    "factorised and linear": {
+        "attention": AttentionPattern.factorised,
+        "modulation": ModulationSource.linear,
+        "pooled_text": True,
+    },
+}
+
+
+def small(**changes) -> DiTConfig:
+    fields = {"width": 24, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "rope_axes": [4, 4, 4]}
+    return DiTConfig(**(fields | {"rope_theta": 20.0} | changes))
+
+
+def new_model(dtype=torch.float64, seed=0, **changes) -> DiT:
+    torch.manual_seed(seed)
+    return DiT(small(**changes), CHANNELS, TEXT).to(dtype)
+
+
+def random_model(dtype=torch.float64, seed=0, **changes) -> DiT:
+    """Every parameter random: the zeros of a new model would hide mistakes."""
+    model = new_model(dtype, seed, **changes)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def pack(shapes=SHAPES, words=WORDS, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    latents = [torch.randn(CHANNELS, *shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
+    text = [torch.randn(n, TEXT, generator=g, dtype=torch.float64).to(dtype) for n in words]
+    return latents, torch.rand(len(shapes), generator=g, dtype=torch.float64).to(dtype), text
+
+
+def clip_losses(model, latents, timesteps, text):
+    predictions = model(latents, timesteps, text)
+    return torch.stack([(out - x).square().mean() for out, x in zip(predictions, latents, strict=True)])
+
+
+@pytest.fixture(params=VARIANTS, name="variant")
+def any_variant(request):
+    return VARIANTS[request.param]
+
+
+# A new model
+
+
+def test_a_new_model_predicts_exactly_zero_and_its_blocks_are_the_identity(variant):
+    model = new_model(torch.float32, **variant)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(
+            lambda _, given, out: seen.append(torch.equal(given[0]["video"], out["video"]))
+        )
+    latents, timesteps, text = pack(dtype=torch.float32)
+    predictions = model(latents, timesteps, text)
+    assert all(torch.equal(out, torch.zeros_like(x)) for out, x in zip(predictions, latents, strict=True))
+    assert seen == [True, True]
+
+
+def test_a_new_model_learns_past_its_zeros(variant):
+    """Zero gates and a zero head must open: after a few steps every parameter has moved."""
+    model = new_model(torch.float32, **variant)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(4):
+        optimizer.zero_grad()
+        clip_losses(model, *pack(dtype=torch.float32)).mean().backward()
+        optimizer.step()
+    stuck = [name for name, p in model.named_parameters() if torch.equal(p, start[name])]
+    # A bias of the keys adds the same to all logits of a query, unless the keys are normalised.
+    assert [name for name in stuck if not name.endswith("key.bias") or model.config.qk_norm] == []
+
+
+def test_no_parameter_is_dead(variant):
+    model = random_model(**variant)
+    clip_losses(model, *pack()).sum().backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-12]
+    allowed = [] if model.config.qk_norm else [name for name in dead if name.endswith("key.bias")]
+    assert [name for name in dead if name not in allowed] == []
+
+
+# Packs
+
+
+def test_a_pack_equals_its_clips_one_by_one(variant):
+    model, (latents, timesteps, text) = random_model(**variant), pack()
+    together = model(latents, timesteps, text)
+    torch.stack([out.sin().sum() for out in together]).sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    model.zero_grad()
+    for i in range(len(latents)):
+        (alone,) = model([latents[i]], timesteps[i : i + 1], [text[i]])
+        assert alone.shape == latents[i].shape
+        torch.testing.assert_close(together[i], alone)
+        alone.sin().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, msg=name)
+
+
+def test_eight_clips_have_eight_timesteps():
+    model = random_model()
+    latents, timesteps, text = pack([(2, 4, 6)] * 8, [3] * 8)
+    whole = clip_losses(model, latents, timesteps, text).mean()
+    alone = [clip_losses(model, [latents[i]], timesteps[i : i + 1], [text[i]]) for i in range(8)]
+    torch.testing.assert_close(whole, torch.cat(alone).mean())
+    one_for_all = clip_losses(model, latents, timesteps[:1].expand(8), text).mean()
+    assert not torch.isclose(whole, one_for_all, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, [(2, 4, 6)] * 4])
+def test_no_clip_reads_another(variant, shapes):
+    model, (latents, timesteps, text) = (
+        random_model(torch.float32, **variant),
+        pack(shapes, dtype=torch.float32),
+    )
+    before = model(latents, timesteps, text)
+    latents[0], text[0] = latents[0] + 3.0, text[0] - 2.0
+    timesteps = timesteps.index_fill(0, torch.tensor(0), 0.99)
+    after = model(latents, timesteps, text)
+    assert not torch.equal(before[0], after[0])
+    assert all(torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
+
+
+def test_the_caption_and_the_timestep_change_the_prediction(variant):
+    model, (latents, timesteps, text) = random_model(**variant), pack()
+    before = model(latents, timesteps, text)
+    for after in (model(latents, timesteps, text[1:] + text[:1]), model(latents, 1 - timesteps, text)):
+        assert all((a - b).abs().max() > 1e-3 for a, b in zip(before, after, strict=True))
+
+
+def test_patches_hold_their_own_latents_and_come_back():
+    latents = pack()[0]
+    patch = [2, 1, 2]
+    tokens = patchify(latents, patch)
+    grids = [(t // 2, h, w // 2) for t, h, w in SHAPES]
+    start = sum(t * h * w for t, h, w in grids[:1])
+    # The token (t=0, h=3, w=1) of the second clip holds frames 0..1, row 3, columns 2..3 of every channel.
+    _, rows, columns = grids[1]
+    token = tokens[start + 3 * columns + 1].view(CHANNELS, 2, 1, 2)
+    assert rows == 10
+    assert torch.equal(token, latents[1][:, 0:2, 3:4, 2:4])
+    for back, clip in zip(unpatchify(tokens, grids, patch), latents, strict=True):
+        assert torch.equal(back, clip)
+
+
+def test_equal_clips_are_never_expanded_row_by_row():
+    rows = torch.randn(3, 8)
+    assert spread(rows, (4, 4, 4)).data_ptr() == rows.data_ptr()
+    assert torch.equal(spread(rows, (1, 3, 2))[0], rows[[0, 1, 1, 1, 2, 2]])
+
+
+# Attention spans
+
+
+def reached(operation, segments, source: int, count: int, width: int) -> set[int]:
+    """Tokens whose output depends on token `source` in one attention."""
+    x = torch.randn(count, width, dtype=torch.float64, requires_grad=True)
+    out = operation(x, {"video": x}, segments)
+    return {
+        i for i in range(count) if torch.autograd.grad(out[i].sum(), x, retain_graph=True)[0][source].any()
+    }
+
+
+@pytest.mark.parametrize("span", list(Span))
+def test_each_span_reaches_exactly_its_tokens(span):
+    model = random_model(attention=AttentionPattern.factorised)
+    grids = [(2, 3, 2), (3, 1, 4)]
+    segments = model._segments(grids, (1, 1), torch.zeros((), dtype=torch.float64))
+    segments["video"].cuts.setdefault(Span.clip)
+    (operation,) = [
+        layer.operation
+        for layer in model.blocks[0].sublayers
+        if isinstance(layer.operation, SegmentAttention) and layer.operation.answers == "video"
+    ][:1]
+    operation.span = span
+
+    index = {
+        (c, t, h, w): 0
+        for c, (T, H, W) in enumerate(grids)
+        for t in range(T)
+        for h in range(H)
+        for w in range(W)
+    }
+    index = {key: i for i, key in enumerate(index)}
+    for source in [(0, 1, 2, 0), (1, 2, 0, 3)]:
+        clip, frame, *place = source
+        same = {
+            Span.clip: lambda key: key[0] == clip,
+            Span.frame: lambda key: key[:2] == (clip, frame),
+            Span.place: lambda key: key[0] == clip and list(key[2:]) == place,
+        }[span]
+        expected = {i for key, i in index.items() if same(key)}
+        assert reached(operation, segments, index[source], len(index), 24) == expected
+
+
+def test_attention_can_be_replaced_from_outside():
+    model, given = random_model(attention=AttentionPattern.factorised), pack()
+    expected, calls = model(*given), []
+
+    def counting(present):
+        def counted(*args, **kwargs):
+            calls.append(kwargs["order"] is not None)
+            return present(*args, **kwargs)
+
+        return counted
+
+    model.replace_attention(counting)
+    for a, b in zip(model(*given), expected, strict=True):
+        assert torch.equal(a, b)
+    assert calls == [False, True, False] * 2  # space, time, caption in each of two blocks
+
+
+# Precision
+
+
+def test_a_thousand_timesteps_have_a_thousand_embeddings_in_bfloat16():
+    timesteps = (torch.arange(1000) / 1000).float()
+    for model in (new_model(torch.float32), new_model(torch.float32).bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            condition = model._condition(timesteps, torch.zeros(1, TEXT), (1,))
+        assert condition.embedding.dtype == torch.float32
+        assert len(condition.embedding.unique(dim=0)) == 1000
+
+
+def test_timesteps_are_scaled_to_a_thousand():
+    features = sinusoids(torch.tensor([0.25], dtype=torch.float64), channels=6)
+    angles = [250.0 * 10000 ** (-i / 3) for i in range(3)]
+    expected = torch.tensor([angles], dtype=torch.float64)
+    torch.testing.assert_close(features, torch.cat([expected.cos(), expected.sin()], dim=1))
+
+
+@pytest.mark.parametrize("pure", [False, True], ids=["autocast", "bfloat16 weights"])
+def test_bfloat16_is_near_float32(variant, pure):
+    model, given = random_model(torch.float32, **variant), pack(dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.mul_(0.3).copy_(parameter.bfloat16())
+    expected = model(*given)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(
+            lambda _, given, out: seen.append((out["video"].dtype, given[2][0].dtype))
+        )
+    half = copy.deepcopy(model).bfloat16() if pure else model
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not pure):
+        actual = half(*given)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert 1e-6 < (a - b).norm() / b.norm() < 0.03
+    # The residual stream and the modulation stay float32.
+    assert set(seen) == {(torch.float32, torch.float32)}
+
+
+def test_head_norm_equals_torch():
+    torch.manual_seed(0)
+    norm = HeadNorm(6).double()
+    nn.init.normal_(norm.weight)
+    x = torch.randn(5, 3, 6, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(x)
+    expected = torch.nn.functional.rms_norm(x, (6,), norm.weight, 1e-6)
+    torch.testing.assert_close(norm(x), expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(norm(x), (x, norm.weight), grad),
+        torch.autograd.grad(expected, (x, norm.weight), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+# Against an independent model
+
+
+def test_one_block_equals_the_equations_written_out():
+    """Peebles and Xie's adaLN-Zero block with cross-attention, one clip, in plain float64 algebra."""
+    model = random_model(depth=1)
+    (x,), timesteps, (words,) = pack([(2, 4, 6)], [3])
+    w = dict(model.named_parameters())
+
+    def linear(name, value):
+        return value @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(value):
+        centred = value - value.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def rms(name, value):
+        return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
+
+    def attend(name, value, source, cos_sin):
+        q = rms(f"{name}.query_norm", linear(f"{name}.query", value).view(-1, 2, 12))
+        k = rms(f"{name}.key_norm", linear(f"{name}.key", source).view(-1, 2, 12))
+        v = linear(f"{name}.value", source).view(-1, 2, 12)
+        if cos_sin:
+            q, k = apply_rope(q, *cos_sin), apply_rope(k, *cos_sin)
+        weights = torch.einsum("nhd,mhd->hnm", q, k).div(12**0.5).softmax(-1)
+        return linear(f"{name}.project", torch.einsum("hnm,mhd->nhd", weights, v).reshape(-1, 24))
+
+    silu, gelu = nn.functional.silu, nn.functional.gelu
+    time = linear("timestep_embedding.expand", sinusoids(timesteps))
+    condition = silu(linear("timestep_embedding.project", silu(time)))
+    caption = linear("text_embedding.2", gelu(linear("text_embedding.0", words)))
+    rows = linear("shared_modulation", condition) + w["blocks.0.modulation.table"]
+    shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = rows.view(9, 24)
+
+    patches = x.view(CHANNELS, 2, 2, 2, 3, 2).permute(1, 2, 4, 0, 3, 5).reshape(12, -1)
+    rope = model._segments([(2, 2, 3)], (3,), x)["video"].rope
+    z, layer = linear("patch_embedding", patches), "blocks.0.sublayers.{}.operation"
+    y = norm(z) * (1 + scale1) + shift1
+    z = z + gate1 * attend(layer.format(0), y, y, rope)
+    z = z + gate2 * attend(layer.format(1), norm(z) * (1 + scale2) + shift2, caption, None)
+    y = gelu(linear(layer.format(2) + ".expand", norm(z) * (1 + scale3) + shift3))
+    z = z + gate3 * linear(layer.format(2) + ".project", y)
+    shift, scale = linear("head_modulation", condition).view(2, 24)
+    out = linear("head", norm(z) * (1 + scale) + shift)
+    out = out.view(2, 2, 3, CHANNELS, 2, 2).permute(3, 0, 1, 4, 2, 5).reshape(x.shape)
+
+    torch.testing.assert_close(model([x], timesteps, [words])[0], out)
+
+
+def test_modulation_sources_differ_in_weights_only():
+    condition = Condition(torch.randn(3, 4), torch.randn(3, 8))
+    table, linear = TableModulation(4, 2), LinearModulation(4, 2)
+    nn.init.normal_(table.table)
+    torch.testing.assert_close(table(condition), condition.shared + table.table)
+    torch.testing.assert_close(
+        linear(condition), condition.embedding @ linear.linear.weight.T + linear.linear.bias
+    )
+
+
+# Numbers and refusals
+
+
+@pytest.mark.parametrize("frames", [2, 3])
+def test_flops_equal_torchs_count(variant, frames):
+    model = new_model(torch.float32, **variant)
+    pt = model.config.patch_size[0]
+    latents, timesteps, text = pack([(frames * pt, 6, 8)], [5], torch.float32)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(latents, timesteps, text)
+    assert counter.get_total_flops() == model.flops(frames * 3 * 4, 5, frames)
+
+
+def test_flops_of_factorised_attention_need_the_frames():
+    with pytest.raises(ValueError, match=r"model\.attention=factorised"):
+        new_model(attention=AttentionPattern.factorised).flops(24, 5)
+
+
+def test_weight_decay_is_for_matrices():
+    model = new_model(modulation=ModulationSource.table)
+    decayed = model.decay_parameters()
+    kept = {name for name, _ in model.named_parameters()} - decayed
+    assert all(name.endswith(".weight") for name in decayed)
+    assert kept
+    assert all(re.search(r"bias$|_norm\.weight$|table$", name) for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, r"model\.num_heads=5 must divide model\.width=24 .*\[1, 2, 3, 4, 6, 12\]"),
+        ({"num_heads": 8}, r"model\.num_heads=8"),
+        ({"rope_axes": [4, 4, 6]}, r"model\.rope_axes=\[4, 4, 6\] .* 12 .*Type model\.rope_axes=\[4,4,4\]"),
+        ({"rope_axes": [3, 3, 6]}, r"model\.rope_axes=\[3, 3, 6\]"),
+        ({"patch_size": [1, 2]}, r"model\.patch_size=\[1, 2\]"),
+        ({"patch_size": [1, 0, 2]}, r"model\.patch_size=\[1, 0, 2\]"),
+        ({"depth": 0}, r"model\.depth=0"),
+        ({"mlp_ratio": -1.0}, r"model\.mlp_ratio=-1\.0"),
+        ({"rope_theta": 0.0}, r"model\.rope_theta=0\.0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+    small()
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    model, (latents, timesteps, text) = new_model(torch.float32), pack(dtype=torch.float32)
+    with pytest.raises(ValueError, match="4 clips, 3 timesteps, 4 captions"):
+        model(latents, timesteps[:3], text)
+    with pytest.raises(ValueError, match="bfloat16"):
+        model(latents, timesteps.bfloat16(), text)
+    with pytest.raises(ValueError, match=r"\(6, 4, 6, 8\).*C=5"):
+        model([torch.zeros(6, 4, 6, 8), *latents[1:]], timesteps, text)
+    with pytest.raises(ValueError, match=r"model\.patch_size=\[1, 2, 2\].*Nearest: \[4, 6, 8\]"):
+        model([torch.zeros(CHANNELS, 4, 6, 7), *latents[1:]], timesteps, text)
+    with pytest.raises(ValueError, match=r"\(0, 7\)"):
+        model(latents, timesteps, [torch.zeros(0, TEXT), *text[1:]])

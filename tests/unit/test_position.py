@@ -1,0 +1,100 @@
+"""Rotary positions: the formula, the relative property, and the split over three axes."""
+
+import cmath
+
+import pytest
+import torch
+
+from kinema.models.position import apply_rope, check_rope_axes, grid_positions, rope_3d
+
+SPLITS = [(16, [4, 6, 6], 10000.0), (12, [2, 4, 6], 100.0), (8, [0, 4, 4], 50.0), (32, [12, 10, 10], 256.0)]
+GRIDS = [(1, 2, 3), (5, 3, 2), (2, 7, 4), (4, 1, 9), (3, 5, 6), (7, 2, 1)]
+
+
+def rope_by_complex_numbers(x, positions, axes, theta):
+    """Channel pair i of an axis is a complex number, turned by position * theta^(-2i / size)."""
+    out = torch.empty_like(x)
+    for token in range(len(x)):
+        channel = 0
+        for axis, size in enumerate(axes):
+            for pair in range(size // 2):
+                turn = cmath.exp(1j * float(positions[token, axis]) * theta ** (-2 * pair / size))
+                for head in range(x.shape[1]):
+                    number = complex(x[token, head, channel], x[token, head, channel + 1]) * turn
+                    out[token, head, channel] = number.real
+                    out[token, head, channel + 1] = number.imag
+                channel += 2
+    return out
+
+
+def test_positions_count_time_outermost():
+    expected = [(t, h, w) for t in range(2) for h in range(3) for w in range(4)]
+    assert grid_positions(2, 3, 4).tolist() == [list(map(float, row)) for row in expected]
+    assert grid_positions(1, 1, 1).shape == (1, 3)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("head_dim", "axes", "theta"), SPLITS)
+def test_equals_complex_numbers(grid, head_dim, axes, theta):
+    torch.manual_seed(0)
+    positions = grid_positions(*grid) * 1.5  # positions need not be whole
+    x = torch.randn(len(positions), 2, head_dim, dtype=torch.float64)
+    cos, sin = rope_3d(positions, head_dim, axes, theta, torch.float64)
+    torch.testing.assert_close(apply_rope(x, cos, sin), rope_by_complex_numbers(x, positions, axes, theta))
+
+
+@pytest.mark.parametrize(("head_dim", "axes", "theta"), SPLITS)
+def test_scores_depend_on_differences_only(head_dim, axes, theta):
+    torch.manual_seed(0)
+    positions = grid_positions(3, 4, 5).double()
+    q, k = (torch.randn(1, 1, head_dim, dtype=torch.float64).expand(60, 1, -1) for _ in range(2))
+
+    def scores(offset):
+        cos, sin = rope_3d(positions + torch.tensor(offset), head_dim, axes, theta, torch.float64)
+        return apply_rope(q, cos, sin)[:, 0] @ apply_rope(k, cos, sin)[:, 0].T
+
+    torch.testing.assert_close(scores([7.0, -3.0, 11.5]), scores([0.0, 0.0, 0.0]))
+    # Tokens (0, 0, 0) -> (1, 1, 1) and (1, 2, 3) -> (2, 3, 4) differ by the same step.
+    torch.testing.assert_close(scores([0.0] * 3)[0, 26], scores([0.0] * 3)[33, 59])
+    assert (scores([0.0] * 3)[0] - scores([0.0] * 3)[1]).abs().max() > 1e-3
+
+
+def test_each_axis_turns_its_own_channels():
+    axes = [4, 6, 8]
+    for axis, channels in enumerate([range(0, 2), range(2, 5), range(5, 9)]):
+        positions = torch.zeros(1, 3)
+        positions[0, axis] = 0.7
+        _, sin = rope_3d(positions, 18, axes, 100.0)
+        assert sin[0].nonzero().flatten().tolist() == list(channels)
+
+
+def test_backward_turns_back():
+    torch.manual_seed(0)
+    cos, sin = rope_3d(grid_positions(2, 3, 2), 12, [4, 4, 4], 30.0, torch.float64)
+    x = torch.randn(12, 2, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: apply_rope(x, cos, sin), [x])
+
+
+def test_half_precision_turns_in_float32():
+    torch.manual_seed(0)
+    cos, sin = rope_3d(grid_positions(4, 5, 6), 16, [4, 6, 6], 10000.0)
+    assert cos.dtype == sin.dtype == torch.float32
+    x = torch.randn(120, 2, 16).bfloat16()
+    turned = apply_rope(x, cos, sin)
+    assert turned.dtype == torch.bfloat16
+    assert torch.equal(turned, apply_rope(x.float(), cos, sin).bfloat16())
+
+
+def test_large_positions_keep_float32_accuracy():
+    positions = torch.tensor([[9999.0, 0.0, 0.0]])
+    cos, _ = rope_3d(positions, 6, [2, 2, 2], 10000.0)
+    assert cos[0, 0] == torch.tensor(9999.0, dtype=torch.float64).cos().float()
+
+
+@pytest.mark.parametrize("axes", [[4, 4], [6, 6, 6], [5, 5, 6], [18, -2, 0], [4, 4, 4, 4]])
+def test_a_split_that_does_not_fit_is_named(axes):
+    with pytest.raises(
+        ValueError, match=r"model\.rope_axes=\[.*head width 16.*Type model\.rope_axes=\[8,4,4\]"
+    ):
+        check_rope_axes(axes, 16)
+    check_rope_axes([8, 4, 4], 16)
