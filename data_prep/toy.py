@@ -1,11 +1,12 @@
-"""The toy data set: moving, bouncing, colliding shapes with exact captions, ground truth and a tone on each hit.
+"""The toy data set: moving, bouncing, colliding shapes; exact captions, ground truth, a tone on each hit.
 
     python data_prep/toy.py --out data/toy --clips 1200 --seed 0
 
-Deterministic: the same arguments give the same bytes, whatever the number of workers. Every clip shows one object
-(or two, in about 15 % of the train clips) that moves along one axis. The caption is exactly true for the first 2.125 seconds, that
-is 17 frames at 8 fps plus one interval; later the object may bounce unannounced. Combinations of colour, shape and direction
-for which `kinema.evaluation.toy_check.is_heldout` holds are never in the train split; the held-out split has nothing else.
+Deterministic: the same arguments give the same bytes, whatever the number of workers. Every clip shows one
+object (or two, in about 15 % of the train clips) that moves along one axis. The caption is exactly true for
+the first 2.125 seconds, that is 17 frames at 8 fps plus one interval; later the object may bounce
+unannounced. Combinations of colour, shape and direction for which `kinema.evaluation.toy_check.is_heldout`
+holds are never in the train split; the held-out split has nothing else.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import combinations as pairs_of
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ from kinema.evaluation.toy_check import (
 WINDOW_SECONDS = 2.125
 """The caption is exactly true this long."""
 HIT_SECONDS = (0.7, 1.5)
-"""When a bounce or collision that the caption names happens: late enough to see where from, early enough to see it."""
+"""When a bounce or collision that the caption names happens: late enough to see where from, early enough to
+see it.
+"""
 MARGIN = 1.5
 """Pixels kept free of walls and other objects where the caption says nothing of a hit."""
 FPS = (8, 12, 16, 24)
@@ -53,20 +55,20 @@ SHEET_CLIPS = 24
 
 @dataclass(frozen=True)
 class Shape:
-    """A shape about its centroid: signed extents to left, up (negative), right, down, and the area's disc diameter."""
+    """An outline about its centroid. `diameter` is that of the disc with the same area, in pixels."""
 
     name: str
     diameter: float
 
     @property
     def side(self) -> float:
-        """Side of the square or triangle whose area is that of the disc, so that `large` means the same for all."""
+        """Of the square or triangle with the disc's area, so that `large` means the same for all."""
         area = np.pi / 4 * self.diameter**2
         return float(np.sqrt(area) if self.name == "square" else np.sqrt(4 / np.sqrt(3) * area))
 
     @property
     def extents(self) -> tuple[float, float, float, float]:
-        """(left, up, right, down), pixels, all positive."""
+        """How far it reaches (left, up, right, down) from its centroid, in pixels, all positive."""
         if self.name == "circle":
             return (self.diameter / 2,) * 4
         if self.name == "square":
@@ -74,8 +76,8 @@ class Shape:
         height = np.sqrt(3) / 2 * self.side  # the triangle stands on its base
         return (self.side / 2, 2 / 3 * height, self.side / 2, height / 3)
 
-    def distance(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Signed distance to the outline, negative inside (corners rounded to the maximum of the edges' planes)."""
+    def distance(self, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+        """Signed distance to the outline in pixels, negative inside (past a corner: to an edge's line)."""
         if self.name == "circle":
             return np.hypot(x, y) - self.diameter / 2
         if self.name == "square":
@@ -84,7 +86,7 @@ class Shape:
         return np.maximum(y, np.abs(x) * (np.sqrt(3) / 2) - y / 2) - inner
 
     def profile(self, direction: str, across: NDArray[np.float64]) -> NDArray[np.float64]:
-        """How far the shape reaches towards `direction` on lines at `across` from its centroid; -inf beside it."""
+        """How far it reaches towards `direction`, on lines `across` from its centroid; -inf beside it."""
         reach = np.full(across.shape, -np.inf)
         left, up, right, down = self.extents
         limit = max(left, up, right, down)
@@ -99,7 +101,7 @@ class Shape:
 
 
 def contact_distance(first: Shape, second: Shape, direction: str) -> float:
-    """Distance of the centroids, on one line along `direction`, at which `first` touches `second` ahead of it."""
+    """Distance of the centroids at which `first`, moving in `direction`, touches `second` ahead of it."""
     back = {"left": "right", "right": "left", "up": "down", "down": "up"}[direction]
     across = np.linspace(-first.diameter, first.diameter, 161)
     return float(np.max(first.profile(direction, across) + second.profile(back, across)))
@@ -110,7 +112,7 @@ def contact_distance(first: Shape, second: Shape, direction: str) -> float:
 
 @dataclass
 class Body:
-    """One object: its attributes, shape, where its centroid starts (pixels) and its speed (pixels a second)."""
+    """One object: what its caption says, its outline, start (pixels) and speed (pixels a second)."""
 
     attributes: Attributes
     shape: Shape
@@ -143,8 +145,9 @@ def simulate(
 ) -> tuple[list[list[tuple[float, float, float]]], list[Event]]:
     """Elastic motion from event to event, without time steps.
 
-    Returns for each body its path as (time, position along its axis, velocity after) at every change, and the hits.
-    `contact` is the distance at which two bodies on one line touch, None when they never meet. Mass is area.
+    Returns for each body its path as (time, position along its axis, velocity after) at every change, and
+    the hits. `contact` is the distance at which two bodies on one line touch, None when they never meet.
+    Mass is area.
     """
     position = [body.start[body.axis] for body in bodies]
     velocity = [body.speed * DIRECTIONS[body.attributes.direction][body.axis] for body in bodies]
@@ -231,13 +234,13 @@ def draw_scene(
     size = sizes[rng.integers(len(sizes))]
     fps = FPS[rng.integers(len(FPS))]
     num_frames = int(np.ceil(rng.uniform(2.25, 4.0) * fps))
-    background = tuple(int(v) for v in rng.integers(14, 27) + rng.integers(-4, 5, 3))
+    red, green, blue = (int(v) for v in rng.integers(14, 27) + rng.integers(-4, 5, 3))
     make = draw_pair if not heldout and rng.random() < pair_share else draw_single
     while True:
         drawn = make(rng, size, heldout)
         if drawn is not None:
             bodies, contact, caption = drawn
-            return Scene(bodies, size, fps, num_frames, background, contact, caption)
+            return Scene(bodies, size, fps, num_frames, (red, green, blue), contact, caption)
 
 
 Drawn = tuple[list[Body], float | None, str] | None
@@ -308,7 +311,7 @@ def _meet(rng: np.random.Generator, bodies: list[Body], size: tuple[int, int], c
 
 
 def _side_by_side(rng: np.random.Generator, bodies: list[Body], size: tuple[int, int]) -> bool:
-    """Place two bodies on parallel lines that keep apart and reach no wall in time; False when there is no room."""
+    """Place two bodies on parallel lines, with no hit in the captioned time; False without room."""
     axis = bodies[0].axis
     before, after = 1 - axis, 3 - axis
     order = rng.permutation(2)
@@ -356,16 +359,16 @@ def render(scene: Scene, trajectories: list[NDArray[np.float64]]) -> NDArray[np.
     """uint8 (T, H, W, 3): each shape over the background with one pixel of anti-aliasing at its outline."""
     width, height = scene.size
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5  # pixel centres
-    picture = np.broadcast_to(np.float32(scene.background), (scene.num_frames, height, width, 3))
+    picture = np.broadcast_to(np.asarray(scene.background, np.float32), (scene.num_frames, height, width, 3))
     for body, centroids in zip(scene.bodies, trajectories, strict=True):
         cx, cy = centroids.astype(np.float32).T[:, :, None, None]
         coverage = np.clip(0.5 - body.shape.distance(x - cx, y - cy), 0, 1)[..., None]
-        picture = picture + coverage * (np.float32(COLOURS[body.attributes.colour]) - picture)
+        picture = picture + coverage * (np.asarray(COLOURS[body.attributes.colour], np.float32) - picture)
     return np.rint(picture).astype(np.uint8)
 
 
 def ring(scene: Scene, events: list[Event]) -> NDArray[np.float32]:
-    """Mono sound of the clip's length: a decaying tone from the exact sample of each hit, pitched by the colour."""
+    """Mono sound: a decaying tone from the exact sample of each hit, pitched by the object's colour."""
     sound = np.zeros(round(scene.num_frames / scene.fps * SAMPLE_RATE), np.float32)
     for event in events:
         begin = round(event.seconds * SAMPLE_RATE)
@@ -441,7 +444,9 @@ def _ground_truth(
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """`64x64,80x48` -> [(64, 64), (80, 48)], width first; raises ValueError for sides that are not multiples of 16."""
+    """`64x64,80x48` -> [(64, 64), (80, 48)], width first; raises ValueError for sides that are not
+    multiples of 16.
+    """
     sizes = []
     for item in text.split(","):
         try:
@@ -471,7 +476,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other clips (default %(default)s)")
     parser.add_argument(
         "--sizes",
-        default="64x64,64x64,80x48,48x80",
+        default="64x64,64x64,80x48,64x96",
         help="WIDTHxHEIGHT list, drawn evenly (default %(default)s)",
     )
     parser.add_argument(
@@ -517,8 +522,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     jobs = list_jobs(arguments)
     # Without --out and --workers, which change no byte of the data.
-    command = f"python data_prep/toy.py --clips {arguments.clips} --heldout {arguments.heldout} --seed {arguments.seed}"
-    command += f" --sizes {arguments.sizes} --pairs {arguments.pairs}"
+    given = ("clips", "heldout", "seed", "sizes", "pairs")
+    command = "python data_prep/toy.py " + " ".join(f"--{name} {getattr(arguments, name)}" for name in given)
     rows = []
     with ShardWriter(arguments.out, name="toy", command=command, overwrite=arguments.overwrite) as writer:
         clips = make_clips(jobs, arguments.workers)
@@ -531,7 +536,7 @@ def main(argv: list[str] | None = None) -> int:
         rows,
         sheet,
         columns=2,
-        title="toy, seed %d: the captioned first %.3f seconds" % (arguments.seed, WINDOW_SECONDS),
+        title=f"toy, seed {arguments.seed}: the captioned first {WINDOW_SECONDS} seconds",
     )
     print(f"contact sheet {sheet}")
     print(f"kept {len(jobs)}/{len(jobs)} READY {arguments.out}")

@@ -141,12 +141,16 @@ def changed_keys(before: str, now: str) -> list[str]:
 
 def suggestion(unknown: str, composed: DictConfig) -> str:
     """`did you mean optim.learning_rate?` for a mistyped key, or nothing when no key is near."""
-    near = difflib.get_close_matches(unknown, _leaves(OmegaConf.to_container(composed)).keys(), n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else ""
+    known = [*_leaves(OmegaConf.to_container(composed)), *SCHEMAS, "experiment"]
+    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)
+    return f"Did you mean {near[0]}?" if near and unknown not in known else ""
 
 
 class Reads:
-    """Which leaves of a tree of dataclasses have been read since `watch`; None counts as read, for it asks nothing."""
+    """Which leaves of a tree of dataclasses have been read since it was made.
+
+    Leaves that have their class's default ask for nothing, and are not watched.
+    """
 
     def __init__(self, root: Any) -> None:
         self._unread: set[str] = set()
@@ -166,12 +170,12 @@ class Reads:
 
     def _watch(self, node: Any, prefix: str) -> None:
         unread, names = self._unread, {f.name for f in dataclasses.fields(node)}
-        for name in names:
-            value = vars(node)[name]
+        for field_ in dataclasses.fields(node):
+            value = vars(node)[field_.name]
             if dataclasses.is_dataclass(value):
-                self._watch(value, f"{prefix}{name}.")
-            elif value is not None:
-                unread.add(f"{prefix}{name}")
+                self._watch(value, f"{prefix}{field_.name}.")
+            elif value != _default(field_):
+                unread.add(f"{prefix}{field_.name}")
         base = type(node)
 
         def read(instance: Any, name: str) -> Any:
@@ -181,6 +185,10 @@ class Reads:
 
         # A subclass of the same name and fields: everything else about the object stays as it was.
         node.__class__ = type(base.__name__, (base,), {"__getattribute__": read, "__module__": base.__module__})
+
+
+def _default(of: dataclasses.Field[Any]) -> Any:
+    return of.default if of.default_factory is dataclasses.MISSING else of.default_factory()
 
 
 def _choices(group: str) -> str:

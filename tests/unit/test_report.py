@@ -5,6 +5,7 @@ import base64
 import json
 import re
 import time
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kinema.data.ledger import Account, Ledger
 from kinema.report import band as bands
 from kinema.report import content, page
 from kinema.report.band import judge, make_band
@@ -147,10 +149,13 @@ def write_run(folder: Path, task="dit", factor=1.0) -> Path:
     (folder / "config.yaml").write_text(
         f"task: {task}\nsteps: {STEPS}\nseed: 0\ndata:\n  path: data/toy\n  clips_per_step: 8\n"
     )
-    row = {"decoded": 1600, "failed": 1, "clips": 1600, "seconds": 3391.5, "license": "CC0-1.0"}
-    (folder / "ledger.json").write_text(
-        json.dumps({"sources": {"toy": row}, "shards": {f"clips-{i:06d}.tar": row for i in range(8)}})
-    )
+    ledger = Ledger()
+    ledger.sources["toy"] = Account(1599, 1, 1200, 3, 3391.5, Counter({"CC0-1.0": 1599}))
+    ledger.shards |= {
+        f"clips-{i:06d}.tar": Account(200, 0, 150, 0, 424.0, Counter({"CC0-1.0": 200})) for i in range(8)
+    }
+    ledger.reasons["no frame at 1.2 s"] = 1
+    (folder / "ledger.json").write_text(json.dumps(ledger.to_dict()))
     write_lines(
         folder / "quarantine.jsonl",
         [{"key": "0007", "shard": "clips-000000.tar", "reason": "no frame at 1.2 s"}],
@@ -229,6 +234,7 @@ def test_page_says_what_the_run_did(whole, tmp_path, monkeypatch):
     assert "finished, 400 of 400 steps" in text
     assert "inside demo" in text  # found by experiment=demo in the command
     assert "1 in quarantine" in text
+    assert "toy 1,599 1 1,200 3 3.39 k CC0-1.0 (1,599)" in text
     assert "not recorded" not in text.split("Environment")[0].replace("Validation PSNR not recorded", "")
     seconds = [sum(record["seconds"].values()) for record in train_records()]
     assert f"{100 * 4.2e10 / (np.median(seconds) * 1.1e11 * 2):.2f} % = 42 G" in text
@@ -238,9 +244,8 @@ def test_vae_page_shows_reconstructions_and_no_samples(tmp_path):
     folder = write_run(tmp_path / "vae", task="vae")
     text = text_of(build_report(folder).read_text())
     assert "Term: reconstruction" in text
-    assert (
-        "step 400 · mean PSNR 30.20 dB" in text
-    )  # 24 + 400/60 + 1 (mean clip) - mean |t - 8| / 5 over 17 frames
+    expected = 24 + 400 / 60 + 1 - np.mean([abs(t - 8) for t in range(17)]) / 5
+    assert f"step 400 · mean PSNR {expected:.2f} dB" in text
     assert "Samples" not in text
     assert "Loss by noise level" not in text
     (folder / "vae_strips/400.png").unlink()

@@ -92,7 +92,7 @@ class CheckResult:
         lines = [
             f"{self.index.manifest['name']} in {self.folder}, hash {self.index.hash[:12]}",
             "",
-            f"{'split':<10}{'clips':>7}{'minutes':>9}   {'seconds':<14}{'fps':<26}sizes",
+            f"{'split':<10}{'clips':>7}{'minutes':>9}   {'seconds':<14}{'fps':<34}sizes",
         ]
         for split in sorted({record.split for record in records}, reverse=True):
             lines.append(_split_line(split, [record for record in records if record.split == split]))
@@ -114,7 +114,7 @@ class CheckResult:
 
 
 def check_dataset(folder: str | Path, *, workers: int = 2, show_progress: bool = False) -> CheckResult:
-    """Read and decode every clip, compare it with its record, and write `contact_sheet.png` beside the manifest.
+    """Decode every clip, compare it with its record, and write `contact_sheet.png` beside the manifest.
 
     Raises ValueError (from `DatasetIndex.load`) if the data set as a whole cannot be opened.
     """
@@ -201,14 +201,16 @@ def _check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
 
 
 def _decode(mp4: bytes) -> tuple[NDArray[np.uint8], float]:
-    """All frames (T, H, W, 3) as displayed, and the mean frame rate by their timestamps (0 for a single frame)."""
-    with av.open(io.BytesIO(mp4)) as container:
+    """All frames (T, H, W, 3) as displayed, and their mean rate by timestamps (0 for a single frame)."""
+    with av.open(io.BytesIO(mp4), "r") as container:
         frames = list(container.decode(video=0))
     if not frames:
         raise ValueError("no frame could be decoded")
     # PyAV leaves the turning that the file asks for to its caller; rotation is counter-clockwise, as rot90's.
     turns = round(frames[0].rotation / 90) % 4
-    pictures = np.stack([np.rot90(frame.to_ndarray(format="rgb24"), turns) for frame in frames])
+    pictures: NDArray[np.uint8] = np.stack(
+        [np.rot90(frame.to_ndarray(format="rgb24"), turns) for frame in frames]
+    )
     seconds = frames[-1].time - frames[0].time
     return pictures, (len(frames) - 1) / seconds if seconds > 0 else 0.0
 
@@ -239,9 +241,10 @@ def _write_sheet(folder: Path, reports: list[ClipReport]) -> Path | None:
 
 def _split_line(split: str, records: list[ClipRecord]) -> str:
     seconds = [record.duration_seconds for record in records]
+    span = f"{min(seconds):.2f} to {max(seconds):.2f}"
     return (
-        f"{split:<10}{len(records):>7}{sum(seconds) / 60:>9.1f}   {f'{min(seconds):.2f} to {max(seconds):.2f}':<14}"
-        f"{_counts(f'{record.fps:g}' for record in records):<26}"
+        f"{split:<10}{len(records):>7}{sum(seconds) / 60:>9.1f}   {span:<14}"
+        f"{_counts(f'{record.fps:g}' for record in records):<34}"
         f"{_counts(f'{record.width}x{record.height}' for record in records)}"
     )
 

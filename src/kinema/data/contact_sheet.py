@@ -27,8 +27,9 @@ def contact_sheet(
 ) -> None:
     """Write a PNG: a strip of evenly spaced frames for each clip (T, H, W, 3) under its caption.
 
-    First and last frame are always there. `scale` enlarges all frames alike; by default each clip is fitted into a box of
-    112 pixels. Frames stand in a common grid, whatever their aspect ratios. Raises ValueError without rows or for frames of another layout.
+    First and last frame are always there. `scale` enlarges all frames alike; by default each clip is fitted
+    into a box of 112 pixels. Frames stand in a common grid, whatever their aspect ratios. Raises ValueError
+    without rows or for frames of another layout.
     """
     if not rows:
         raise ValueError("rows=[] must hold at least one clip: there is nothing to show.")

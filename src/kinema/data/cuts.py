@@ -1,5 +1,7 @@
 """Where a run of frames jumps to another shot: a cheap detector without weights."""
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,14 +11,16 @@ MIN_PIXEL_CHANGE = 14.0
 """Mean absolute difference of the small pictures, of 255."""
 MIN_PROMINENCE = 2.5
 """How many times larger than in the frames around; a fast pan is large everywhere."""
+CLEAR_HISTOGRAM_CHANGE, CLEAR_PIXEL_CHANGE, CLEAR_PROMINENCE = 0.12, 20.0, 4.0
+"""Enough as well: a cut inside one scene keeps the colours, but dwarfs even the largest change around it."""
 NEIGHBOURS = 4
 
 
 def suspected_cuts(frames: NDArray[np.uint8]) -> list[int]:
     """First frame of each suspected new shot, for uint8 frames (T, H, W, 3) of one clip in order.
 
-    A cut needs all three: another colour histogram, other pixels, and a jump that stands out among its neighbours.
-    Slow dissolves and fades are not found. Raises ValueError for another layout.
+    A cut needs all three: another colour histogram, other pixels, and a jump that stands out among its
+    neighbours; the clearer the jump, the less the colours need to change. Slow dissolves and fades are not found. Raises ValueError for another layout.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
         raise ValueError(
@@ -31,19 +35,30 @@ def suspected_cuts(frames: NDArray[np.uint8]) -> list[int]:
     return [
         i + 1
         for i in range(len(pixels))
-        if colours[i] >= MIN_HISTOGRAM_CHANGE and pixels[i] >= MIN_PIXEL_CHANGE and _stands_out(pixels, i)
+        if (colours[i] >= MIN_HISTOGRAM_CHANGE and pixels[i] >= MIN_PIXEL_CHANGE and _stands_out(pixels, i))
+        or (colours[i] >= CLEAR_HISTOGRAM_CHANGE and _dwarfs_all(pixels, i))
     ]
 
 
 def split_shots(frames: NDArray[np.uint8], min_frames: int = 1) -> list[tuple[int, int]]:
     """[start, stop) of each shot of at least `min_frames`; shorter ones are left out."""
     edges = [0, *suspected_cuts(frames), len(frames)]
-    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if b - a >= min_frames]
+    return [(a, b) for a, b in pairwise(edges) if b - a >= min_frames]
+
+
+def _around(change: NDArray[np.float32], index: int) -> NDArray[np.float32]:
+    return np.delete(change[max(0, index - NEIGHBOURS) : index + NEIGHBOURS + 1], min(index, NEIGHBOURS))
+
+
+def _dwarfs_all(change: NDArray[np.float32], index: int) -> bool:
+    """Whether the change is large, and several times the largest of the frames around it."""
+    largest = max(_around(change, index).max(initial=0.0), 1.0)
+    return bool(change[index] >= max(CLEAR_PIXEL_CHANGE, CLEAR_PROMINENCE * largest))
 
 
 def _stands_out(change: NDArray[np.float32], index: int) -> bool:
     """Whether the change is a local maximum well above the usual change of the frames around it."""
-    around = np.delete(change[max(0, index - NEIGHBOURS) : index + NEIGHBOURS + 1], min(index, NEIGHBOURS))
+    around = _around(change, index)
     if len(around) == 0:
         return True
     beside = change[max(0, index - 1) : index + 2]

@@ -101,7 +101,8 @@ def resize_and_crop(
 def _check_times(times: NDArray[np.float64], video: OpenVideo) -> None:
     if times[0] < 0 or times[-1] > video.end + 1e-3:
         raise DecodeError(
-            f"frames from {times[0]:.3f} s to {times[-1]:.3f} s were asked of a video that lasts {video.end:.3f} s"
+            f"frames from {times[0]:.3f} s to {times[-1]:.3f} s were asked of a video "
+            f"that lasts {video.end:.3f} s"
         )
 
 

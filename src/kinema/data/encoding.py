@@ -6,13 +6,15 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-import av.video.reformatter
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
 from torch import Tensor
 
 FRAME_TICKS = 90_000
-"""Time base of the video stream: every usual frame rate is a whole number of ticks, or within 11 microseconds."""
+"""Time base of the video stream: every usual frame rate is a whole number of ticks, or within 11
+microseconds.
+"""
 
 
 def write_video(
@@ -25,11 +27,12 @@ def write_video(
     sample_rate: int = 16_000,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write uint8 RGB frames (T, H, W, 3) at `fps` as H.264 yuv420p, with mono `audio` (N,) in [-1, 1] as AAC.
+    """Write uint8 RGB frames (T, H, W, 3) as H.264 yuv420p, and mono `audio` (N,) in [-1, 1] as AAC.
 
-    `crf` is x264's quality: 18 looks lossless, lower is larger. `metadata` goes into the file under the given
-    names (see `read_metadata`). Equal input gives equal bytes: one thread, no clock. Groups of pictures are closed and at most
-    a second long, without B-frames, so that a reader never needs to look far. The file appears under its name only when whole.
+    `crf` is x264's quality: 18 looks lossless, lower is larger. `metadata` goes into the file under the
+    given names (see `read_metadata`). Equal input gives equal bytes: one thread, no clock. Groups of
+    pictures are closed and at most a second long, without B-frames, so that a reader never needs to look
+    far. The file appears under its name only when whole.
 
     Raises ValueError for another dtype or layout, odd sides, or a frame rate that is not positive.
     """
@@ -44,7 +47,11 @@ def write_video(
             options={"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact"},
         ) as container:
             container.metadata.update(metadata or {})
-            _mux(container, pictures, fps, crf, audio, sample_rate)
+            video = _add_video(container, pictures, fps, crf)
+            sound = _add_sound(container, sample_rate) if audio is not None else None
+            _encode_pictures(container, video, pictures)
+            if sound is not None and audio is not None:
+                _encode_sound(container, sound, audio)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -77,7 +84,7 @@ def _checked(frames: Tensor | NDArray[np.uint8], fps: float) -> NDArray[np.uint8
     pictures = frames.cpu().numpy() if isinstance(frames, Tensor) else frames
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3 or len(pictures) == 0:
         raise ValueError(
-            f"frames of type {pictures.dtype} and shape {pictures.shape} must be uint8 (T, H, W, 3) with T >= 1. "
+            f"frames of type {pictures.dtype} and shape {pictures.shape} must be uint8 (T >= 1, H, W, 3). "
             "Model output goes through kinema.data.pixels.to_uint8."
         )
     height, width = pictures.shape[1:3]
@@ -91,46 +98,55 @@ def _checked(frames: Tensor | NDArray[np.uint8], fps: float) -> NDArray[np.uint8
     return pictures
 
 
-def _mux(
-    container: av.container.OutputContainer,
-    pictures: NDArray[np.uint8],
-    fps: float,
-    crf: float,
-    audio: NDArray[np.float32] | None,
-    sample_rate: int,
-) -> None:
-    rate = Fraction(fps).limit_denominator(1001)
-    video = container.add_stream("libx264", rate=rate)
-    video.width, video.height, video.pix_fmt = pictures.shape[2], pictures.shape[1], "yuv420p"
-    video.time_base = video.codec_context.time_base = Fraction(1, FRAME_TICKS)
-    video.codec_context.thread_count = 1  # slices, and so bytes, depend on the number of threads
-    video.codec_context.gop_size = max(1, int(fps))
-    video.codec_context.flags |= av.codec.context.Flags.bitexact | av.codec.context.Flags.closed_gop
-    # Readers disagree about untagged files; the conversion below is BT.601, limited range (both numbers: ITU-T H.273).
-    video.codec_context.colorspace = video.codec_context.color_primaries = video.codec_context.color_trc = 6
-    video.codec_context.color_range = 1
-    video.options = {"crf": str(crf), "preset": "veryfast", "bf": "0"}
-    sound = container.add_stream("aac", rate=sample_rate, layout="mono") if audio is not None else None
-    if sound is not None:
-        sound.codec_context.flags |= av.codec.context.Flags.bitexact
+def _add_video(
+    container: av.container.OutputContainer, pictures: NDArray[np.uint8], fps: float, crf: float
+) -> av.VideoStream:
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+    stream.height, stream.width = pictures.shape[1:3]
+    stream.pix_fmt = "yuv420p"
+    context = stream.codec_context
+    stream.time_base = context.time_base = Fraction(1, FRAME_TICKS)
+    context.thread_count = 1  # slices, and so bytes, depend on the number of threads
+    context.gop_size = max(1, int(fps))
+    context.flags |= av.codec.context.Flags.bitexact | av.codec.context.Flags.closed_gop
+    # Readers disagree about untagged files: these pictures are BT.601, limited range, 6 and 1 in ITU-T H.273.
+    context.colorspace = context.color_primaries = context.color_trc = 6
+    context.color_range = 1
+    stream.options = {"crf": str(crf), "preset": "veryfast", "bf": "0"}
+    return stream
 
-    reformatter = (
-        av.video.reformatter.VideoReformatter()
-    )  # one for all frames: setting it up costs more than using it
+
+def _add_sound(container: av.container.OutputContainer, sample_rate: int) -> av.AudioStream:
+    stream = container.add_stream("aac", rate=sample_rate, layout="mono")
+    stream.codec_context.flags |= av.codec.context.Flags.bitexact
+    return stream
+
+
+def _encode_pictures(
+    container: av.container.OutputContainer, stream: av.VideoStream, pictures: NDArray[np.uint8]
+) -> None:
+    ticks = FRAME_TICKS / Fraction(stream.codec_context.framerate)
+    reformatter = VideoReformatter()  # one for all frames: setting it up costs more than using it
     for index, picture in enumerate(pictures):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-        frame = reformatter.reformat(frame, format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG")
+        frame = reformatter.reformat(
+            frame, format="yuv420p", dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG
+        )
         frame.time_base = Fraction(1, FRAME_TICKS)
-        frame.pts = round(index * FRAME_TICKS / rate)
-        frame.duration = round((index + 1) * FRAME_TICKS / rate) - frame.pts
-        container.mux(video.encode(frame))
-    container.mux(video.encode())
+        frame.pts = round(index * ticks)
+        frame.duration = round((index + 1) * ticks) - frame.pts
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode())
 
-    if sound is not None and audio is not None:
-        samples = av.AudioFrame.from_ndarray(audio.astype(np.float32)[None], format="fltp", layout="mono")
-        samples.sample_rate, samples.time_base, samples.pts = sample_rate, Fraction(1, sample_rate), 0
-        fifo = av.AudioFifo()
-        fifo.write(samples)
-        for block in fifo.read_many(1024, partial=True):
-            container.mux(sound.encode(block))
-        container.mux(sound.encode())
+
+def _encode_sound(
+    container: av.container.OutputContainer, stream: av.AudioStream, audio: NDArray[np.float32]
+) -> None:
+    samples = av.AudioFrame.from_ndarray(audio.astype(np.float32)[None], format="fltp", layout="mono")
+    samples.sample_rate = stream.codec_context.sample_rate
+    samples.time_base, samples.pts = Fraction(1, samples.sample_rate), 0
+    blocks = av.AudioFifo()
+    blocks.write(samples)
+    for block in blocks.read_many(1024, partial=True):  # AAC's frame
+        container.mux(stream.encode(block))
+    container.mux(stream.encode())

@@ -49,9 +49,9 @@ class Geometry:
         frames, height, width = self._steps
         legal_frames = [k * self.temporal_stride + 1 for k in range(frames - 1, 4 * frames, frames)]
         raise ValueError(
-            f"{key}={list(wanted)} does not fit the VAE (strides {self.temporal_stride} and {self.spatial_stride}) "
-            f"and patch_size={list(self.patch_size)}: frames must be one of {_listed(legal_frames)}, ..., height a "
-            f"multiple of {height} and width a multiple of {width}. Nearest legal: "
+            f"{key}={list(wanted)} does not fit the VAE (strides {self.temporal_stride} in time and "
+            f"{self.spatial_stride} in space) and patch_size={list(self.patch_size)}: frames must be one of "
+            f"{_listed(legal_frames)}, ..., height a multiple of {height}, width of {width}. Nearest legal: "
             f"{', '.join(str(list(near)) for near in self.nearest(wanted))}."
         )
 

@@ -126,8 +126,8 @@ class Quarantine:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in ledger.reasons.most_common(5))
         shards = sorted(ledger.shards, key=lambda name: -ledger.shards[name].failed)[:3]
         raise DataBudgetError(
-            f"{total.failed} of {total.clips} clips ({total.failed / total.clips:.1%}) are damaged, more than "
-            f"data.max_failed_fraction={self.max_failed_fraction:g} allows. Reasons: {reasons}. Worst shards: "
+            f"{total.failed} of {total.clips} clips ({total.failed / total.clips:.1%}) are damaged, more "
+            f"than data.max_failed_fraction={self.max_failed_fraction:g} allows. Reasons: {reasons}. Worst shards: "
             f"{', '.join(f'{name} ({ledger.shards[name].failed})' for name in shards)}. "
             "Run `kinema data check` on the data set, or raise the limit on purpose."
         )

@@ -1,8 +1,12 @@
 """Packs of decoded clips (or cached latents), read by worker processes in the order of the plan."""
 
 import hashlib
+import itertools
 import json
+import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +36,10 @@ from kinema.data.shards import (
 
 REMOTE_SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
 """Address schemes that data.path may have; never `pipe`, which runs commands."""
+
+
+POLL_SECONDS = 2.0
+"""How often a waiting loader looks whether its workers live."""
 
 
 class Window(Enum):
@@ -225,9 +233,9 @@ def _nothing_left(index: DatasetIndex, shapes: Sequence[ClipShape], fps: float, 
     fastest = max((entry.record.fps for entry in index.entries), default=0.0)
     fewest = min(shape.frames for shape in shapes)
     return (
-        f"No clip of {index.folder} can be used: {report.line()}. The shortest of data.shapes needs {fewest} frames "
-        f"at data.fps={fps}, {fewest / fps:.2f} s; the longest clip lasts {longest:.2f} s and the fastest has "
-        f"{fastest:g} frames a second. Type fewer frames, another data.fps, or other data."
+        f"No clip of {index.folder} can be used: {report.line()}. The shortest of data.shapes needs "
+        f"{fewest} frames at data.fps={fps}, {fewest / fps:.2f} s; the longest clip lasts {longest:.2f} s and "
+        f"the fastest has {fastest:g} frames a second. Type fewer frames, another data.fps, or other data."
     )
 
 
@@ -298,6 +306,17 @@ class _Packs(Dataset):
     ) -> None:
         self.index, self.plan, self.fps, self.decoder = index, plan, fps, decoder
         self.window, self.crop, self.seed, self.latents = window, crop, seed, latents
+        self.condemned: dict[int, str] = {}  # entries that killed or hung a worker, with the reason
+        self.progress = torch.full((1, 3), -1, dtype=torch.int64)
+        self.worker = 0
+
+    def start_worker(self, worker: int) -> None:
+        """Called in each new worker process."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which then saves
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler that was inherited
+        torch.set_num_threads(1)
+        self.worker = worker
+        self.progress[worker, 0] = os.getpid()
 
     def __getitem__(self, step_and_lane: tuple[int, int]) -> "Pack":
         began = time.perf_counter()
@@ -307,7 +326,7 @@ class _Packs(Dataset):
         failures = []
         for slot in slots:
             try:
-                contents.append(self._read_latents(slot) if self.latents else self._read_frames(slot))
+                contents.append(self._read_clip(slot))
             except (DamagedSample, DecodeError) as error:
                 entry = self.index.entries[slot.clip.entry_index]
                 reason = error.reason if isinstance(error, DamagedSample) else str(error)
@@ -322,8 +341,8 @@ class _Packs(Dataset):
             keys=[record.key for record in records],
             captions=[record.caption for record in records],
             shapes=[slot.clip.shape for slot in slots],
-            frames=None if self.latents else contents,
-            latents=contents if self.latents else None,
+            frames=contents if self.latents is None else None,
+            latents=None if self.latents is None else contents,
             weights=weights,
             positions=[slot.position for slot in slots],
             epochs=[slot.epoch for slot in slots],
@@ -331,6 +350,15 @@ class _Packs(Dataset):
             fps=self.fps,
             seconds=time.perf_counter() - began,
         )
+
+    def _read_clip(self, slot: Slot) -> Any:
+        number = slot.clip.entry_index
+        if number in self.condemned:
+            raise DecodeError(self.condemned[number])
+        self.progress[self.worker, 1:] = torch.tensor([number, time.monotonic_ns()])
+        contents = self._read_frames(slot) if self.latents is None else self._read_latents(slot)
+        self.progress[self.worker, 1] = -1
+        return contents
 
     def _read_frames(self, slot: Slot) -> Tensor:
         entry = self.index.entries[slot.clip.entry_index]
@@ -367,61 +395,150 @@ class _Packs(Dataset):
 def _read(
     dataset: _Packs, wanted: _StepsAndLanes, num_workers: int, prefetch: int, timeout_seconds: float
 ) -> Iterator[list[Pack]]:
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=wanted,
-        num_workers=num_workers,
-        collate_fn=_flatten,
-        prefetch_factor=prefetch if num_workers else None,
-        timeout=timeout_seconds if num_workers else 0,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # or the loader would draw from the global one
-    )
-    packs = iter(loader)
+    if num_workers == 0:
+        for step in wanted.steps:
+            yield [dataset[step, lane] for lane in wanted.lanes]
+        return
+    readers = _Readers(dataset, num_workers, prefetch, timeout_seconds)
     try:
-        for _ in wanted.steps:
-            yield [_unflatten(*_next(packs)) for _ in wanted.lanes]
+        readers.start(wanted, skip=0)
+        for number in range(len(wanted.steps)):
+            yield [
+                readers.next(wanted, number * len(wanted.lanes) + lane) for lane in range(len(wanted.lanes))
+            ]
     finally:
-        del packs  # ends the workers
+        readers.stop()
 
 
-def _next(packs: Iterator[tuple[Pack, Tensor]]) -> tuple[Pack, Tensor]:
-    return next(packs)
+class _Readers:
+    """The worker processes of one loader: a crashed or hung one is replaced, and its clip counted as failed."""
+
+    def __init__(self, dataset: _Packs, num_workers: int, prefetch: int, timeout_seconds: float) -> None:
+        self.dataset, self.num_workers, self.prefetch = dataset, num_workers, prefetch
+        self.timeout_seconds = timeout_seconds
+        self.restarts_in_a_row = 0
+        # Of each worker: its process, the entry that it decodes or -1, and since when (nanoseconds).
+        dataset.progress = torch.full((num_workers, 3), -1, dtype=torch.int64).share_memory_()
+        self.packs: Iterator[tuple[Pack, Tensor]] = iter(())
+
+    def start(self, wanted: _StepsAndLanes, skip: int) -> None:
+        """Fork the workers, for all that is wanted after the first `skip` packs."""
+        self.dataset.progress.fill_(-1)
+        loader = DataLoader(
+            self.dataset,
+            batch_size=None,
+            sampler=_Rest(wanted, skip),
+            num_workers=self.num_workers,
+            collate_fn=_flatten,
+            prefetch_factor=self.prefetch,
+            timeout=min(POLL_SECONDS, self.timeout_seconds),
+            worker_init_fn=self.dataset.start_worker,
+            generator=torch.Generator(),  # or the loader would draw from the global one
+        )
+        previous = signal.getsignal(signal.SIGCHLD)
+        self.packs = iter(loader)
+        if threading.current_thread() is threading.main_thread():
+            # PyTorch's handler raises wherever the training happens to be when a worker dies; `next` looks itself.
+            signal.signal(signal.SIGCHLD, previous)
+
+    def next(self, wanted: _StepsAndLanes, number: int) -> Pack:
+        """Pack `number` of what is wanted."""
+        deadline = time.monotonic() + self.timeout_seconds
+        while True:
+            try:
+                pack = _unflatten(*next(self.packs))
+            except RuntimeError as error:
+                dead = self._dead()
+                hung = time.monotonic() >= deadline and not dead
+                if not (dead or hung):
+                    if "DataLoader timed out" in str(error):
+                        continue
+                    raise  # the worker's own exception
+                self._condemn(dead, hung, error)
+                self.stop()
+                self.start(wanted, skip=number)
+                deadline = time.monotonic() + self.timeout_seconds
+                continue
+            self.restarts_in_a_row = 0
+            return pack
+
+    def stop(self) -> None:
+        """End the workers, and kill those that do not end."""
+        self.packs = iter(())  # PyTorch ends them when its iterator goes
+        pids = set(self.dataset.progress[:, 0].tolist())
+        for child in multiprocessing.active_children():
+            if child.pid in pids:
+                child.kill()
+                child.join()
+
+    def _dead(self) -> dict[int, int | None]:
+        """{worker: exit code} of the workers that ended, None where it is unknown."""
+        workers = getattr(self.packs, "_workers", [])
+        return {number: process.exitcode for number, process in enumerate(workers) if not process.is_alive()}
+
+    def _condemn(self, dead: dict[int, int | None], hung: bool, error: RuntimeError) -> None:
+        """Note the clips at fault so that nobody decodes them again; raise when no clip can be at fault."""
+        self.restarts_in_a_row += 1
+        if -signal.SIGBUS in dead.values():
+            raise DataWorkerError(
+                "A reading process ran out of shared memory (/dev/shm). Type a lower data.prefetch or "
+                "data.num_workers, or give the machine or container more shared memory."
+            ) from error
+        now, before = time.monotonic_ns(), len(self.dataset.condemned)
+        for worker, (_, entry, since) in enumerate(self.dataset.progress.tolist()):
+            if entry < 0:
+                continue
+            if (
+                worker in dead and dead[worker] != -signal.SIGTERM
+            ):  # that is the scheduler's doing, not the clip's
+                self.dataset.condemned[entry] = f"decoding it killed the process (exit code {dead[worker]})"
+            elif hung and now - since > 0.5e9 * self.timeout_seconds:
+                self.dataset.condemned[entry] = (
+                    f"decoding it takes over data.timeout_seconds={self.timeout_seconds:g}"
+                )
+        if len(self.dataset.condemned) == before and self.restarts_in_a_row > 3:
+            raise DataWorkerError(
+                f"Reading processes ended or hung {self.restarts_in_a_row} times without a clip at fault "
+                f"(exit codes {list(dead.values())}). Type data.num_workers=0 to see the cause."
+            ) from error
 
 
-def _start_worker(worker: int) -> None:
-    """Leave signals to the training process, which ends its workers when it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
+class _Rest(Iterable[tuple[int, int]]):
+    """What is wanted without the packs that were delivered."""
+
+    def __init__(self, wanted: _StepsAndLanes, skip: int) -> None:
+        self.wanted, self.skip = wanted, skip
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return itertools.islice(self.wanted, self.skip, None)
+
+    def __len__(self) -> int:
+        return len(self.wanted) - self.skip
 
 
 def _flatten(pack: Pack) -> tuple[Pack, Tensor]:
     """Move a pack's clips into one tensor: a process hands each tensor over by a file descriptor of its own."""
-    contents = _contents(pack)
-    flat = torch.cat([tensor.flatten() for tensor in contents])
-    shells = [torch.Size(tensor.shape) for tensor in contents]
-    return replace(pack, frames=None, latents=None, **{_kind(pack): shells}), flat  # type: ignore[arg-type]
+    tensors = _tensors(pack)
+    sizes = [tensor.shape for tensor in tensors]
+    field_name = "frames" if pack.latents is None else "latents"
+    shell: Any = {field_name: sizes}
+    return replace(pack, **shell), torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _unflatten(pack: Pack, flat: Tensor) -> Pack:
-    shells: Any = pack.frames if pack.latents is None else pack.latents
-    parts = flat.split([shell.numel() for shell in shells])
-    tensors = [part.view(shell) for part, shell in zip(parts, shells, strict=True)]
+    """The pack again, its clips being views of the one tensor."""
+    sizes: Any = pack.frames if pack.latents is None else pack.latents
+    parts = flat.split([size.numel() for size in sizes])
+    tensors = [part.view(size) for part, size in zip(parts, sizes, strict=True)]
     if pack.latents is None:
         return replace(pack, frames=tensors)
     return replace(pack, latents=list(zip(tensors[::2], tensors[1::2], strict=True)))
 
 
-def _kind(pack: Pack) -> str:
-    return "frames" if pack.latents is None else "latents"
-
-
-def _contents(pack: Pack) -> list[Tensor]:
-    if pack.frames is not None:
+def _tensors(pack: Pack) -> list[Tensor]:
+    if pack.latents is None:
+        assert pack.frames is not None
         return pack.frames
-    assert pack.latents is not None
     return [tensor for pair in pack.latents for tensor in pair]
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 def to_model_range(frames: Tensor) -> Tensor:
     """uint8 RGB frames (T, H, W, 3) in 0..255 -> float32 video (3, T, H, W) in [-1, 1].
 
-    Raises ValueError for any other dtype or layout: floats that were scaled elsewhere are refused, not guessed.
+    Raises ValueError for any other dtype or layout: floats that were scaled elsewhere are refused, not
+    guessed.
     """
     if frames.dtype != torch.uint8:
         raise ValueError(

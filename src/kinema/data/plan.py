@@ -93,8 +93,8 @@ class Plan:
             )
         if lanes < 1 or clips_per_step < lanes:
             raise ValueError(
-                f"data.clips_per_step={clips_per_step} must be at least data.lanes={lanes}, and that at least 1: "
-                f"each lane gets a clip. Type data.clips_per_step={max(lanes, 1)} or more, or fewer lanes."
+                f"data.clips_per_step={clips_per_step} must be at least data.lanes={lanes}, and that at "
+                f"least 1: each lane gets a clip. Type data.clips_per_step={max(lanes, 1)} or more, or fewer lanes."
             )
         if shuffle_block_shards < 1:
             raise ValueError(f"data.shuffle_block_shards={shuffle_block_shards} must be at least 1.")
@@ -212,7 +212,7 @@ class _Blocks:
 
 
 def _random_keys(count: int, *parts: int | str) -> NDArray[np.uint64]:
-    # Sorting raw bits, since NumPy keeps a bit generator's stream for ever but not that of Generator.permutation.
+    # Raw bits to sort by: NumPy keeps a bit generator's stream for ever, but not Generator.permutation's.
     return np.random.PCG64(keyed_seed(*parts)).random_raw(count)
 
 

@@ -10,10 +10,10 @@ SPLITS = ("train", "heldout")
 
 @dataclass
 class ClipRecord:
-    """One clip's facts, as they stand in the shard. Whether its licence is allowed is decided by the data config."""
+    """One clip's facts, as they stand in the shard. The data config decides which licences are allowed."""
 
     key: str
-    """Name of the clip inside its data set; no dots or slashes, because WebDataset splits names at the first dot."""
+    """Name of the clip in its data set; without dots, because WebDataset splits names at the first one."""
     caption: str
     fps: float
     num_frames: int
@@ -85,7 +85,7 @@ def _check_names(key: str, present: set[str]) -> None:
     unknown = sorted(present - known)
     if unknown:
         raise ValueError(
-            f"Clip key={key}: its json has unknown fields {', '.join(unknown)}. Put additional facts under 'extra'."
+            f"Clip key={key}: its json has unknown fields {', '.join(unknown)}. Put them under 'extra'."
         )
 
 

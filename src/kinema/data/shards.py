@@ -1,4 +1,6 @@
-"""Shards on disk: WebDataset tars, an index beside each for random access, and one manifest for the data set."""
+"""Shards on disk: WebDataset tars, an index beside each for random access, and one manifest for the data
+set.
+"""
 
 import hashlib
 import json
@@ -29,7 +31,7 @@ class DamagedSample(Exception):
         self.key, self.shard, self.reason = key, shard, reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions are rebuilt from args by default, which would lose the three fields on the way out of a worker.
+        # By default an exception is rebuilt from its message, which would fail on the way out of a worker.
         return type(self), (self.key, self.shard, self.reason)
 
 
@@ -44,7 +46,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ClipEntry:
-    """One clip of the index: its record (without `extra`), its shard's file name, its members by extension."""
+    """One clip of the index: its record (without `extra`), its shard's file name, members by extension."""
 
     record: ClipRecord
     shard: str
@@ -68,8 +70,8 @@ class DatasetIndex:
     def load(cls, folder: str | Path, split: str | None = None) -> "DatasetIndex":
         """Read manifest and indexes, and check that every shard lies there with the size the manifest says.
 
-        Raises ValueError when the manifest, an index or a shard is missing, or a shard is cut short.
-        The bytes themselves are checked as they are read (`read_member`). Clips without a caption stay in, for
+        Raises ValueError when the manifest, an index or a shard is missing, or a shard is cut short. The
+        bytes themselves are checked as they are read (`read_member`). Clips without a caption stay in, for
         the caller to count.
         """
         folder = Path(folder)
@@ -84,7 +86,7 @@ class DatasetIndex:
 
 
 def read_member(folder: str | Path, entry: ClipEntry, ext: str) -> bytes:
-    """The bytes of one member (`mp4`, `json`, ...) by random access; raises DamagedSample if they are not as indexed."""
+    """The bytes of one member (`mp4`, `json`, ...); raises DamagedSample if they are not as indexed."""
     key, member = entry.record.key, entry.members.get(ext)
     if member is None:
         raise DamagedSample(key, entry.shard, f"has no member .{ext}, only {sorted(entry.members)}")
@@ -106,8 +108,9 @@ def read_member(folder: str | Path, entry: ClipEntry, ext: str) -> bytes:
 class ShardWriter:
     """Writes clips into tar shards with WebDataset's writer; a context manager.
 
-    Everything is written into FOLDER.building, which takes the name FOLDER in one rename when the last byte is
-    down: an interrupted build never looks whole, and the next one starts afresh. Equal clips give equal bytes.
+    Everything is written into FOLDER.building, which takes the name FOLDER in one rename when the last byte
+    is down: an interrupted build never looks whole, and the next one starts afresh. Equal clips give equal
+    bytes.
     """
 
     def __init__(
@@ -153,7 +156,7 @@ class ShardWriter:
         return self
 
     def write(self, record: ClipRecord, mp4: bytes) -> None:
-        """Append one clip. Raises ValueError if the record is not valid, its key is taken or its sha256 is not the mp4's."""
+        """Append one clip. Raises ValueError for an invalid record, a key used before, or another sha256."""
         ClipRecord.from_dict(record.to_dict(), allow_missing_caption=True)
         if record.key in self._keys:
             raise ValueError(f"Clip key={record.key} was written before: keys must be unique in a data set.")
@@ -213,9 +216,10 @@ class ShardWriter:
 def index_shards(folder: str | Path, *, name: str | None = None) -> DatasetIndex:
     """Write indexes and a manifest for a folder of WebDataset tars that someone else made.
 
-    A sample needs an mp4; its caption is `caption` (or `text`) of its json, or else its txt. Facts that the json does not
-    state are read from the mp4; licence and consent become `unknown` then, which the data config has to allow by name.
-    The tars are left as they are. Raises ValueError for a folder without tars, a damaged tar, or a key used twice.
+    A sample needs an mp4; its caption is `caption` (or `text`) of its json, or else its txt. Facts that the
+    json does not state are read from the mp4; licence and consent become `unknown` then, which the data
+    config has to allow by name. The tars are left as they are. Raises ValueError for a folder without tars,
+    a damaged tar, or a key used twice.
     """
     folder = Path(folder)
     tars = sorted(folder.glob("*.tar"))
@@ -249,8 +253,8 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not json ({error}). Build the data set again.") from error
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version={manifest.get('format_version')}; this program reads {FORMAT_VERSION}. "
-            "Build the data set again, or use the matching program."
+            f"{path} has format_version={manifest.get('format_version')}, but this program reads "
+            f"{FORMAT_VERSION}. Build the data set again, or use the matching program."
         )
     return manifest
 
@@ -375,9 +379,9 @@ def _probe(mp4: bytes, key: str, tar: Path) -> dict[str, Any]:
     import av
 
     try:
-        with av.open(io.BytesIO(mp4)) as container:
+        with av.open(io.BytesIO(mp4), "r") as container:
             stream = container.streams.video[0]
-            num_frames = sum(1 for packet in container.demux(stream) if packet.size)
+            num_frames = sum(1 for packet in container.demux(stream) if packet.size > 0)
             fps = float(stream.average_rate or 0)
             width, height = stream.codec_context.width, stream.codec_context.height
     except (av.error.FFmpegError, IndexError) as error:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (232, 44, 40),
     "green": (40, 196, 62),
@@ -50,9 +49,10 @@ class Attributes:
 def is_heldout(colour: str, shape: str, direction: str) -> bool:
     """Whether this combination never occurs in the train split.
 
-    With every word numbered by its place in the vocabulary: (colour + 2 shape + 3 direction) divisible by 6.
-    That is 12 of the 72 combinations: each colour misses one horizontal and one vertical direction of one shape, so that each
-    word and each *pair* of words is still seen in training, and only the composition of three is new.
+    With every word numbered by its place in the vocabulary: (colour + 2 shape + 3 direction) divisible by
+    6. That is 12 of the 72 combinations: each colour misses one horizontal and one vertical direction of
+    one shape, so that each word and each *pair* of words is still seen in training, and only the
+    composition of three is new.
     """
     c, s, d = list(COLOURS).index(colour), SHAPES.index(shape), list(DIRECTIONS).index(direction)
     return (c + 2 * s + 3 * d) % 6 == 0
@@ -73,10 +73,12 @@ class HeldoutPrompt(NamedTuple):
 
 
 def heldout_prompts(n: int = 64) -> list[HeldoutPrompt]:
-    """`n` different single-object captions of combinations that training never shows, evenly over the 12 of them.
+    """`n` different single-object captions of combinations that training never shows, evenly over the 12 of
+    them.
 
-    Quick objects always bounce here: at the default frame size most of them have no room to cross the frame unhindered for
-    the captioned time, so that training has few clips of the kind. Raises ValueError beyond 72 prompts.
+    Quick objects always bounce here: at the default frame size most of them have no room to cross the frame
+    unhindered for the captioned time, so that training has few clips of the kind. Raises ValueError beyond
+    72 prompts.
     """
     combos = combinations(heldout=True)
     variants = [
@@ -106,18 +108,19 @@ _PHRASE = re.compile(
 
 
 def parse_caption(caption: str) -> Attributes:
-    """The one object of a caption; raises ValueError for other words or two objects, which this check cannot judge."""
+    """The one object of a caption; raises ValueError for other words, and for two objects."""
     match = _PHRASE.fullmatch(caption.strip())
     if match is None:
         raise ValueError(
-            f"prompt={caption!r} is not a caption of one toy object. Type it like {Attributes('large', 'red', 'circle', 'slowly', 'right').phrase!r}; "
-            f"colours: {', '.join(COLOURS)}; shapes: {', '.join(SHAPES)}; directions: {', '.join(DIRECTIONS)}."
+            f"prompt={caption!r} is not a caption of one toy object. Type it like 'a large red circle moves "
+            f"slowly right and bounces'. Colours: {', '.join(COLOURS)}; shapes: {', '.join(SHAPES)}; "
+            f"directions: {', '.join(DIRECTIONS)}."
         )
     size, colour, shape, speed, direction, bounces = match.groups()
     return Attributes(size, colour, shape, speed, direction, bounces is not None)
 
 
-# --- The vision check ----------------------------------------------------------------------------------------
+# --- The vision check --------------------------------------------------------------------------------
 
 MIN_CONTRAST = 70.0
 """Euclidean RGB distance from the background below which nothing counts as an object."""
@@ -168,7 +171,7 @@ class ToyVerdict:
 
 
 def check_clip(frames: NDArray[np.uint8], prompt: str | Attributes) -> ToyVerdict:
-    """Look at uint8 frames (T, H, W, 3) and compare with the caption of one object. Nothing ambiguous counts as right."""
+    """Compare uint8 frames (T, H, W, 3) with the caption of one object. Nothing ambiguous is right."""
     expected = parse_caption(prompt) if isinstance(prompt, str) else prompt
     return ToyVerdict(expected, look(frames))
 
@@ -185,8 +188,8 @@ def pass_rates(verdicts: Sequence[ToyVerdict]) -> dict[str, float]:
 def look(frames: NDArray[np.uint8]) -> Finding:
     """Find colour, shape and direction of the one object in uint8 frames (T, H, W, 3) on a plain background.
 
-    Colour by hue and saturation of the object's core; shape by its blur-invariant moments; direction by the first clear displacement
-    of its centroid. Raises ValueError for another layout or fewer than 4 frames.
+    Colour by hue and saturation of the object's core; shape by its blur-invariant moments; direction by the
+    first clear displacement of its centroid. Raises ValueError for another layout or fewer than 4 frames.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) < 4:
         raise ValueError(
@@ -199,18 +202,18 @@ def look(frames: NDArray[np.uint8]) -> Finding:
     contrast = np.linalg.norm(pictures - background, axis=-1)  # (T, H, W)
     objects = [_find_object(c) for c in contrast]
     objects = _of_steady_size(objects)
-    good = [t for t, mask in enumerate(objects) if mask is not None]
+    good = {t: mask for t, mask in enumerate(objects) if mask is not None}
     if len(good) < MIN_GOOD_FRAMES * len(frames):
         return Finding(reason=f"one clear object in only {len(good)} of {len(frames)} frames")
 
-    cores = [_core(pictures[t], contrast[t], objects[t]) for t in good]
+    cores = [_core(pictures[t], contrast[t], mask) for t, mask in good.items()]
     colour, purity = _majority([name for core in cores for name in name_colours(core)])
     if purity < 0.7:
         colour = NONE
     measures = np.array(
         [
-            _moments(pictures[t], background, core.mean(0), objects[t])
-            for t, core in zip(good, cores, strict=True)
+            _moments(pictures[t], background, core.mean(0), mask)
+            for (t, mask), core in zip(good.items(), cores, strict=True)
         ]
     )
     shape, agreement = _majority([name_shape(*m[2:]) for m in measures])
@@ -228,7 +231,7 @@ def _majority(names: Sequence[str]) -> tuple[str, float]:
 
 
 def _plain_background(pictures: NDArray[np.float32]) -> NDArray[np.float32] | None:
-    """The colour (3,) of the frame's rim; None if the rim, where no object touches it, is not of one dark colour."""
+    """The colour (3,) of the frame's rim; None if most of the rim is not of one dark colour."""
     rim = np.ones(pictures.shape[1:3], bool)
     rim[2:-2, 2:-2] = False
     pixels = pictures[:, rim].reshape(-1, 3)
@@ -252,7 +255,7 @@ def _find_object(contrast: NDArray[np.float32]) -> NDArray[np.bool_] | None:
 
 
 def _components(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Label 4-connected regions 1, 2, ... and 0 elsewhere, by letting the largest pixel number spread in each."""
+    """Label 4-connected regions 1, 2, ... by letting the largest pixel number spread in each; 0 outside."""
     height, width = mask.shape
     spread = np.zeros((height + 2, width + 2), np.int64)
     inner = spread[1:-1, 1:-1]
@@ -286,7 +289,7 @@ def _core(
 
 
 def name_colours(pixels: NDArray[np.float32]) -> list[str]:
-    """The name of each colour (n, 3), `none` between the names: hue more than 24 degrees off, or half saturated."""
+    """The name of each colour (n, 3); `none` if its hue is 24 degrees off all, or it is half saturated."""
     high, low = pixels.max(-1), pixels.min(-1)
     saturation = (high - low) / np.maximum(high, 1)
     hue = hue_degrees(pixels)
@@ -295,7 +298,7 @@ def name_colours(pixels: NDArray[np.float32]) -> list[str]:
         if name == "white":
             names[saturation < 0.25] = name
             continue
-        off = np.abs((hue - hue_degrees(np.float32([colour]))[0] + 180) % 360 - 180)
+        off = np.abs((hue - hue_degrees(np.array([colour], np.float32))[0] + 180) % 360 - 180)
         names[(saturation > 0.4) & (off < 24)] = name
     names[high < 90] = NONE
     return names.tolist()
@@ -315,9 +318,9 @@ def _moments(
 ) -> tuple[float, ...]:
     """(x, y) of the centroid in pixels, then what `name_shape` asks: its five normalised moments.
 
-    Each pixel is weighted with how far it has gone from the background's to the object's colour, so that blurred outlines count
-    in part. With z = x + iy about the centroid (y upwards): E z^3 and E z^4 do not change under an isotropic blur, whatever
-    its width, and the area does not either.
+    Each pixel is weighted with how far it has gone from the background's to the object's colour, so that
+    blurred outlines count in part. With z = x + iy about the centroid (y upwards): E z^3 and E z^4 do not
+    change under an isotropic blur, whatever its width, and the area does not either.
     """
     towards = colour - background
     coverage = np.clip((picture - background) @ towards / (towards @ towards), 0, 1)
@@ -343,15 +346,18 @@ def _dilate(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
 
 
 TRIANGLE_THIRD = -((4 / (3 * np.sqrt(3))) ** 1.5) / 10
-"""Imaginary part of E z^3 / area^1.5 of an equilateral triangle that stands on its base; 0 for circle and square."""
+"""Imaginary part of E z^3 / area^1.5 of an equilateral triangle that stands on its base; 0 for circle and
+square.
+"""
 SQUARE_FOURTH = -1 / 60
 """E z^4 / area^2 of an upright square; 0 for circle and equilateral triangle."""
 
 
 def name_shape(compactness: float, elongation: float, third_x: float, third_y: float, fourth: float) -> str:
-    """The shape whose moments are nearest, `none` if they are far from all three or the object is frayed or elongated.
+    """The shape whose moments are nearest; `none` if all are far, or the object is frayed or elongated.
 
-    `compactness` is 1 for a disc, 0.95 for a square, 0.83 for a triangle and falls with blur; `elongation` 0 for all.
+    `compactness` is 1 for a disc, 0.95 for a square, 0.83 for a triangle and falls with blur; `elongation`
+    0 for all.
     """
     if compactness < 0.65 or elongation > 0.2:
         return NONE
@@ -363,9 +369,10 @@ def name_shape(compactness: float, elongation: float, third_x: float, third_y: f
 
 
 def name_motion(centroids: NDArray[np.float64]) -> tuple[str, bool]:
-    """Direction of the first clear displacement of centroids (T, 2) as x, y in short sides; and whether it turns back.
+    """Direction of the first clear displacement of centroids (T, 2), in short sides; and if it returns.
 
-    `none` when it never moves `MIN_TRAVEL`, moves diagonally (the smaller part above half of the larger) or jumps.
+    `none` when it never moves `MIN_TRAVEL`, moves diagonally (the smaller part above half of the larger) or
+    jumps.
     """
     steps = np.linalg.norm(np.diff(centroids, axis=0), axis=1)
     travelled = centroids - centroids[0]

@@ -174,7 +174,7 @@ class _Reorder(torch.autograd.Function):
 
 
 def _flash_varlen(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths, *, order: Order | None
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths, *, order: Order | None = None
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 

@@ -27,7 +27,7 @@ def rope_3d(
     """
     check_rope_axes(axes, head_dim)
     angles = [
-        positions[:, axis, None].double() * _frequencies(size, theta, positions.device)
+        positions[:, axis, None] * _frequencies(size, theta, positions.device)
         for axis, size in enumerate(axes)
     ]
     whole = torch.cat(angles, dim=1)

@@ -368,6 +368,8 @@ def events(run: RunRecord) -> dict[str, Any] | None:
 
 def number(value: Any) -> str:
     """A number in three digits with k, M, G, T, P; integers below 100,000 in full; other things unchanged."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} ({number(count)})" for name, count in value.items())
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "-" if value is None else str(value)
     if isinstance(value, int) and abs(value) < 100_000:

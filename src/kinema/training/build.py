@@ -162,7 +162,7 @@ def build_vae(config: "Config", run: Run, process: Process, after_first_step: Ca
         device=process.device,
     )
     manifest = {"task": "vae", "vae": {"config": to_plain(config.vae)}, **common_manifest(config, data)}
-    strips = StripMaker(task.twin, data.heldout_packs(config.task.strips), run.folder) if process.is_main else None
+    strips = StripMaker(task.twin, data.heldout_packs(config.task.strips), run.folder, config.task.strips) if process.is_main else None
     flops = 3 * sum(sum(model.flops(*shape)) for shape in data.step_shapes)
     describe_run(config, run, process, model, flops_per_step=flops)
     return assemble(config, run, process, task, data, engine, manifest, after_first_step, strips, config.task.strips_every_steps)
@@ -388,6 +388,14 @@ def describe_run(config: "Config", run: Run, process: Process, model: nn.Module,
     tqdm.write(
         f"run {run.folder}: {parameters / 1e6:.2f} M parameters, config {record['config_hash'][:8]}, "
         f"{process.world_size} rank(s) on {process.device}, ZeRO {parallel.zero_stage}, {parallel.precision.value}"
+    )
+    rate, checkpoint, logging = config.optim.learning_rate, config.checkpoint, config.logging
+    rates = [rate * config.schedule.factor(step, config.steps) for step in (0, config.steps // 2, config.steps - 1)]
+    tqdm.write(
+        f"steps {config.steps}, learning rate {rates[0]:.1e} first, {rates[1]:.1e} halfway, {rates[2]:.1e} last; "
+        f"checkpoint every {checkpoint.every_steps} (keeps {checkpoint.keep}, {checkpoint.max_failed_saves} saves may fail), "
+        f"validation every {config.validation.every_steps} on {config.validation.clips} clips, "
+        f"metrics every {logging.every_steps}, W&B {logging.wandb.value} ({logging.project})"
     )
 
 

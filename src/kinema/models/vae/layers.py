@@ -84,7 +84,7 @@ class CausalConv(nn.Module):
         weight, bias = self.conv.weight, self.conv.bias
         time, height, width = self.conv.kernel_size
         if time == 1:  # frames are a batch of images
-            frames = x.transpose(1, 2).flatten(0, 1)
+            frames = x.movedim(1, -1).flatten(0, 1).movedim(-1, 1)  # stays channels last where this copies
             out = F.conv2d(frames, weight[:, :, 0], bias, self.conv.stride[1:], self.conv.padding[1:])
             return out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         if height == width == 1:  # one matrix product over the stacked frames
@@ -92,7 +92,7 @@ class CausalConv(nn.Module):
             taps = [x[:, :, i : i + (count - 1) * self.time_stride + 1 : self.time_stride] for i in range(time)]
             stacked = torch.cat([tap.movedim(1, -1) for tap in taps], dim=-1)
             return F.linear(stacked, weight[..., 0, 0].transpose(1, 2).flatten(1), bias).movedim(-1, 1)
-        return self.conv(x)
+        return self.conv(x.contiguous(memory_format=torch.channels_last_3d))
 
     def _before_first(self, x: Tensor) -> Tensor:
         first = x[:, :, :1].expand(-1, -1, self.past_frames, -1, -1)

@@ -1,0 +1,87 @@
+"""Small data sets for the tests of the data room: every frame says in grey which clip and which moment it is."""
+
+import hashlib
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from kinema.data.geometry import ClipShape, Geometry
+from kinema.data.loading import plan_clips
+from kinema.data.plan import Plan
+from kinema.data.sample import ClipRecord
+from kinema.data.shards import DatasetIndex, ShardWriter
+
+GEOMETRY = Geometry(temporal_stride=4, spatial_stride=8, patch_size=(1, 1, 1))
+SHAPES = [ClipShape(9, 32, 32), ClipShape(5, 32, 32)]
+TICKS = 12_800
+
+
+def numbered_video(times: list[float], *, size: tuple[int, int] = (32, 32), b_frames: int = 0) -> bytes:
+    """H.264 mp4 whose frame i appears at times[i] seconds and is grey of level 10 + 2 i (read it with `numbers`)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "clip.mp4")
+        with av.open(path, "w") as container:
+            stream = container.add_stream("libx264", rate=30)
+            stream.width, stream.height, stream.pix_fmt = size[1], size[0], "yuv420p"
+            stream.codec_context.time_base = Fraction(1, TICKS)
+            stream.options = {"crf": "1", "g": "12", "bf": str(b_frames), "sc_threshold": "0", "b-adapt": "0"}
+            for index, seconds in enumerate(times):
+                picture = np.full((*size, 3), 10 + 2 * index, np.uint8)
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts, frame.time_base = round(seconds * TICKS), Fraction(1, TICKS)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return Path(path).read_bytes()
+
+
+def numbers(frames) -> list[int]:
+    """Frame numbers painted by `numbered_video`."""
+    return ((frames.float().mean(dim=(1, 2, 3)) - 10) / 2).round().int().tolist()
+
+
+def record(key: str, mp4: bytes, **facts) -> ClipRecord:
+    """A whole record with ordinary facts."""
+    values = {
+        "caption": f"caption of {key}",
+        "fps": 10.0,
+        "num_frames": 20,
+        "width": 32,
+        "height": 32,
+        "duration_seconds": 2.0,
+        "source": "test",
+        "license": "CC0-1.0",
+        "consent": "synthetic",
+        "split": "train",
+        "sha256": hashlib.sha256(mp4).hexdigest(),
+    }
+    return ClipRecord(key=key, **{**values, **facts})
+
+
+def build(folder, clips: int, *, per_shard: int = 4, damaged=(), **facts) -> DatasetIndex:
+    """Clips of 2 s at 10 fps; the mp4s numbered in `damaged` are cut in half before they are written."""
+    mp4 = numbered_video([i / 10 for i in range(20)])
+    with ShardWriter(folder, max_samples=per_shard) as writer:
+        for number in range(clips):
+            content = mp4[: len(mp4) // 2] if number in damaged else mp4
+            varied = {name: value(number) if callable(value) else value for name, value in facts.items()}
+            writer.write(record(f"clip-{number:03d}", content, **varied), content)
+    return DatasetIndex.load(folder)
+
+
+def make_plan(index: DatasetIndex, *, seed=0, lanes=2, clips_per_step=4, max_pack_tokens=4096, block=2, shapes=SHAPES):
+    """The plan of all clips of an index at 8 fps."""
+    clips, _ = plan_clips(index, shapes, 8.0, GEOMETRY)
+    shards = sorted({entry.shard for entry in index.entries})
+    shard_of = [shards.index(index.entries[clip.entry_index].shard) for clip in clips]
+    return Plan(
+        clips,
+        shard_of,
+        seed=seed,
+        lanes=lanes,
+        clips_per_step=clips_per_step,
+        max_pack_tokens=max_pack_tokens,
+        shuffle_block_shards=block,
+    )

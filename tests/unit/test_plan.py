@@ -1,0 +1,208 @@
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+
+from kinema.data.geometry import ClipShape
+from kinema.data.plan import Plan, PlannedClip, deal, keyed_seed, lanes_of, pack_tokens_needed
+
+SHAPE = ClipShape(5, 32, 32)
+
+
+def plan_of(tokens, *, shards=None, seed=0, lanes=4, clips_per_step=8, max_pack_tokens=10**6, block=2):
+    clips = [PlannedClip(i, SHAPE, t, float(t) ** 1.5) for i, t in enumerate(tokens)]
+    shard_of = shards or [i // 5 for i in range(len(clips))]
+    return Plan(
+        clips,
+        shard_of,
+        seed=seed,
+        lanes=lanes,
+        clips_per_step=clips_per_step,
+        max_pack_tokens=max_pack_tokens,
+        shuffle_block_shards=block,
+    )
+
+
+def slots_of(plan, steps):
+    return [slot for step in steps for pack in plan.step(step) for slot in pack]
+
+
+def order_of(plan, epoch):
+    n, c = len(plan.clips), plan.clips_per_step
+    slots = slots_of(plan, range(epoch * n // c, math.ceil((epoch + 1) * n / c)))
+    mine = sorted((slot for slot in slots if slot.epoch == epoch), key=lambda slot: slot.position)
+    return [slot.clip.entry_index for slot in mine]
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+@pytest.mark.parametrize("workers", range(5))
+def test_ranks_and_workers_share_the_data_set_out_exactly(world, workers):
+    lanes = 168  # divided by all but 5
+    lanes = lanes if lanes % world == 0 else 40
+    plan = plan_of([10 + i % 7 for i in range(4 * lanes)], lanes=lanes, clips_per_step=2 * lanes)
+    shares = []
+    for rank in range(world):
+        # PyTorch hands item i of a rank's list to worker i mod workers.
+        items = [(step, lane) for step in range(2) for lane in lanes_of(rank, world, lanes)]
+        for worker in range(max(workers, 1)):
+            mine = items[worker :: max(workers, 1)]
+            shares.append({slot.clip.entry_index for step, lane in mine for slot in plan.step(step)[lane]})
+    assert set.union(*shares) == set(range(len(plan.clips)))
+    assert sum(len(share) for share in shares) == len(plan.clips)  # hence no two meet
+
+
+def test_every_epoch_holds_every_clip_once_and_in_another_order():
+    plan = plan_of([10] * 53, clips_per_step=8)
+    orders = [order_of(plan, epoch) for epoch in range(6)]
+    for order in orders:
+        assert sorted(order) == list(range(53))
+    for one, other in itertools.combinations(orders, 2):
+        assert one != other
+    shard_orders = [list(dict.fromkeys(clip // 5 for clip in order)) for order in orders]
+    assert len({tuple(order) for order in shard_orders}) == 6
+
+
+def test_clips_stay_inside_blocks_of_shards():
+    plan = plan_of([10] * 60, block=2)
+    for epoch in range(3):
+        order = order_of(plan, epoch)
+        for block in range(6):
+            shards = {clip // 5 for clip in order[10 * block : 10 * block + 10]}
+            # The first and last blocks may lend a clip or two, so that no step repeats one.
+            assert len(shards) <= 2 or block in (0, 1)
+
+
+def test_clips_of_a_block_are_mixed():
+    order = order_of(plan_of([10] * 60, block=4), 0)
+    assert len({clip // 5 for clip in order[:8]}) > 2
+
+
+def test_no_step_repeats_a_clip_when_epochs_meet_in_it():
+    for n, c in itertools.product((24, 25, 31, 47), (5, 7, 8)):
+        plan = plan_of([10] * n, clips_per_step=c, lanes=1)
+        for step in range(10 * n // c):
+            keys = [slot.clip.entry_index for slot in slots_of(plan, [step])]
+            assert len(set(keys)) == c, (n, c, step)
+
+
+def test_the_plan_is_a_pure_function_of_seed_and_step():
+    one, other = plan_of([10] * 40), plan_of([10] * 40)
+    steps = list(range(30))
+    expected = {step: one.step(step) for step in steps}
+    random.Random(0).shuffle(steps)
+    assert all(other.step(step) == expected[step] for step in steps)
+    assert plan_of([10] * 40, seed=1).step(0) != expected[0]
+
+
+def test_positions_count_on_and_state_says_where_they_are():
+    plan = plan_of([10] * 12, clips_per_step=8)
+    for step in range(5):
+        positions = sorted(slot.position for slot in slots_of(plan, [step]))
+        assert positions == list(range(8 * step, 8 * step + 8))
+        first = min(slots_of(plan, [step]), key=lambda slot: slot.position)
+        assert plan.state(step) == {"epoch": first.epoch, "cursor": 8 * step % 12}
+    assert plan.steps_per_epoch == 2
+
+
+def test_fewer_clips_than_a_step_repeat_in_order():
+    plan = plan_of([10], lanes=1, clips_per_step=3)
+    assert [slot.epoch for slot in slots_of(plan, [0, 1])] == [0, 1, 2, 3, 4, 5]
+
+
+def best_makespan(costs, lanes):
+    return min(
+        max(sum(c for c, l in zip(costs, where, strict=True) if l == lane) for lane in range(lanes))
+        for where in itertools.product(range(lanes), repeat=len(costs))
+    )
+
+
+def test_costs_are_balanced_within_grahams_bound_of_the_best_possible():
+    rng = random.Random(0)
+    for _ in range(20):
+        lanes = rng.choice([2, 3])
+        plan = plan_of([rng.randint(1, 60) for _ in range(7)], lanes=lanes, clips_per_step=7)
+        packs = plan.step(rng.randrange(50))
+        costs = [sum(slot.clip.cost for slot in pack) for pack in packs]
+        best = best_makespan([slot.clip.cost for pack in packs for slot in pack], lanes)
+        assert best <= max(costs) + 1e-9 <= (4 / 3 - 1 / (3 * lanes)) * best + 2e-9
+
+
+def test_many_clips_a_lane_leave_little_waiting():
+    rng = random.Random(0)
+    plan = plan_of([rng.choice([320, 576, 1024, 2048]) for _ in range(512)], lanes=8, clips_per_step=128)
+    efficiency = []
+    for step in range(20):
+        costs = [sum(slot.clip.cost for slot in pack) for pack in plan.step(step)]
+        efficiency.append(sum(costs) / len(costs) / max(costs))
+    assert min(efficiency) > 0.98
+
+
+def test_every_lane_gets_a_clip_and_no_pack_exceeds_the_cap():
+    rng = random.Random(0)
+    for _ in range(100):
+        lanes, per_step = rng.randint(1, 5), rng.randint(5, 17)
+        tokens = [rng.choice([1, 5, 30, 100]) for _ in range(rng.randint(1, 60))]
+        needed = pack_tokens_needed(tokens, lanes, per_step)
+        plan = plan_of(tokens, lanes=lanes, clips_per_step=per_step, max_pack_tokens=needed, block=3)
+        for step in range(12):
+            packs = plan.step(step)
+            assert len(packs) == lanes
+            assert all(packs)
+            assert max(sum(slot.clip.tokens for slot in pack) for pack in packs) <= needed
+
+
+def test_equal_clips_need_a_cap_of_exactly_their_share():
+    assert pack_tokens_needed([10] * 100, 4, 8) == 20
+    plan_of([10] * 100, max_pack_tokens=20)
+    with pytest.raises(ValueError, match=r"data\.max_pack_tokens=19 .* Type data\.max_pack_tokens=20"):
+        plan_of([10] * 100, max_pack_tokens=19)
+
+
+def test_equal_shapes_lie_together_in_a_pack():
+    shapes = [ClipShape(5, 32, 32), ClipShape(9, 32, 32), ClipShape(5, 16, 64)]
+    clips = [PlannedClip(i, shapes[i % 3], 10, 1.0) for i in range(30)]
+    plan = Plan(clips, [0] * 30, seed=0, lanes=2, clips_per_step=10, max_pack_tokens=999, shuffle_block_shards=1)
+    for pack in plan.step(0):
+        assert len(list(itertools.groupby(slot.clip.shape for slot in pack))) == len({s.clip.shape for s in pack})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clips_per_step": 3}, r"data\.clips_per_step=3 must be at least data\.lanes=4"),
+        ({"block": 0}, r"data\.shuffle_block_shards=0"),
+        ({"lanes": 0}, r"data\.lanes=0"),
+    ],
+)
+def test_impossible_plans_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of([10] * 40, **change)
+
+
+def test_clips_must_cost_something():
+    with pytest.raises(ValueError, match="cost above 0"):
+        plan_of([10, 0, 10] * 5)
+
+
+def test_lanes_split_evenly_or_not_at_all():
+    assert [lanes_of(rank, 2, 8) for rank in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(ValueError, match=r"data\.lanes=8 .* ranks 3.*\[1, 2, 4, 8\]"):
+        lanes_of(0, 3, 8)
+
+
+def test_keyed_seeds_are_stable_spread_and_tell_parts_apart():
+    assert keyed_seed(0, "noise", 1) == 6851761370200157136  # pinned: a run resumed years later draws the same
+    different = [keyed_seed(*parts) for parts in [("ab", "c"), ("a", "bc"), ("abc",), (1,), ("1",), (1, 2), (12,)]]
+    assert len(set(different)) == len(different)
+    uniform = np.array([keyed_seed(0, i) / 2**64 for i in range(2000)])
+    assert np.abs(np.histogram(uniform, 10, (0, 1))[0] - 200).max() < 60
+    with pytest.raises(TypeError, match=r"float 0\.5"):
+        keyed_seed(0.5)
+
+
+def test_dealing_is_deterministic_in_ties():
+    plan = plan_of([10] * 16, lanes=2, clips_per_step=4)
+    slots = slots_of(plan, [0])
+    assert deal(slots, 2, 999) == deal(slots[::-1], 2, 999)
