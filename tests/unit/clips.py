@@ -1,4 +1,4 @@
-"""Small data sets for the tests of the data room: every frame says in grey which clip and which moment it is."""
+"""Small data sets for the tests of the data room: every frame has its number painted in."""
 
 import hashlib
 import tempfile
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.loading import plan_clips
@@ -16,20 +17,26 @@ from kinema.data.shards import DatasetIndex, ShardWriter
 
 GEOMETRY = Geometry(temporal_stride=4, spatial_stride=8, patch_size=(1, 1, 1))
 SHAPES = [ClipShape(9, 32, 32), ClipShape(5, 32, 32)]
-TICKS = 12_800
+TICKS = 90_000
 
 
 def numbered_video(times: list[float], *, size: tuple[int, int] = (32, 32), b_frames: int = 0) -> bytes:
-    """H.264 mp4 whose frame i appears at times[i] seconds and is grey of level 10 + 2 i (read it with `numbers`)."""
+    """H.264 mp4 whose frame i appears at times[i] seconds, with i painted as eight bars (read it with
+    `numbers`).
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "clip.mp4")
         with av.open(path, "w") as container:
             stream = container.add_stream("libx264", rate=30)
             stream.width, stream.height, stream.pix_fmt = size[1], size[0], "yuv420p"
             stream.codec_context.time_base = Fraction(1, TICKS)
-            stream.options = {"crf": "1", "g": "12", "bf": str(b_frames), "sc_threshold": "0", "b-adapt": "0"}
+            # No choice is left to the encoder, or it would leave the B-frames out.
+            stream.options = {
+                "x264-params": f"crf=4:keyint=12:bframes={b_frames}:b-adapt=0:scenecut=0:threads=1"
+            }
             for index, seconds in enumerate(times):
-                picture = np.full((*size, 3), 10 + 2 * index, np.uint8)
+                bars = np.array([index >> bit & 1 for bit in range(8)], np.uint8).repeat(size[1] // 8)
+                picture = np.broadcast_to(255 * bars[None, :, None], (*size, 3)).copy()
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
                 frame.pts, frame.time_base = round(seconds * TICKS), Fraction(1, TICKS)
                 container.mux(stream.encode(frame))
@@ -39,7 +46,8 @@ def numbered_video(times: list[float], *, size: tuple[int, int] = (32, 32), b_fr
 
 def numbers(frames) -> list[int]:
     """Frame numbers painted by `numbered_video`."""
-    return ((frames.float().mean(dim=(1, 2, 3)) - 10) / 2).round().int().tolist()
+    bits = frames.float().mean(dim=(1, 3)).unflatten(1, (8, -1)).mean(dim=2) > 127
+    return (bits.int() * 2 ** torch.arange(8)).sum(dim=1).tolist()
 
 
 def record(key: str, mp4: bytes, **facts) -> ClipRecord:
@@ -71,7 +79,9 @@ def build(folder, clips: int, *, per_shard: int = 4, damaged=(), **facts) -> Dat
     return DatasetIndex.load(folder)
 
 
-def make_plan(index: DatasetIndex, *, seed=0, lanes=2, clips_per_step=4, max_pack_tokens=4096, block=2, shapes=SHAPES):
+def make_plan(
+    index: DatasetIndex, *, seed=0, lanes=2, clips_per_step=4, max_pack_tokens=4096, block=2, shapes=SHAPES
+):
     """The plan of all clips of an index at 8 fps."""
     clips, _ = plan_clips(index, shapes, 8.0, GEOMETRY)
     shards = sorted({entry.shard for entry in index.entries})

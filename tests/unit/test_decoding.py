@@ -1,4 +1,5 @@
 import io
+import itertools
 import subprocess
 import sys
 import time
@@ -53,9 +54,24 @@ def test_the_frames_asked_for_by_time_are_returned(decoder, name, b_frames):
         assert numbers(frames) == nearest(times, [start + i / fps for i in range(9)]), (fps, start)
 
 
+@BOTH
+def test_neighbouring_key_frames_do_not_mislead_the_decoder(decoder):
+    """decord's own seeking returns a neighbour here."""
+    noise = np.random.default_rng(0).integers(0, 255, (40, 16, 16, 3), np.uint8).repeat(4, 1).repeat(4, 2)
+    mp4 = encode_video(noise, 20)  # every frame a new scene: the encoder sets key frames at will
+    with av.open(io.BytesIO(mp4)) as container:
+        keys = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
+    assert any(one and two for one, two in itertools.pairwise(keys))
+    whole = decode_clip(mp4, ClipShape(40, 64, 64), 20, 0.0, decoder)
+    assert (whole.int() - torch.from_numpy(noise).int()).abs().float().mean() < 60  # colours are coarse
+    for number in range(36):
+        part = decode_clip(mp4, ClipShape(3, 64, 64), 10, number / 20, decoder)
+        assert torch.equal(part, whole[number : number + 5 : 2])
+
+
 def test_the_test_video_really_has_b_frames():
     with av.open(io.BytesIO(numbered_video(TIMELINES["24 fps"], b_frames=3))) as container:
-        kinds = {frame.pict_type.name for frame in container.decode(video=0)}
+        kinds = {av.video.frame.PictureType(frame.pict_type).name for frame in container.decode(video=0)}
     assert kinds == {"I", "P", "B"}
 
 
@@ -135,7 +151,7 @@ def test_both_libraries_give_nearly_the_same_pixels():
         assert (one - other).abs().float().mean() < 0.5
     # And both are what was encoded.
     direct = decode_clip(mp4, ClipShape(9, 72, 96), 8, 0.0, Decoder.pyav).int()
-    assert (direct - frames[[0, 3, 6, 9, 12, 15, 18, 21, 23]].int())[:8].abs().float().mean() < 6
+    assert (direct - frames[[0, 3, 6, 9, 12, 15, 18, 21, 23]].int())[:8].abs().float().mean() < 10
 
 
 @BOTH
@@ -158,8 +174,12 @@ def test_rotation_is_applied(decoder):
 
 def rotate_by_matrix(mp4: bytes) -> bytes:
     """Write a 90 degree rotation into the track header's matrix, as telephones do."""
-    upright = b"".join(n.to_bytes(4, "big", signed=True) for n in (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000))
-    turned = b"".join(n.to_bytes(4, "big", signed=True) for n in (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000))
+    upright = b"".join(
+        n.to_bytes(4, "big", signed=True) for n in (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    )
+    turned = b"".join(
+        n.to_bytes(4, "big", signed=True) for n in (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
+    )
     at = mp4.index(upright, mp4.index(b"tkhd"))
     return mp4[:at] + turned + mp4[at + len(turned) :]
 
@@ -167,7 +187,8 @@ def rotate_by_matrix(mp4: bytes) -> bytes:
 def test_the_centre_is_cropped_unless_another_place_is_named():
     frame = torch.arange(8, dtype=torch.uint8)[None, None, :, None].expand(1, 4, 8, 3).numpy()
     columns = {
-        place: resize_and_crop(frame, ClipShape(1, 4, 4), (0.5, place))[0, 0, :, 0].tolist() for place in (0, 0.5, 1)
+        place: resize_and_crop(frame, ClipShape(1, 4, 4), (0.5, place))[0, 0, :, 0].tolist()
+        for place in (0, 0.5, 1)
     }
     assert columns == {0: [0, 1, 2, 3], 0.5: [2, 3, 4, 5], 1: [4, 5, 6, 7]}
 
@@ -196,7 +217,9 @@ def test_a_mixed_installation_is_refused(monkeypatch):
         def __init__(self, name):
             self.name = name
 
-    monkeypatch.setattr("importlib.metadata.distributions", lambda: [Installed("decord"), Installed("Decord2")])
+    monkeypatch.setattr(
+        "importlib.metadata.distributions", lambda: [Installed("decord"), Installed("Decord2")]
+    )
     decoding._import_decord.cache_clear()
     with pytest.raises(ImportError, match="pip uninstall -y decord decord2"):
         decode_clip(b"", ClipShape(1, 8, 8), 8, 0.0, Decoder.decord)

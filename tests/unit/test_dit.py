@@ -10,7 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kinema.models.dit import Activation, AttentionPattern, DiT, DiTConfig, ModulationSource
-from kinema.models.dit.conditioning import Condition, LinearModulation, TableModulation, sinusoids, spread
+from kinema.models.dit.conditioning import (
+    Condition,
+    LinearModulation,
+    TableModulation,
+    gated_sum,
+    modulated_norm,
+    sinusoids,
+)
 from kinema.models.dit.layers import HeadNorm
 from kinema.models.dit.patches import patchify, unpatchify
 from kinema.models.dit.segments import Span
@@ -171,10 +178,17 @@ def test_patches_hold_their_own_latents_and_come_back():
         assert torch.equal(back, clip)
 
 
-def test_equal_clips_are_never_expanded_row_by_row():
-    rows = torch.randn(3, 8)
-    assert spread(rows, (4, 4, 4)).data_ptr() == rows.data_ptr()
-    assert torch.equal(spread(rows, (1, 3, 2))[0], rows[[0, 1, 1, 1, 2, 2]])
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (1, 3, 2), (3, 3, 1)])
+def test_every_token_gets_the_rows_of_its_clip(lengths):
+    torch.manual_seed(0)
+    tokens, update = torch.randn(2, sum(lengths), 8, dtype=torch.float64)
+    shift, scale, gate = torch.randn(3, 3, 8, dtype=torch.float64)
+    clip = [i for i, length in enumerate(lengths) for _ in range(length)]
+    centred = tokens - tokens.mean(1, keepdim=True)
+    normed = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    expected = normed * (1 + scale[clip]) + shift[clip]
+    torch.testing.assert_close(modulated_norm(tokens, shift, scale, lengths), expected)
+    torch.testing.assert_close(gated_sum(tokens, gate, update, lengths), tokens + gate[clip] * update)
 
 
 # Attention spans

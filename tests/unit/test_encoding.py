@@ -7,7 +7,12 @@ import torch
 
 from kinema.data.encoding import encode_video, read_metadata, write_video
 
-CORNERS = {"top left": (230, 30, 30), "top right": (30, 200, 30), "bottom left": (40, 60, 240), "bottom right": (240, 230, 40)}
+CORNERS = {
+    "top left": (230, 30, 30),
+    "top right": (30, 200, 30),
+    "bottom left": (40, 60, 240),
+    "bottom right": (240, 230, 40),
+}
 
 
 def decode(mp4):
@@ -18,7 +23,9 @@ def decode(mp4):
 
 
 def corner_frames():
-    frames = np.full((6, 32, 80, 3), 20, np.uint8)  # higher than wide would go unnoticed if sides were swapped twice
+    frames = np.full(
+        (6, 32, 80, 3), 20, np.uint8
+    )  # higher than wide would go unnoticed if sides were swapped twice
     for name, colour in CORNERS.items():
         rows = slice(0, 12) if "top" in name else slice(-12, None)
         columns = slice(0, 12) if "left" in name else slice(-12, None)
@@ -74,7 +81,11 @@ def test_equal_input_gives_equal_bytes_with_sound_and_metadata():
 
 
 def test_metadata_is_in_the_file(tmp_path):
-    given = {"prompt": "ein großer roter Kreis; 'so' = \"da\"", "seed": "17", "kinema_manifest": '{"a": [1, 2]}'}
+    given = {
+        "prompt": "ein großer roter Kreis; 'so' = \"da\"",
+        "seed": "17",
+        "kinema_manifest": '{"a": [1, 2]}',
+    }
     write_video(tmp_path / "clip.mp4", moving_dot(8), 8, metadata=given)
     assert given.items() <= read_metadata(tmp_path / "clip.mp4").items()
 

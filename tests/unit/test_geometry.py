@@ -58,7 +58,9 @@ def test_the_nearest_shapes_are_legal_and_a_legal_shape_is_its_own(temporal, spa
     # No legal shape of the frames, height and width around it is nearer than the first.
     t, h, w = wanted
     brute = min(
-        abs(f - t) for f in range(1, 3 * t + 3 * temporal * patch[0]) if geometry._is_legal(ClipShape(f, *nearest[0][1:]))
+        abs(f - t)
+        for f in range(1, 3 * t + 3 * temporal * patch[0])
+        if geometry._is_legal(ClipShape(f, *nearest[0][1:]))
     )
     assert brute == min(abs(shape.frames - t) for shape in nearest)
 

@@ -113,6 +113,7 @@ def test_no_wrong_ways():
         f"{path.relative_to(ROOT)}:{line}: {what}"
         for path in sources(".py")
         for line, what in wrong_ways(path.read_text(encoding="utf-8"))
+        if what != "pickle" or ROOT / "tests" not in path.parents  # a test may send an object through a pipe
     ]
     assert not found, "\n".join(found)
 

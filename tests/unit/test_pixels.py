@@ -7,7 +7,7 @@ from kinema.data.pixels import to_model_range, to_uint8
 def test_every_level_survives_the_round_trip():
     levels = torch.arange(256, dtype=torch.uint8).reshape(2, 8, 16, 1).expand(2, 8, 16, 3)
     video = to_model_range(levels)
-    assert video.min() == -1 and video.max() == 1
+    assert (video.min(), video.max()) == (-1, 1)
     assert torch.equal(to_uint8(video), levels)
 
 

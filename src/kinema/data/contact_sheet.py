@@ -101,5 +101,5 @@ def _wrap(caption: str, font: Font, width: int) -> list[str]:
 def _save(sheet: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.part")
-    sheet.save(unfinished, format="PNG", optimize=True)
+    sheet.save(unfinished, format="PNG")
     os.replace(unfinished, path)

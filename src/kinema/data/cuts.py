@@ -1,5 +1,6 @@
 """Where a run of frames jumps to another shot: a cheap detector without weights."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -14,13 +15,17 @@ MIN_PROMINENCE = 2.5
 CLEAR_HISTOGRAM_CHANGE, CLEAR_PIXEL_CHANGE, CLEAR_PROMINENCE = 0.12, 20.0, 4.0
 """Enough as well: a cut inside one scene keeps the colours, but dwarfs even the largest change around it."""
 NEIGHBOURS = 4
+SEEN_AROUND = NEIGHBOURS + 2
+"""Frames on either side of a cut that the decision looks at."""
+WINDOW = 256
 
 
 def suspected_cuts(frames: NDArray[np.uint8]) -> list[int]:
     """First frame of each suspected new shot, for uint8 frames (T, H, W, 3) of one clip in order.
 
     A cut needs all three: another colour histogram, other pixels, and a jump that stands out among its
-    neighbours; the clearer the jump, the less the colours need to change. Slow dissolves and fades are not found. Raises ValueError for another layout.
+    neighbours; the clearer the jump, the less the colours need to change. Slow dissolves and fades are not
+    found. Raises ValueError for another layout.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
         raise ValueError(
@@ -40,10 +45,29 @@ def suspected_cuts(frames: NDArray[np.uint8]) -> list[int]:
     ]
 
 
-def split_shots(frames: NDArray[np.uint8], min_frames: int = 1) -> list[tuple[int, int]]:
-    """[start, stop) of each shot of at least `min_frames`; shorter ones are left out."""
-    edges = [0, *suspected_cuts(frames), len(frames)]
-    return [(a, b) for a, b in pairwise(edges) if b - a >= min_frames]
+def split_shots(frames: Iterable[NDArray[np.uint8]], min_frames: int = 1) -> list[tuple[int, int]]:
+    """[start, stop) of each shot of at least `min_frames`; shorter ones are left out.
+
+    `frames` are uint8 (H, W, 3) and may be a stream of any length: a few hundred are held at a time, and the
+    cuts are those that `suspected_cuts` finds in all of them at once.
+    """
+    cuts, held, first = [], [], 0
+    for frame in frames:
+        held.append(frame)
+        if len(held) == WINDOW + 2 * SEEN_AROUND:
+            cuts += _cuts_of_window(held, first, first + len(held) - SEEN_AROUND)
+            del held[:WINDOW]
+            first += WINDOW
+    stop = first + len(held)
+    cuts += _cuts_of_window(held, first, stop)
+    return [(a, b) for a, b in pairwise([0, *cuts, stop]) if b - a >= max(1, min_frames)]
+
+
+def _cuts_of_window(held: list[NDArray[np.uint8]], first: int, stop: int) -> list[int]:
+    """Cuts before frame `stop` in a window from frame `first`, but for those of the window before."""
+    start = first + SEEN_AROUND if first else 0
+    found = suspected_cuts(np.stack(held)) if held else []
+    return [first + cut for cut in found if start <= first + cut < stop]
 
 
 def _around(change: NDArray[np.float32], index: int) -> NDArray[np.float32]:

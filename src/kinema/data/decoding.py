@@ -16,6 +16,9 @@ from torch import Tensor
 
 from kinema.data.geometry import ClipShape
 
+DECORD_BATCH = 32
+"""Frames that are decoded in one call."""
+
 
 class Decoder(Enum):
     """Library that decodes the video."""
@@ -114,8 +117,23 @@ def _open_decord(mp4: bytes) -> OpenVideo:
     return OpenVideo(
         starts=spans[:, 0] - spans[0, 0],
         end=float(spans[-1, 1] - spans[0, 0]),
-        read=lambda indices: reader.get_batch(indices).asnumpy(),
+        read=lambda indices: _read_decord(reader, indices),
     )
+
+
+def _read_decord(reader: Any, wanted: Sequence[int]) -> NDArray[np.uint8]:
+    """Decode from the first frame of the video to the last wanted one, a few at a time to spare memory.
+
+    decord seeks when frames are left out, and then now and then returns a neighbour of the frame asked for
+    (seen with decord2 3.4 where key frames follow each other). Without gaps it cannot, and short clips even
+    decode faster.
+    """
+    kept = []
+    for first in range(0, wanted[-1] + 1, DECORD_BATCH):
+        numbers = range(first, min(first + DECORD_BATCH, wanted[-1] + 1))
+        frames = reader.get_batch(numbers).asnumpy()
+        kept.append(frames[[number - first for number in wanted if number in numbers]])
+    return np.concatenate(kept)
 
 
 def _open_pyav(mp4: bytes) -> OpenVideo:

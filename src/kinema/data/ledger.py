@@ -124,12 +124,12 @@ class Quarantine:
         if total.failed <= max(self.min_failed_clips, self.max_failed_fraction * total.clips):
             return
         reasons = "; ".join(f"{count} x {reason}" for reason, count in ledger.reasons.most_common(5))
-        shards = sorted(ledger.shards, key=lambda name: -ledger.shards[name].failed)[:3]
+        worst = sorted(ledger.shards.items(), key=lambda named: -named[1].failed)[:3]
+        shards = ", ".join(f"{name} ({account.failed})" for name, account in worst)
         raise DataBudgetError(
             f"{total.failed} of {total.clips} clips ({total.failed / total.clips:.1%}) are damaged, more "
-            f"than data.max_failed_fraction={self.max_failed_fraction:g} allows. Reasons: {reasons}. Worst shards: "
-            f"{', '.join(f'{name} ({ledger.shards[name].failed})' for name in shards)}. "
-            "Run `kinema data check` on the data set, or raise the limit on purpose."
+            f"than data.max_failed_fraction={self.max_failed_fraction:g} allows. Reasons: {reasons}. "
+            f"Worst shards: {shards}. Run `kinema data check` on the data set, or raise the limit on purpose."
         )
 
 

@@ -1,5 +1,6 @@
 """Packs of decoded clips (or cached latents), read by worker processes in the order of the plan."""
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -438,8 +439,8 @@ class _Readers:
         previous = signal.getsignal(signal.SIGCHLD)
         self.packs = iter(loader)
         if threading.current_thread() is threading.main_thread():
-            # PyTorch's handler raises wherever the training happens to be when a worker dies; `next` looks itself.
-            signal.signal(signal.SIGCHLD, previous)
+            # PyTorch's own raises wherever training happens to be when a worker dies; `next` looks itself.
+            signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
 
     def next(self, wanted: _StepsAndLanes, number: int) -> Pack:
         """Pack `number` of what is wanted."""
@@ -447,7 +448,11 @@ class _Readers:
         while True:
             try:
                 pack = _unflatten(*next(self.packs))
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
+                if not isinstance(
+                    error, RuntimeError
+                ):  # a pack cannot be fetched from a worker that just died
+                    time.sleep(0.2)
                 dead = self._dead()
                 hung = time.monotonic() >= deadline and not dead
                 if not (dead or hung):
@@ -476,7 +481,7 @@ class _Readers:
         workers = getattr(self.packs, "_workers", [])
         return {number: process.exitcode for number, process in enumerate(workers) if not process.is_alive()}
 
-    def _condemn(self, dead: dict[int, int | None], hung: bool, error: RuntimeError) -> None:
+    def _condemn(self, dead: dict[int, int | None], hung: bool, error: Exception) -> None:
         """Note the clips at fault so that nobody decodes them again; raise when no clip can be at fault."""
         self.restarts_in_a_row += 1
         if -signal.SIGBUS in dead.values():
@@ -570,9 +575,11 @@ def resolve_folder(path: str, cache_folder: str | Path) -> Path:
         raise ValueError(
             f"data.path={path}: {MANIFEST} at that address is no manifest ({error!r})."
         ) from error
-    for file, digest in files:
-        _copy(address, file, digest, folder)
-    write_aside(folder / MANIFEST, content)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine copies, the others find the files
+        for file, digest in files:
+            _copy(address, file, digest, folder)
+        write_aside(folder / MANIFEST, content)
     return folder
 
 
@@ -594,13 +601,13 @@ def _copy(address: str, file: str, digest: str, folder: Path) -> None:
 
 def _fetch(address: str) -> bytes:
     """All bytes at an address, through WebDataset's `gopen`."""
-    import webdataset.gopen as webdataset
+    from webdataset.gopen import gopen, gopen_schemes
 
-    webdataset.gopen_schemes.setdefault("s3", _open_s3)
+    gopen_schemes.setdefault("s3", _open_s3)
     try:
         if address.startswith("file:"):  # gopen would open it as well, but not where WDS_SECURE is set
             return Path(url2pathname(urlparse(address).path)).read_bytes()
-        with webdataset.gopen(address) as stream:
+        with gopen(address) as stream:
             return stream.read()
     except OSError as error:
         raise ValueError(f"data.path: {address} cannot be read ({error}).") from error

@@ -94,7 +94,8 @@ class Plan:
         if lanes < 1 or clips_per_step < lanes:
             raise ValueError(
                 f"data.clips_per_step={clips_per_step} must be at least data.lanes={lanes}, and that at "
-                f"least 1: each lane gets a clip. Type data.clips_per_step={max(lanes, 1)} or more, or fewer lanes."
+                f"least 1: each lane gets a clip. Type data.clips_per_step={max(lanes, 1)} or more, or fewer "
+                "lanes."
             )
         if shuffle_block_shards < 1:
             raise ValueError(f"data.shuffle_block_shards={shuffle_block_shards} must be at least 1.")

@@ -339,10 +339,10 @@ def _read_samples(tar: Path) -> Iterator[dict[str, Any]]:
     os.environ.setdefault(
         "WDS_SECURE", "1"
     )  # read when the library is imported: no shell commands as addresses
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
+    from webdataset.tariterators import group_by_keys, tar_file_expander
 
     with open(tar, "rb") as stream:
-        yield from group_by_keys(tar_file_iterator(stream))
+        yield from group_by_keys(tar_file_expander([{"url": str(tar), "stream": stream}]))
 
 
 def _foreign_record(sample: dict[str, Any], tar: Path) -> ClipRecord:

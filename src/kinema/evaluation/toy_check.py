@@ -128,6 +128,9 @@ MIN_GOOD_FRAMES = 0.75
 """Share of the frames that must show exactly one plausible object."""
 MIN_TRAVEL = 0.08
 """Short sides the centroid must move before it has a direction."""
+MAX_SOFTNESS = 3.3
+"""Area above a quarter of the object's brightness over that above three quarters. A sharp object has 1, a
+small disc under a blur of 2.5 pixels 2.4, and a Gaussian blob, which is no shape at all, 4.8."""
 
 
 @dataclass(frozen=True)
@@ -210,16 +213,14 @@ def look(frames: NDArray[np.uint8]) -> Finding:
     colour, purity = _majority([name for core in cores for name in name_colours(core)])
     if purity < 0.7:
         colour = NONE
-    measures = np.array(
-        [
-            _moments(pictures[t], background, core.mean(0), mask)
-            for (t, mask), core in zip(good.items(), cores, strict=True)
-        ]
-    )
-    shape, agreement = _majority([name_shape(*m[2:]) for m in measures])
-    if agreement < 0.6 or name_shape(*np.median(measures[:, 2:], axis=0)) != shape:
+    measures = [
+        _moments(pictures[t], background, core.mean(0), mask)
+        for (t, mask), core in zip(good.items(), cores, strict=True)
+    ]
+    shape, agreement = _majority([name_shape(moments) for moments in measures])
+    if agreement < 0.6 or name_shape(Moments(*np.median(measures, axis=0))) != shape:
         shape = NONE
-    direction, bounces = name_motion(measures[:, :2] / min(frames.shape[1:3]))
+    direction, bounces = name_motion(np.array(measures)[:, :2] / min(frames.shape[1:3]))
     unclear = [n for n, v in [("colour", colour), ("shape", shape), ("direction", direction)] if v == NONE]
     return Finding(colour, shape, direction, bounces, f"unclear {', '.join(unclear)}" if unclear else "")
 
@@ -255,21 +256,29 @@ def _find_object(contrast: NDArray[np.float32]) -> NDArray[np.bool_] | None:
 
 
 def _components(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Label 4-connected regions 1, 2, ... by letting the largest pixel number spread in each; 0 outside."""
-    height, width = mask.shape
-    spread = np.zeros((height + 2, width + 2), np.int64)
-    inner = spread[1:-1, 1:-1]
-    inner[mask] = np.flatnonzero(mask) + 1
-    while True:
-        before = inner.copy()
-        for neighbour in (spread[:-2, 1:-1], spread[2:, 1:-1], spread[1:-1, :-2], spread[1:-1, 2:]):
-            np.maximum(inner, neighbour, out=inner, where=mask)
-        if np.array_equal(before, inner):
-            return (
-                np.unique(inner, return_inverse=True)[1].reshape(mask.shape)
-                if not mask.all()
-                else inner * 0 + 1
-            )
+    """Label 4-connected regions 1, 2, ... and 0 outside, by joining each row's runs to those above them."""
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    starts, stops = np.argwhere(edges == 1), np.argwhere(edges == -1)  # both (row, column), run by run
+    runs = [(int(row), int(a), int(b)) for (row, a), (_, b) in zip(starts, stops, strict=True)]
+    parent = list(range(len(runs)))
+
+    def root(run: int) -> int:
+        while parent[run] != run:
+            run = parent[run]
+        return run
+
+    first_above = 0
+    for i, (row, start, stop) in enumerate(runs):
+        while runs[first_above][0] < row - 1:
+            first_above += 1
+        for j in range(first_above, i):
+            if runs[j][0] == row - 1 and runs[j][1] < stop and start < runs[j][2]:
+                parent[root(i)] = root(j)
+    names = {r: n for n, r in enumerate(sorted({root(i) for i in range(len(runs))}), start=1)}
+    labels = np.zeros(mask.shape, np.int64)
+    for i, (row, start, stop) in enumerate(runs):
+        labels[row, start:stop] = names[root(i)]
+    return labels
 
 
 def _of_steady_size(objects: list[NDArray[np.bool_] | None]) -> list[NDArray[np.bool_] | None]:
@@ -310,32 +319,53 @@ def hue_degrees(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.degrees(np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b)) % 360
 
 
+class Moments(NamedTuple):
+    """What is measured of an object in one frame; lengths and areas in pixels."""
+
+    x: float
+    """Centroid."""
+    y: float
+    softness: float
+    """See MAX_SOFTNESS."""
+    compactness: float
+    """1 for a disc, 0.95 for a square, 0.83 for a triangle; falls with blur."""
+    elongation: float
+    """0 for all three shapes."""
+    third_x: float
+    third_y: float
+    """Parts of E z^3 / area^1.5, z = x + iy about the centroid with y upwards."""
+    fourth: float
+    """Real part of E z^4 / area^2."""
+
+
 def _moments(
     picture: NDArray[np.float32],
     background: NDArray[np.float32],
     colour: NDArray[np.float32],
     mask: NDArray[np.bool_],
-) -> tuple[float, ...]:
-    """(x, y) of the centroid in pixels, then what `name_shape` asks: its five normalised moments.
+) -> Moments:
+    """Measure the object under a mask.
 
     Each pixel is weighted with how far it has gone from the background's to the object's colour, so that
     blurred outlines count in part. With z = x + iy about the centroid (y upwards): E z^3 and E z^4 do not
-    change under an isotropic blur, whatever its width, and the area does not either.
+    change under an isotropic blur, whatever its width, and neither does the area.
     """
     towards = colour - background
-    coverage = np.clip((picture - background) @ towards / (towards @ towards), 0, 1)
-    coverage[~_dilate(mask, 3)] = 0
-    coverage[coverage < 0.06] = 0  # codec noise, which the high powers below would magnify
+    rows, columns = np.nonzero(_dilate(mask, 3))
+    coverage = (picture[rows, columns] - background) @ towards / (towards @ towards)
+    full = np.percentile(coverage, 95)
+    softness = (coverage > 0.25 * full).sum() / (coverage > 0.75 * full).sum()
+    coverage = np.where(coverage < 0.06, 0, coverage.clip(0, 1))  # codec noise would count in the high powers
     area = coverage.sum()
-    y, x = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]] + 0.5
-    cx, cy = (coverage * x).sum() / area, (coverage * y).sum() / area
-    z = (x - cx) - 1j * (y - cy)
+    x, y = (coverage * columns).sum() / area + 0.5, (coverage * rows).sum() / area + 0.5
+    z = (columns + 0.5 - x) - 1j * (rows + 0.5 - y)
 
     second = (coverage * z**2).sum() / area
     third = (coverage * z**3).sum() / area / area**1.5
     fourth = (coverage * z**4).sum() / area / area**2
     spread = (coverage * np.abs(z) ** 2).sum() / area
-    return cx, cy, area / (2 * np.pi * spread), abs(second) / spread, third.real, third.imag, fourth.real
+    compactness, elongation = area / (2 * np.pi * spread), abs(second) / spread
+    return Moments(x, y, softness, compactness, elongation, third.real, third.imag, fourth.real)
 
 
 def _dilate(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
@@ -346,22 +376,16 @@ def _dilate(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
 
 
 TRIANGLE_THIRD = -((4 / (3 * np.sqrt(3))) ** 1.5) / 10
-"""Imaginary part of E z^3 / area^1.5 of an equilateral triangle that stands on its base; 0 for circle and
-square.
-"""
+"""`third_y` of an equilateral triangle that stands on its base; 0 for circle and square."""
 SQUARE_FOURTH = -1 / 60
-"""E z^4 / area^2 of an upright square; 0 for circle and equilateral triangle."""
+"""`fourth` of an upright square; 0 for circle and equilateral triangle."""
 
 
-def name_shape(compactness: float, elongation: float, third_x: float, third_y: float, fourth: float) -> str:
-    """The shape whose moments are nearest; `none` if all are far, or the object is frayed or elongated.
-
-    `compactness` is 1 for a disc, 0.95 for a square, 0.83 for a triangle and falls with blur; `elongation`
-    0 for all.
-    """
-    if compactness < 0.65 or elongation > 0.2:
+def name_shape(of: Moments) -> str:
+    """The shape whose moments are nearest; `none` if all are far, or the object is frayed or elongated."""
+    if of.softness > MAX_SOFTNESS or of.compactness < 0.65 or of.elongation > 0.2:
         return NONE
-    point = np.array([third_y / TRIANGLE_THIRD, fourth / SQUARE_FOURTH, third_x / TRIANGLE_THIRD])
+    point = np.array([of.third_y / TRIANGLE_THIRD, of.fourth / SQUARE_FOURTH, of.third_x / TRIANGLE_THIRD])
     prototypes = {"circle": (0, 0, 0), "square": (0, 1, 0), "triangle": (1, 0, 0)}
     distances = {name: float(np.linalg.norm(point - prototype)) for name, prototype in prototypes.items()}
     nearest = min(distances, key=distances.__getitem__)

@@ -1,6 +1,6 @@
 """The door to the attention kernels: packed clips of any length in, no clip ever sees another."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from enum import Enum
 from functools import lru_cache
 from itertools import groupby
@@ -69,7 +69,7 @@ def attention(
         return _Reorder.apply(mixed, order.inverse, order.index)
 
     _check_lengths(q, k, v, q_lengths, k_lengths)
-    if is_uniform(q_lengths) and is_uniform(k_lengths):
+    if _is_uniform(q_lengths) and _is_uniform(k_lengths):
         return _attend(q, k, v, len(q_lengths))
     return torch.cat([_attend_run(q, k, v, run) for run in _runs(q_lengths, k_lengths)])
 
@@ -100,9 +100,13 @@ def attention_of(kernel: AttentionKernel) -> Attention:
     return attention
 
 
-def is_uniform(lengths: Sequence[int]) -> bool:
-    """Whether all lengths are the same, so that a pack is a plain batch."""
-    return len(set(lengths)) <= 1
+def runs(lengths: Lengths) -> list[tuple[int, int]]:
+    """Neighbours of equal length as (clips, length): a plain batch is one run."""
+    return [(len(list(group)), length) for length, group in groupby(lengths)]
+
+
+def _is_uniform(lengths: Lengths) -> bool:
+    return len(set(lengths)) == 1
 
 
 def _check_lengths(q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths) -> None:
@@ -129,8 +133,7 @@ class _Run(NamedTuple):
 
 def _runs(q_lengths: Lengths, k_lengths: Lengths) -> Iterator[_Run]:
     clip = q_start = k_start = 0
-    for length, group in groupby(q_lengths):
-        clips = len(list(group))
+    for clips, length in runs(q_lengths):
         keys = k_lengths[clip : clip + clips]
         q_end, k_end = q_start + clips * length, k_start + sum(keys)
         yield _Run(clips, slice(q_start, q_end), slice(k_start, k_end), keys)
@@ -139,7 +142,7 @@ def _runs(q_lengths: Lengths, k_lengths: Lengths) -> Iterator[_Run]:
 
 def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
     q, k, v = q[run.queries], k[run.keys], v[run.keys]
-    if is_uniform(run.key_lengths):
+    if _is_uniform(run.key_lengths):
         return _attend(q, k, v, run.clips)
     places, mask = _padding(run.key_lengths, q.device)
     return _attend(q, k[places], v[places], run.clips, mask)

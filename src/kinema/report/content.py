@@ -207,12 +207,13 @@ def speed(run: RunRecord) -> dict[str, Any] | None:
     total = sum(totals.values())
     seconds = [_step_seconds(record) for record in records]
     step_seconds = float(np.median(seconds))
+    others = [name for name in phases if name not in PHASES]
+    colours = {name: PHASES.index(name) if name in PHASES else 1 + others.index(name) % 5 for name in phases}
     rates = {unit: _rates(records, unit) for unit in ("clips", "tokens")}
     return {
-        "phases": plots.phases_plot(phases) if len(records) > 1 else None,
+        "phases": plots.phases_plot(phases, colours) if len(records) > 1 else None,
         "shares": [
-            (name, totals[name], totals[name] / total if total else 0, i % 6 + 1)
-            for i, name in enumerate(totals)
+            (name, totals[name], totals[name] / total if total else 0, colours[name] + 1) for name in totals
         ],
         "total_seconds": total,
         "step_seconds": step_seconds,

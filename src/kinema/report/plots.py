@@ -148,8 +148,8 @@ def stream_plot(name: str, curve: Series, *, log: bool = False, zero: bool = Fal
     return out[0]
 
 
-def phases_plot(phases: dict[str, Series]) -> str:
-    """Seconds of a step, stacked by phase, averaged over up to 100 stretches of the run."""
+def phases_plot(phases: dict[str, Series], colours: dict[str, int]) -> str:
+    """Seconds of a step, stacked by phase (`colours`: which of the six), over up to 100 stretches."""
     steps = np.unique(np.concatenate([curve[0] for curve in phases.values()]))
     edges = np.unique(np.linspace(0, len(steps), min(100, len(steps)) + 1).astype(int))
     table = np.zeros((len(phases), len(steps)))
@@ -160,10 +160,10 @@ def phases_plot(phases: dict[str, Series]) -> str:
         axes = figure.subplots()
         at_edges = np.append(steps[edges[:-1]], steps[-1])
         low = np.zeros(means.shape[1] + 1)
-        for row in range(len(phases)):
+        for row, name in enumerate(phases):
             high = low + np.append(means[row], means[row, -1])
             axes.fill_between(
-                at_edges, low, high, step="post", color=COLOURS[row % 6], linewidth=0, alpha=0.9
+                at_edges, low, high, step="post", color=COLOURS[colours[name]], linewidth=0, alpha=0.9
             )
             low = high
         axes.set_ylim(0, 1.15 * float(np.quantile(means.sum(0), 0.97)) or 1)
@@ -267,8 +267,9 @@ def _draw_smoothed(axes: Axes, curve: Series, band: Record | None, colour: str, 
         return
     raw_at, raw = _thin(steps, values)
     axes.plot(raw_at, raw, color=colour, alpha=0.3, linewidth=0.8)
-    window = band["window"] if band else max((steps[-1] - steps[0]) / 40, 1)
-    at = np.unique(np.linspace(steps[0], steps[-1], 240))
+    spacing = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+    window = band["window"] if band else max((steps[-1] - steps[0]) / 40, spacing)
+    at = steps if len(steps) <= 240 else np.linspace(steps[0], steps[-1], 240)
     smooth = running_median(curve, at, window)
     known = np.isfinite(smooth)
     axes.plot(at[known], smooth[known], color=colour, linewidth=1.9, label=label)

@@ -1,13 +1,14 @@
 """How timesteps (and optionally the whole caption) reach the blocks: embeddings and adaptive layer norm."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kinema.models.attention import Lengths, is_uniform
+from kinema.models.attention import Lengths, runs
 
 TIMESTEP_CHANNELS = 256
 TIMESTEP_SCALE = 1000.0  # the sinusoids were made for DDPM's 1000 steps (Ho et al. 2020)
@@ -88,25 +89,31 @@ class LinearModulation(nn.Module):
         return self.linear(condition.embedding)
 
 
-def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without weights, then scale and shift by rows from `spread`: (N, D) -> (N, D)."""
+def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, lengths: Lengths) -> Tensor:
+    """Layer norm without weights, then each clip's scale and shift: tokens (N, D), rows (B, D) -> (N, D)."""
     normed = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift, normed.view(len(shift), -1, normed.shape[-1]), 1 + scale).view_as(tokens)
+    return _by_clips(lambda x, a, b: torch.addcmul(a, x, b), lengths, [normed], [shift, 1 + scale])
 
 
-def gated_sum(tokens: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """tokens + gate * update, with rows from `spread`: (N, D), (N, D) -> (N, D)."""
-    shape = len(gate), -1, tokens.shape[-1]
-    return torch.addcmul(tokens.view(shape), gate, update.view(shape)).view_as(tokens)
+def gated_sum(tokens: Tensor, gate: Tensor, update: Tensor, lengths: Lengths) -> Tensor:
+    """tokens + gate * update, with one gate a clip: tokens and update (N, D), gate (B, D) -> (N, D)."""
+    return _by_clips(lambda x, y, a: torch.addcmul(x, a, y), lengths, [tokens, update], [gate])
 
 
-def spread(rows: Tensor, lengths: Lengths) -> Tensor:
-    """One row a clip (B, K) -> a tensor that broadcasts over the clips' tokens.
+def _by_clips(
+    function: Callable[..., Tensor], lengths: Lengths, tokens: Sequence[Tensor], rows: Sequence[Tensor]
+) -> Tensor:
+    """Call `function` with tokens (b, n, D) and rows (b, 1, D) for each run of clips of equal length.
 
-    Clips of equal length n: (B, 1, K), beside tokens viewed as (B, n, K), without a copy. Else (1, N, K).
+    Rows broadcast and are never written out token by token, which would take several times the tokens' memory.
     """
-    if is_uniform(lengths):
-        return rows[:, None]
-    return torch.cat([row.expand(length, -1) for row, length in zip(rows.split(1), lengths, strict=True)])[
-        None
-    ]
+    parts = []
+    token_runs = zip(
+        *(x.split([clips * length for clips, length in runs(lengths)]) for x in tokens), strict=True
+    )
+    row_runs = zip(*(x.split([clips for clips, _ in runs(lengths)]) for x in rows), strict=True)
+    for some_tokens, some_rows in zip(token_runs, row_runs, strict=True):
+        clips = len(some_rows[0])
+        shaped = [x.unflatten(0, (clips, -1)) for x in some_tokens]
+        parts.append(function(*shaped, *(row[:, None] for row in some_rows)).flatten(0, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

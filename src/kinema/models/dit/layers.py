@@ -16,7 +16,6 @@ from kinema.models.dit.conditioning import (
     TableModulation,
     gated_sum,
     modulated_norm,
-    spread,
 )
 from kinema.models.dit.segments import Segments, Span, Tokens
 from kinema.models.position import apply_rope
@@ -153,10 +152,10 @@ class Sublayer(nn.Module):
     def forward(self, tokens: Tokens, segments: Segments, modulation: Tensor) -> Tokens:
         """Tokens of all segments and the modulation (B, 3 * D) of this sublayer -> tokens of all segments."""
         x = tokens[self.segment]
-        rows = spread(modulation, segments[self.segment].lengths)
-        shift, scale, gate = rows.chunk(SLOTS, dim=-1)
-        update = self.operation(modulated_norm(x, shift, scale), tokens, segments)
-        return {**tokens, self.segment: gated_sum(x, gate, update)}
+        lengths = segments[self.segment].lengths
+        shift, scale, gate = modulation.chunk(SLOTS, dim=-1)
+        update = self.operation(modulated_norm(x, shift, scale, lengths), tokens, segments)
+        return {**tokens, self.segment: gated_sum(x, gate, update, lengths)}
 
 
 class Block(nn.Module):

@@ -18,7 +18,6 @@ from kinema.models.dit.conditioning import (
     TableModulation,
     TimestepEmbedding,
     modulated_norm,
-    spread,
 )
 from kinema.models.dit.layers import SLOTS, Activation, Block, FeedForward, Linear, SegmentAttention, Sublayer
 from kinema.models.dit.patches import patchify, token_grid, unpatchify
@@ -165,10 +164,8 @@ class DiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, segments, condition)
 
-        shift, scale = spread(self.head_modulation(condition.embedding), segments["video"].lengths).chunk(
-            2, -1
-        )
-        patches = self.head(modulated_norm(tokens["video"], shift, scale))
+        shift, scale = self.head_modulation(condition.embedding).chunk(2, dim=-1)
+        patches = self.head(modulated_norm(tokens["video"], shift, scale, segments["video"].lengths))
         return unpatchify(patches.to(latents[0].dtype), grids, self.config.patch_size)
 
     def _condition(self, timesteps: Tensor, words: Tensor, lengths: Lengths) -> Condition:

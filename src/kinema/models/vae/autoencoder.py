@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kinema.models.vae.layers import (
+    CausalConv,
     CausalSequential,
     ChannelNorm,
     Convolution,
@@ -110,20 +111,16 @@ def _middle(config: VAEConfig, channels: int) -> list[nn.Module]:
 
 
 class _Output(nn.Module):
-    """Norm, SiLU and the last convolution."""
+    """Norm, SiLU and the last convolution, beside a linear path that keeps the amplitude which the norm removes."""
 
     def __init__(self, config: VAEConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm = ChannelNorm(in_channels, config.norm)
         self.conv = conv3x3x3(in_channels, out_channels, config.convolution, config.time_padding)
-
-    @property
-    def last_bias(self) -> Tensor:
-        """The bias of the output channels, as data."""
-        return [module for module in self.conv.modules() if isinstance(module, nn.Conv3d)][-1].bias.data
+        self.linear = CausalConv(in_channels, out_channels, (1, 1, 1))
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        return self.conv(nn.functional.silu(self.norm(x)), state)
+        return self.linear(x, state) + self.conv(nn.functional.silu(self.norm(x)), state)
 
 
 def _initialise(module: nn.Module) -> None:
@@ -131,6 +128,10 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv3d):
         nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         nn.init.zeros_(module.bias)
+    if isinstance(module, ResBlock | _Output):
+        for conv in (module.conv2 if isinstance(module, ResBlock) else module.conv).modules():
+            if isinstance(conv, nn.Conv3d): last=conv
+        last.weight.data.mul_(0.1)
 
 
 class Encoder(CausalSequential):
@@ -192,7 +193,7 @@ class CausalVAE(nn.Module):
         self.decoder = Decoder(config)
         self.apply(_initialise)
         # A posterior as wide as the prior drowns the untrained mean: it would collapse before it carries anything.
-        self.encoder[-1].last_bias[config.latent_channels :].fill_(INITIAL_LOGVAR)
+        self.encoder[-1].linear.conv.bias.data[config.latent_channels :].fill_(INITIAL_LOGVAR)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
