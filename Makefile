@@ -22,8 +22,15 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m kinema.distributed.process
 	touch $(READY)
 
+# Every line continues where it was stopped: `make demo` again does only what is missing.
 demo: $(READY)
-	$(BIN)/kinema demo
+	test -f data/toy/dataset.json || $(BIN)/python data_prep/toy.py --out data/toy
+	$(BIN)/python train.py experiment=demo_vae
+	test -f data/toy_latents/dataset.json || $(BIN)/kinema data encode data/toy --vae runs/demo_vae \
+		--shape 17x64x64 --shape 17x48x64 --shape 17x80x64 --out data/toy_latents
+	$(BIN)/python train.py experiment=demo_dit
+	$(BIN)/python sample.py run=runs/demo prompt="a large purple circle moves slowly left"
+	$(BIN)/kinema evaluate runs/demo; status=$$?; $(BIN)/kinema report runs/demo && exit $$status
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -104,7 +104,7 @@ def encode_part(frames: Iterator[av.VideoFrame], path: Path) -> None:
         context.flags |= av.codec.context.Flags.bitexact
         context.colorspace = context.color_primaries = context.color_trc = 6  # BT.601, as converted below
         context.color_range = 1
-        stream.options = {"preset": "veryslow", "crf": "22"}
+        stream.options = {"preset": "veryslow", "crf": "24"}
         for index, frame in enumerate(frames):
             small = reformatter.reformat(
                 frame,
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         rebuild(given.film)
         print(f"rebuilt {len(PART_FRAMES) - 1} files in {FOLDER}")
         return 0
-    # The longest shot lasts 10 s, and captions tell a whole shot: none is divided. The shortest has 15 frames.
+    # A caption tells its whole shot, of 10.2 s at most, so none is divided; the shortest has 15 frames.
     profile = Profile(given.fps, given.size, given.short_side, min_seconds=0.5, max_seconds=12.0)
     command = "python data_prep/film.py" + "".join(
         f" --{name.replace('_', '-')} {value}"

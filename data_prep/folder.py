@@ -48,6 +48,7 @@ from kinema.data.shards import ShardWriter
 SEARCH_SIZE = (160, 90)
 """Width and height at which cuts are searched; stretched or turned pictures have the same cuts."""
 SHEET_CLIPS = 24
+HIGHEST_FPS = 240
 SLACK_SECONDS = 1e-3
 """Matroska rounds timestamps to milliseconds, and people round shot lists likewise."""
 Clip = tuple[ClipRecord, bytes, NDArray[np.uint8]]
@@ -225,6 +226,8 @@ def plan_jobs(videos: Sequence[Video], recipe: Recipe, result: Result, show_prog
     for number, video in enumerate(bar):
         try:
             facts = read_facts(video.path)
+            if recipe.profile.fps is None and facts.fps > HIGHEST_FPS:
+                raise UnreadableVideo(f"states {facts.fps:g} frames a second; say which rate with --fps")
             found = find_shots(video) if video.shots is None else video.shots
         except UnreadableVideo as error:
             result.fail(video, error, recipe.max_failed_fraction)

@@ -476,7 +476,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other clips (default %(default)s)")
     parser.add_argument(
         "--sizes",
-        default="64x64,64x64,80x48,64x96",
+        default="64x64,64x64,64x48,64x80",
         help="WIDTHxHEIGHT list, drawn evenly (default %(default)s)",
     )
     parser.add_argument(

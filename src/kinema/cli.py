@@ -8,11 +8,10 @@ from importlib import import_module
 
 VERBS: dict[str, tuple[str, str]] = {
     "data check": ("kinema.data.check", "count and check the clips of a data set, and draw a contact sheet"),
-    "data index": ("kinema.data.index_command", "index the tar shards of a WebDataset that Kinema did not write"),
+    "data index": ("kinema.data.index", "index the tar shards of a WebDataset that Kinema did not write"),
     "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),
     "report": ("kinema.report.page", "write the report page of a run"),
     "evaluate": ("kinema.evaluation.captions", "measure how well the samples of a toy run follow held-out captions"),
-    "demo": ("kinema.demo", "the whole way on a laptop: data, VAE, DiT, samples, report"),
 }
 """Verb -> module with `add_arguments(parser)` and `run(arguments) -> int`; imported only when it is used."""
 

@@ -104,14 +104,14 @@ def harmed(monkeypatch, number, harm):
     [
         (lambda: os.kill(os.getpid(), signal.SIGSEGV), r"killed the process \(exit code -11\)"),
         (lambda: os._exit(3), r"killed the process \(exit code 3\)"),
-        (lambda: time.sleep(60), "takes over data.timeout_seconds=2"),
+        (lambda: time.sleep(60), "takes over data.timeout_seconds=3"),
     ],
     ids=["crash", "exit", "hang"],
 )
 def test_a_clip_that_kills_or_hangs_its_worker_is_quarantined(sound, monkeypatch, harm, reason):
     expected = packs_of(sound)
     harmed(monkeypatch, 13, harm)
-    actual = packs_of(sound, num_workers=2, timeout_seconds=2.0)
+    actual = packs_of(sound, num_workers=2, timeout_seconds=3.0)
     failures = [failure for pack in actual for failure in pack.failures]
     assert [failure.key for failure in failures] == ["clip-013"]
     assert re.search(reason, failures[0].reason)

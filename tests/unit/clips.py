@@ -20,13 +20,15 @@ SHAPES = [ClipShape(9, 32, 32), ClipShape(5, 32, 32)]
 TICKS = 90_000
 
 
-def numbered_video(times: list[float], *, size: tuple[int, int] = (32, 32), b_frames: int = 0) -> bytes:
+def numbered_video(
+    times: list[float], *, size: tuple[int, int] = (32, 32), b_frames: int = 0, container_format="mp4"
+) -> bytes:
     """H.264 mp4 whose frame i appears at times[i] seconds, with i painted as eight bars (read it with
     `numbers`).
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "clip.mp4")
-        with av.open(path, "w") as container:
+        path = str(Path(folder) / "clip")
+        with av.open(path, "w", format=container_format) as container:
             stream = container.add_stream("libx264", rate=30)
             stream.width, stream.height, stream.pix_fmt = size[1], size[0], "yuv420p"
             stream.codec_context.time_base = Fraction(1, TICKS)

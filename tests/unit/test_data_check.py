@@ -109,7 +109,7 @@ def test_a_truncated_tar_is_a_verdict_and_no_traceback(tmp_path, capsys):
 
 
 def test_the_record_is_held_to_the_picture_as_displayed(tmp_path):
-    """A phone stores an upright clip lying, with a turn in its header. The reference, decord, turns by itself."""
+    """Phones store upright clips lying, with a turn in the header; decord obeys it: the reference."""
     decord = pytest.importorskip("decord")
     frames = np.zeros((3, 32, 48, 3), np.uint8)
     frames[:, :10, :10] = (240, 40, 40)  # red marks one corner

@@ -55,8 +55,8 @@ def test_the_nearest_shapes_are_legal_and_a_legal_shape_is_its_own(temporal, spa
     for shape in nearest:
         assert geometry.check(shape) == shape
         assert geometry.nearest(shape) == [shape]
-    # No legal shape of the frames, height and width around it is nearer than the first.
-    t, h, w = wanted
+    # And no legal number of frames is nearer than theirs.
+    t = wanted[0]
     brute = min(
         abs(f - t)
         for f in range(1, 3 * t + 3 * temporal * patch[0])

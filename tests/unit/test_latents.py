@@ -89,8 +89,8 @@ def test_two_epochs_draw_different_samples_of_the_same_mean(index, cache):
             means.setdefault(key, []).append(mean)
             samples.setdefault(key, []).append(mean + (0.5 * logvar).exp() * noise)
     assert len(means) == 12
-    for key in means:
-        assert torch.equal(*means[key])
+    for key, two_means in means.items():
+        assert torch.equal(*two_means)
         assert key == "clip-005" or not torch.allclose(*samples[key])
 
 
@@ -133,7 +133,7 @@ def test_a_cache_without_some_clips_is_refused(index, tmp_path):
     with LatentWriter(tmp_path / "cache", **{**IDENTITY, "data_hash": index.hash}) as writer:
         writer.write("clip-000", SHAPES[0], 0.0, torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4))
     cache = LatentCache.load(tmp_path / "cache", **{**IDENTITY, "data_hash": index.hash})
-    with pytest.raises(ValueError, match="lacks 11 of 12 clips, e.g. clip-001"):
+    with pytest.raises(ValueError, match=r"lacks 11 of 12 clips, e\.g\. clip-001"):
         rows(index, cache)
 
 
@@ -158,7 +158,7 @@ def test_changed_bytes_are_noticed(index, tmp_path):
     _, member = cache._places["clip-003", SHAPES[0]][0.0]
     content[member.offset + member.size - 3] ^= 4
     shard.write_bytes(content)
-    with pytest.raises(DamagedSample, match="clip-003.*checksum"):
+    with pytest.raises(DamagedSample, match=r"clip-003.*checksum"):
         cache.read("clip-003", SHAPES[0], 0.0)
     cache.read("clip-004", SHAPES[0], 0.0)
     shard.write_bytes(content[:-512])
@@ -167,9 +167,13 @@ def test_changed_bytes_are_noticed(index, tmp_path):
 
 
 def test_an_interrupted_cache_is_none(tmp_path):
-    with pytest.raises(KeyboardInterrupt), LatentWriter(tmp_path / "cache", **IDENTITY) as writer:
-        writer.write("clip", SHAPES[0], 0.0, torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4))
-        raise KeyboardInterrupt
+    def interrupted():
+        with LatentWriter(tmp_path / "cache", **IDENTITY) as writer:
+            writer.write("clip", SHAPES[0], 0.0, torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"no latents\.json"):
         LatentCache.load(tmp_path / "cache", **IDENTITY)

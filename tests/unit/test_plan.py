@@ -64,6 +64,15 @@ def test_every_epoch_holds_every_clip_once_and_in_another_order():
     assert len({tuple(order) for order in shard_orders}) == 6
 
 
+def test_clips_of_a_single_shard_change_order_with_the_epoch_and_the_seed():
+    orders = [
+        order_of(plan_of([10] * 20, shards=[0] * 20, seed=seed), epoch)
+        for seed in (0, 1)
+        for epoch in (0, 1, 2)
+    ]
+    assert len({tuple(order) for order in orders}) == 6
+
+
 def test_clips_stay_inside_blocks_of_shards():
     plan = plan_of([10] * 60, block=2)
     for epoch in range(3):
@@ -113,7 +122,7 @@ def test_fewer_clips_than_a_step_repeat_in_order():
 
 def best_makespan(costs, lanes):
     return min(
-        max(sum(c for c, l in zip(costs, where, strict=True) if l == lane) for lane in range(lanes))
+        max(sum(cost for cost, at in zip(costs, where, strict=True) if at == lane) for lane in range(lanes))
         for where in itertools.product(range(lanes), repeat=len(costs))
     )
 

@@ -378,6 +378,15 @@ def test_full_page_keeps_the_newest_pictures_and_names_the_rest(whole):
     assert "samples/step-00000000/00.mp4" in shelf.refused
 
 
+def test_pictures_outside_the_run_folder_are_not_embedded(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("secret.png", "run/own.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    shelf = MediaShelf(tmp_path / "run")
+    assert shelf.embed("own.png").uri.startswith("data:image/png;base64,")
+    assert shelf.embed("../secret.png") == Media("../secret.png", missing="lies outside the run folder")
+
+
 def test_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"run=.* is no run folder: it has neither run\.json nor metrics\.jsonl"

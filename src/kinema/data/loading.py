@@ -234,9 +234,9 @@ def _nothing_left(index: DatasetIndex, shapes: Sequence[ClipShape], fps: float, 
     fastest = max((entry.record.fps for entry in index.entries), default=0.0)
     fewest = min(shape.frames for shape in shapes)
     return (
-        f"No clip of {index.folder} can be used: {report.line()}. The shortest of data.shapes needs "
-        f"{fewest} frames at data.fps={fps}, {fewest / fps:.2f} s; the longest clip lasts {longest:.2f} s and "
-        f"the fastest has {fastest:g} frames a second. Type fewer frames, another data.fps, or other data."
+        f"No clip of {index.folder} can be used: {report.line()}. The shortest of data.shapes needs {fewest} "
+        f"frames at data.fps={fps}, {fewest / fps:.2f} s; the longest clip lasts {longest:.2f} s and the "
+        f"fastest has {fastest:g} frames a second. Type fewer frames, another data.fps, or other data."
     )
 
 
@@ -412,7 +412,7 @@ def _read(
 
 
 class _Readers:
-    """The worker processes of one loader: a crashed or hung one is replaced, and its clip counted as failed."""
+    """The worker processes of one loader: a crashed or hung one is replaced, its clip counted as failed."""
 
     def __init__(self, dataset: _Packs, num_workers: int, prefetch: int, timeout_seconds: float) -> None:
         self.dataset, self.num_workers, self.prefetch = dataset, num_workers, prefetch
@@ -522,7 +522,7 @@ class _Rest(Iterable[tuple[int, int]]):
 
 
 def _flatten(pack: Pack) -> tuple[Pack, Tensor]:
-    """Move a pack's clips into one tensor: a process hands each tensor over by a file descriptor of its own."""
+    """Move a pack's clips into one tensor: every tensor handed to another process takes a file descriptor."""
     tensors = _tensors(pack)
     sizes = [tensor.shape for tensor in tensors]
     field_name = "frames" if pack.latents is None else "latents"

@@ -210,7 +210,9 @@ def look(frames: NDArray[np.uint8]) -> Finding:
         return Finding(reason=f"one clear object in only {len(good)} of {len(frames)} frames")
 
     cores = [_core(pictures[t], contrast[t], mask) for t, mask in good.items()]
-    colour, purity = _majority([name for core in cores for name in name_colours(core)])
+    colour, purity = _majority(
+        [name for t, mask in good.items() for name in name_colours(pictures[t][_erode(mask)])]
+    )
     if purity < 0.7:
         colour = NONE
     measures = [
@@ -226,7 +228,9 @@ def look(frames: NDArray[np.uint8]) -> Finding:
 
 
 def _majority(names: Sequence[str]) -> tuple[str, float]:
-    """The commonest name and its share."""
+    """The commonest name and its share; `none` of no names."""
+    if not names:
+        return NONE, 0.0
     name, count = Counter(names).most_common(1)[0]
     return name, count / len(names)
 
@@ -293,7 +297,7 @@ def _of_steady_size(objects: list[NDArray[np.bool_] | None]) -> list[NDArray[np.
 def _core(
     picture: NDArray[np.float32], contrast: NDArray[np.float32], mask: NDArray[np.bool_]
 ) -> NDArray[np.float32]:
-    """Colours (n, 3) of the object's brighter half, away from its blurred rim."""
+    """Colours (n, 3) of the half of the object that contrasts most, away from its blurred rim."""
     return picture[mask & (contrast >= np.median(contrast[mask]))]
 
 
@@ -373,6 +377,10 @@ def _dilate(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
         grown = np.pad(mask, 1)
         mask = grown[1:-1, 1:-1] | grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:]
     return mask
+
+
+def _erode(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return ~_dilate(~mask, 1)
 
 
 TRIANGLE_THIRD = -((4 / (3 * np.sqrt(3))) ** 1.5) / 10

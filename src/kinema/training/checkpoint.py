@@ -93,6 +93,7 @@ class CheckpointStore:
                 write(aside / name)
                 _fsync(aside / name)
                 seal["files"][name] = {"bytes": (aside / name).stat().st_size, "crc32": crc32(aside / name)}
+            seal["crc32"] = zlib.crc32(json.dumps(seal).encode())
             write_json(aside / SEAL, seal)
             _fsync(aside / SEAL)
             _fsync(aside)
@@ -148,9 +149,12 @@ def verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None when every byte is as it was written."""
     try:
         seal = json.loads((folder / SEAL).read_text())
+        own = seal.pop("crc32")
         version, files = seal["format_version"], seal["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{SEAL} cannot be read ({error})"
+    if zlib.crc32(json.dumps(seal).encode()) != own:
+        return f"{SEAL} has changed since it was written (CRC-32)"
     if version != FORMAT_VERSION:
         return f"it has format version {version}; this Kinema reads {FORMAT_VERSION}"
     for name, expected in files.items():

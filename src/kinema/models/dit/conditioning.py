@@ -105,15 +105,16 @@ def _by_clips(
 ) -> Tensor:
     """Call `function` with tokens (b, n, D) and rows (b, 1, D) for each run of clips of equal length.
 
-    Rows broadcast and are never written out token by token, which would take several times the tokens' memory.
+    Rows broadcast and are never written out token by token: that costs more memory than the tokens.
     """
-    parts = []
-    token_runs = zip(
-        *(x.split([clips * length for clips, length in runs(lengths)]) for x in tokens), strict=True
-    )
-    row_runs = zip(*(x.split([clips for clips, _ in runs(lengths)]) for x in rows), strict=True)
-    for some_tokens, some_rows in zip(token_runs, row_runs, strict=True):
-        clips = len(some_rows[0])
-        shaped = [x.unflatten(0, (clips, -1)) for x in some_tokens]
-        parts.append(function(*shaped, *(row[:, None] for row in some_rows)).flatten(0, 1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    parts = runs(lengths)
+    if len(parts) == 1:  # a plain batch; splitting it into one part would cost a copy in the backward
+        return _broadcast(function, tokens, rows)
+    token_parts = zip(*(x.split([clips * length for clips, length in parts]) for x in tokens), strict=True)
+    row_parts = zip(*(x.split([clips for clips, _ in parts]) for x in rows), strict=True)
+    return torch.cat([_broadcast(function, *part) for part in zip(token_parts, row_parts, strict=True)])
+
+
+def _broadcast(function: Callable[..., Tensor], tokens: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    batched = [x.unflatten(0, (len(rows[0]), -1)) for x in tokens]
+    return function(*batched, *(row[:, None] for row in rows)).flatten(0, 1)

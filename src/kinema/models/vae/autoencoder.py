@@ -30,6 +30,9 @@ from kinema.models.vae.layers import (
 from kinema.models.vae.posterior import LOGVAR_RANGE, Posterior
 
 INITIAL_LOGVAR = -5.0
+"""A posterior as wide as the prior would drown the untrained mean and collapse before it carries anything."""
+INITIAL_BRANCH_SCALE = 0.1
+"""Not zero, so that every weight has a gradient from the first step."""
 
 
 @dataclass
@@ -70,13 +73,13 @@ class VAEConfig:
                 raise ValueError(f"vae.{name}={value} must be a power of two: 1, 2, 4, 8, ...")
         if self.pixel_patch > self.spatial_stride:
             raise ValueError(
-                f"vae.pixel_patch={self.pixel_patch} is larger than vae.spatial_stride={self.spatial_stride}; "
-                f"use at most {self.spatial_stride}"
+                f"vae.pixel_patch={self.pixel_patch} must be at most "
+                f"vae.spatial_stride={self.spatial_stride}, of which it is the first part"
             )
         if len(self.width_multipliers) != self.num_levels or min(self.width_multipliers) < 1:
             raise ValueError(
-                f"vae.width_multipliers={self.width_multipliers} needs {self.num_levels} entries of at least 1: one "
-                f"more than the halvings left by vae.spatial_stride={self.spatial_stride}, "
+                f"vae.width_multipliers={self.width_multipliers} needs {self.num_levels} entries of at least "
+                f"1: one more than the halvings left by vae.spatial_stride={self.spatial_stride}, "
                 f"vae.pixel_patch={self.pixel_patch} and vae.temporal_stride={self.temporal_stride}"
             )
 
@@ -111,7 +114,7 @@ def _middle(config: VAEConfig, channels: int) -> list[nn.Module]:
 
 
 class _Output(nn.Module):
-    """Norm, SiLU and the last convolution, beside a linear path that keeps the amplitude which the norm removes."""
+    """Norm, SiLU and the last convolution, beside a linear path for the amplitude which the norm removes."""
 
     def __init__(self, config: VAEConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -124,14 +127,17 @@ class _Output(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Convolutions keep the variance of their input; PyTorch's default shrinks it to a third in each layer."""
+    """Convolutions keep the variance of their input (PyTorch's default shrinks it to a third in each layer).
+
+    Branches beside an identity or a linear path start small, so that a new network is nearly linear.
+    """
     if isinstance(module, nn.Conv3d):
         nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         nn.init.zeros_(module.bias)
     if isinstance(module, ResBlock | _Output):
-        for conv in (module.conv2 if isinstance(module, ResBlock) else module.conv).modules():
-            if isinstance(conv, nn.Conv3d): last=conv
-        last.weight.data.mul_(0.1)
+        branch = module.conv2 if isinstance(module, ResBlock) else module.conv
+        last = [conv for conv in branch.modules() if isinstance(conv, nn.Conv3d)][-1]
+        last.weight.data.mul_(INITIAL_BRANCH_SCALE)
 
 
 class Encoder(CausalSequential):
@@ -150,8 +156,8 @@ class Encoder(CausalSequential):
             layers += [SpatialDown(width)] if halves_space else []
             layers += [TemporalDown(width, config.time_padding)] if halves_time else []
             previous = width
-        layers += [*_middle(config, previous), _Output(config, previous, 2 * config.latent_channels)]
-        super().__init__(*layers)
+        super().__init__(*layers, *_middle(config, previous))
+        self.output = _Output(config, previous, 2 * config.latent_channels)
 
 
 class Decoder(CausalSequential):
@@ -170,8 +176,8 @@ class Decoder(CausalSequential):
             layers += [SpatialUp(previous)] if halves_space else []
             layers += _res_blocks(config, previous, width, config.decoder_res_blocks)
             previous = width
-        layers += [_Output(config, previous, 3 * config.pixel_patch**2)]
         super().__init__(*layers)
+        self.output = _Output(config, previous, 3 * config.pixel_patch**2)
 
 
 class CausalVAE(nn.Module):
@@ -191,9 +197,8 @@ class CausalVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.apply(_initialise)
-        # A posterior as wide as the prior drowns the untrained mean: it would collapse before it carries anything.
-        self.encoder[-1].linear.conv.bias.data[config.latent_channels :].fill_(INITIAL_LOGVAR)
+        self.apply(_initialise)  # a module's children before the module itself
+        self.encoder.output.linear.conv.bias.data[config.latent_channels :].fill_(INITIAL_LOGVAR)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
@@ -212,11 +217,11 @@ class CausalVAE(nn.Module):
         return self._to_pixels(posterior.sample(noise), None), posterior
 
     def encode(self, video: Tensor) -> Posterior:
-        """Video (B, 3, T, H, W) in [-1, 1], T = k * temporal_stride + 1 -> posterior of normalised latents."""
+        """Video (B, 3, k * temporal_stride + 1, H, W) in [-1, 1] -> normalised posterior (B, C, k+1, ..)."""
         return self._normalise(self.encode_unnormalised(video))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, C, t, h, w) -> video (B, 3, (t-1) * temporal_stride + 1, H, W), not clamped."""
+        """Normalised latents (B, C, k+1, h, w) -> unclamped video (B, 3, k * temporal_stride + 1, H, W)."""
         self._check_latents(latents)
         return self._to_pixels(self._denormalise(latents), None)
 
@@ -234,7 +239,7 @@ class CausalVAE(nn.Module):
             yield self._normalise(self._to_posterior(chunk, state))
 
     def decode_chunks(self, chunks: Iterable[Tensor], state: StreamState | None = None) -> Iterator[Tensor]:
-        """Normalised latents in chunks of any length along t -> the video of each; together equal to `decode`."""
+        """Normalised latents in chunks of any length -> the video of each; together equal to `decode`."""
         state = StreamState() if state is None else state
         for chunk in chunks:
             self._check_latents(chunk)
@@ -254,8 +259,8 @@ class CausalVAE(nn.Module):
             )
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
             raise ValueError(
-                f"latent statistics must be finite with std > 0, not mean {mean.tolist()}, std {std.tolist()}; "
-                "a std of 0 is a dead latent channel"
+                f"latent statistics must be finite with std > 0 (0 is a dead latent channel), not mean "
+                f"{mean.tolist()}, std {std.tolist()}"
             )
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
@@ -267,7 +272,7 @@ class CausalVAE(nn.Module):
         return self.config.latent_channels, (frames - 1) // time + 1, height // space, width // space
 
     def flops(self, frames: int, height: int, width: int) -> tuple[float, float]:
-        """(encode, decode) of one clip of frames x height x width pixels; multiply-add = 2, convolutions only."""
+        """(encode, decode) operations of one clip of that many pixels; a multiply-add is 2; products only."""
         shape = self.latent_shape(frames, height, width)
         with torch.device("meta"), torch.no_grad():
             encoder, decoder = Encoder(self.config), Decoder(self.config)
@@ -304,7 +309,8 @@ class CausalVAE(nn.Module):
     def _check_video(self, video: Tensor, starts_clip: bool) -> None:
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
             raise ValueError(
-                f"the VAE encodes float videos (B, 3, T, H, W) in [-1, 1], not {video.dtype} {tuple(video.shape)}"
+                "the VAE encodes float videos (B, 3, T, H, W) in [-1, 1], not "
+                f"{video.dtype} {tuple(video.shape)}"
             )
         frames, height, width = video.shape[2:]
         self._check_size(frames, height, width, starts_clip)
@@ -331,6 +337,6 @@ class CausalVAE(nn.Module):
         channels = self.config.latent_channels
         if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] < 1:
             raise ValueError(
-                f"the VAE decodes latents (B, C, t, h, w) with C = vae.latent_channels={channels} and t >= 1, "
+                f"the VAE decodes latents (B, C, t, h, w) with C = vae.latent_channels={channels}, t >= 1, "
                 f"not {tuple(latents.shape)}"
             )

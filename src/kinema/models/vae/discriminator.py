@@ -18,8 +18,8 @@ class DiscriminatorNorm(Enum):
 class PatchDiscriminator(nn.Module):
     """Judges overlapping patches of a video, each as real or reconstructed, with strided 3D convolutions.
 
-    Isola et al. 2017 (pix2pix), section 3.2.2, with the third dimension for time. The first convolution does not
-    stride in time, so that a single image is a legal input.
+    Isola et al. 2017 (pix2pix), section 3.2.2, with a third dimension for time; padded, so that a single
+    image is a legal input.
     """
 
     def __init__(self, width: int, num_layers: int, norm: DiscriminatorNorm) -> None:
@@ -44,7 +44,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Logits (B, patches) of both -> loss (B,): real above 1, fake below -1 (Lim and Ye 2017, Geometric GAN)."""
+    """Logits (B, patches) of both -> loss (B,): real above 1, fake below -1 (Lim and Ye 2017)."""
     return 0.5 * (F.relu(1 - real).mean(dim=1) + F.relu(1 + fake).mean(dim=1))
 
 

@@ -23,22 +23,33 @@ class VAELossConfig:
 
     reconstruction: float = 1.0
     """Mean absolute error of the pixels in [-1, 1]."""
+    squared: float = 0.0
+    """Mean squared error of the pixels. Small objects count for more than under the absolute error, with
+    which a new VAE stays with the plain background for long."""
     kl: float = 1e-3
-    """Nats per latent number. Published weights are usually of the sum over the latent: the same pressure relative to
-    the mean error of the pixels is theirs times the latent's numbers for a clip."""
+    """Nats per latent number. A published weight of the sum over latents beside the mean error of the pixels
+    is this weight divided by the count of latent numbers."""
     perceptual: float = 0.0
+    """Perceptual distance of the kind below."""
     perceptual_kind: Perceptual = Perceptual.pyramid
     perceptual_weights: str | None = None
-    """State dict in torchvision's format (.safetensors or .pth) of the network that `perceptual_kind` names."""
+    """State dict in torchvision's format (.safetensors or .pth) of the network `perceptual_kind`."""
     adversarial: float = 0.0
     adversarial_start_step: int = 0
-    """Until this step neither the discriminator nor the VAE sees the adversarial loss: it is reported as 0."""
+    """Before this step neither discriminator nor VAE sees an adversarial loss; it is reported as 0."""
     discriminator_width: int = 32
     discriminator_layers: int = 3
     discriminator_norm: DiscriminatorNorm = DiscriminatorNorm.group
 
     def __post_init__(self) -> None:
-        for name in ("reconstruction", "kl", "perceptual", "adversarial", "adversarial_start_step"):
+        for name in (
+            "reconstruction",
+            "squared",
+            "kl",
+            "perceptual",
+            "adversarial",
+            "adversarial_start_step",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"vae_loss.{name}={getattr(self, name)} must not be negative; 0 turns it off"
@@ -49,8 +60,8 @@ class VAELossConfig:
         needs_weights = self.perceptual > 0 and self.perceptual_kind is not Perceptual.pyramid
         if needs_weights and self.perceptual_weights is None:
             raise ValueError(
-                f"vae_loss.perceptual_kind={self.perceptual_kind.value} needs vae_loss.perceptual_weights: a local "
-                "state dict in torchvision's format; or choose perceptual_kind=pyramid, which needs none"
+                f"vae_loss.perceptual_kind={self.perceptual_kind.value} needs vae_loss.perceptual_weights: a "
+                "local state dict in torchvision's format; or perceptual_kind=pyramid, which needs none"
             )
         if self.perceptual_weights is not None and not needs_weights:
             raise ValueError(
@@ -89,10 +100,12 @@ class VAELoss(nn.Module):
     def generator_loss(
         self, video: Tensor, reconstruction: Tensor, posterior: Posterior, step: int
     ) -> tuple[Tensor, Terms]:
-        """Videos (B, 3, T, H, W) and the posterior before normalisation -> weighted sum (B,) for the VAE, terms."""
+        """Videos (B, 3, T, H, W), posterior before normalisation -> the VAE's weighted sum (B,), terms."""
         terms: Terms = {}
         if self.config.reconstruction > 0:
             terms["reconstruction"] = (reconstruction - video).abs().flatten(1).mean(dim=1)
+        if self.config.squared > 0:
+            terms["squared"] = (reconstruction - video).square().flatten(1).mean(dim=1)
         if self.config.kl > 0:
             terms["kl"] = posterior.kl()
         if self.perceptual is not None:
@@ -105,7 +118,7 @@ class VAELoss(nn.Module):
         return total, {name: term.detach() for name, term in terms.items()}
 
     def discriminator_loss(self, video: Tensor, reconstruction: Tensor, step: int) -> tuple[Tensor, Terms]:
-        """Videos (B, 3, T, H, W) -> hinge loss (B,) for the discriminator only, terms; 0 before the start step."""
+        """Videos (B, 3, T, H, W) -> the discriminator's hinge loss (B,), terms; 0 before the start step."""
         assert self.discriminator is not None, "a loss without an adversarial term has no discriminator"
         if not self.adversarial_runs(step):
             return video.new_zeros(len(video)), {"discriminator": video.new_zeros(len(video))}
@@ -138,6 +151,6 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each frame in dB, (B, T), for videos (B, 3, T, H, W) in [-1, 1]; clamps first."""
+    """Peak signal-to-noise ratio of each frame in dB, (B, T); videos (B, 3, T, H, W), clamped to [-1, 1]."""
     error = (reconstruction.clamp(-1, 1) - video).float().square().mean(dim=(1, 3, 4))
     return 10 * torch.log10(4.0 / error.clamp(min=1e-12))

@@ -1,4 +1,4 @@
-"""Perceptual distances between a reconstruction and its video: weights-free, or the features of a local network."""
+"""Perceptual distances of a reconstruction from its video: without weights, or by a local network."""
 
 from collections.abc import Callable
 from enum import Enum
@@ -53,7 +53,7 @@ class FeatureDistance(nn.Module):
     def __init__(self, stages: nn.ModuleList) -> None:
         super().__init__()
         self.stages = stages.requires_grad_(False).eval()
-        # The ImageNet statistics that networks in torchvision's format were trained with, for pixels in [0, 1].
+        # ImageNet's, which networks in torchvision's format were trained with, for pixels in [0, 1].
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
@@ -78,7 +78,7 @@ class FeatureDistance(nn.Module):
 
 
 def feature_distance(perceptual: Perceptual, path: str) -> FeatureDistance:
-    """The distance with weights from a state dict in torchvision's format: .safetensors, or a .pth of tensors only."""
+    """The distance by the network in a file: .safetensors, or .pth of nothing but tensors."""
     network = _NETWORKS[perceptual]()
     wanted = network.state_dict()
     found = _read_features(path)
@@ -87,9 +87,9 @@ def feature_distance(perceptual: Perceptual, path: str) -> FeatureDistance:
     shapes = [key for key in wanted.keys() & found.keys() if wanted[key].shape != found[key].shape]
     if missing or unknown or shapes:
         raise ValueError(
-            f"vae_loss.perceptual_weights={path} is no {perceptual.value} state dict in torchvision's format: "
-            f"{len(missing)} tensors missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}, {len(shapes)} of "
-            f"another shape {sorted(shapes)[:3]}"
+            f"vae_loss.perceptual_weights={path} is no {perceptual.value} state dict in torchvision's "
+            f"format: {len(missing)} tensors missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}, "
+            f"{len(shapes)} of another shape {sorted(shapes)[:3]}"
         )
     network.load_state_dict(found)
     return FeatureDistance(nn.ModuleList([network.features[a:b] for a, b in pairwise(_STAGES[perceptual])]))
@@ -166,6 +166,6 @@ _NETWORKS: dict[Perceptual, Callable[[], _Features]] = {
     Perceptual.vgg16: _vgg16,
     Perceptual.mobilenet_v2: _mobilenet_v2,
 }
-# Ends of the stages whose features are compared. VGG-16: after the last ReLU of each resolution, as LPIPS does;
-# MobileNetV2: after the last block of each of its first four resolutions.
+# Ends of the stages whose features are compared. VGG-16: after the last ReLU of each resolution, as LPIPS
+# does; MobileNetV2: after the last block of each of its first four resolutions.
 _STAGES = {Perceptual.vgg16: (0, 4, 9, 16, 23, 30), Perceptual.mobilenet_v2: (0, 2, 4, 7, 14)}

@@ -21,9 +21,9 @@ class Posterior(NamedTuple):
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:
-        """Divergence from the standard normal, (B,): nats per latent number, hence independent of the clip's size.
+        """Divergence from the standard normal (B,), nats per latent number: independent of the clip's size.
 
-        Kingma and Welling 2013 (Auto-Encoding Variational Bayes), appendix B, which sums over the numbers instead.
+        Kingma and Welling 2013 (Auto-Encoding Variational Bayes), appendix B, averaged instead of summed.
         """
         per_number = 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
         return per_number.flatten(1).mean(dim=1)
@@ -32,8 +32,8 @@ class Posterior(NamedTuple):
 class LatentStatistics:
     """Per-channel mean and standard deviation of latents drawn from posteriors, over any number of clips.
 
-    `totals` (3, C) float64 holds count, sum and sum of squares of each channel: add those of several ranks and
-    the result is that of all their clips.
+    `totals` (3, C) float64 holds count, sum and sum of squares of each channel: added over ranks, they give
+    the result of all clips.
     """
 
     def __init__(self, channels: int) -> None:
@@ -61,6 +61,6 @@ class LatentStatistics:
         if wrong:
             found = ", ".join(f"{c}: mean {mean[c]:.3f} std {std[c]:.3f}" for c in wrong)
             raise ValueError(
-                f"latents of channels {found} are not normalised to mean 0 and std 1 within {tolerance}: the VAE's "
-                "latent statistics do not belong to this data. Measure them again with set_latent_statistics."
+                f"latents of channels {found} are not normalised to mean 0 and std 1 within {tolerance}: the "
+                "VAE's latent statistics do not belong to this data; measure and set them again"
             )

@@ -27,7 +27,7 @@ def encode_tiled(vae: CausalVAE, video: Tensor, tile: int, overlap: int) -> Post
         part = video[..., rows[0] * stride : rows[1] * stride, columns[0] * stride : columns[1] * stride]
         return torch.cat(vae.encode(part), dim=1)
 
-    blended = _blend(encode, height, width, tile_latent, overlap_latent, scale=1)
+    blended = _blend(encode, (height, width), tile_latent, overlap_latent, scale=1)
     mean, logvar = blended.chunk(2, dim=1)
     return Posterior(mean, logvar)
 
@@ -40,11 +40,11 @@ def decode_tiled(vae: CausalVAE, latents: Tensor, tile: int, overlap: int) -> Te
         return vae.decode(latents[..., slice(*rows), slice(*columns)])
 
     height, width = latents.shape[-2:]
-    return _blend(decode, height, width, tile_latent, overlap_latent, scale=vae.config.spatial_stride)
+    return _blend(decode, (height, width), tile_latent, overlap_latent, scale=vae.config.spatial_stride)
 
 
 def tile_spans(size: int, tile: int, overlap: int) -> list[Span]:
-    """Tiles of equal size that cover [0, size), neighbours sharing at least the overlap; one if the tile is enough."""
+    """Tiles of equal size covering [0, size), neighbours sharing at least the overlap; or one tile."""
     if size <= tile:
         return [(0, size)]
     count = -(-(size - overlap) // (tile - overlap))
@@ -69,17 +69,16 @@ def _to_latent_pixels(vae: CausalVAE, tile: int, overlap: int) -> tuple[int, int
 
 
 def _blend(
-    run: Callable[[Span, Span], Tensor], height: int, width: int, tile: int, overlap: int, scale: int
+    run: Callable[[Span, Span], Tensor], size: tuple[int, int], tile: int, overlap: int, scale: int
 ) -> Tensor:
-    """Weighted mean of the tiles; positions in latent pixels, outputs `scale` times as large."""
+    """Weighted mean of the tiles; size, tile and overlap in latent pixels, outputs `scale` times as large."""
+    height, width = size
     total: Tensor | None = None
     weights = torch.zeros(())
     for rows, columns in product(tile_spans(height, tile, overlap), tile_spans(width, tile, overlap)):
         part = run(rows, columns)
-        weight = _ramp(rows, height, overlap * scale, scale).view(-1, 1) * _ramp(
-            columns, width, overlap * scale, scale
-        )
-        weight = weight.to(part)
+        row_weight, column_weight = _ramp(rows, height, overlap, scale), _ramp(columns, width, overlap, scale)
+        weight = torch.outer(row_weight, column_weight).to(part)
         if total is None:
             total = part.new_zeros(*part.shape[:-2], height * scale, width * scale)
             weights = part.new_zeros(height * scale, width * scale)
@@ -91,12 +90,15 @@ def _blend(
 
 
 def _ramp(span: Span, size: int, overlap: int, scale: int) -> Tensor:
-    """Weight of each output pixel of a tile: 1 inside, falling towards those borders that have a neighbour."""
-    length = (span[1] - span[0]) * scale
-    from_border = torch.arange(length) + 0.5
-    ramp = torch.ones(length)
+    """Weight of each output pixel of a tile: 1 inside, falling to 0 towards borders that have a neighbour.
+
+    It falls in the middle half of the overlap; the outer quarter, where padding shows most, is not used.
+    """
+    from_border = torch.arange((span[1] - span[0]) * scale) + 0.5
+    ramp = torch.ones_like(from_border)
+    fall = (from_border / max(overlap * scale, 1) * 2 - 0.5).clamp(0, 1)
     if span[0] > 0 and overlap > 0:
-        ramp = torch.minimum(ramp, from_border / overlap)
+        ramp = torch.minimum(ramp, fall)
     if span[1] < size and overlap > 0:
-        ramp = torch.minimum(ramp, from_border.flip(0) / overlap)
+        ramp = torch.minimum(ramp, fall.flip(0))
     return ramp

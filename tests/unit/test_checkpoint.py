@@ -1,0 +1,154 @@
+"""A checkpoint is whole or it is not there; damage is found, named, and stepped around."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kinema.training.checkpoint import CheckpointError, CheckpointStore, json_writer, tensor_writer, verify
+
+
+def save(store: CheckpointStore, step: int) -> Path:
+    tensors = {"weight": torch.full((64,), float(step)), "bias": torch.arange(8.0)}
+    writers = {"model.safetensors": tensor_writer(tensors), "training.json": json_writer({"step": step})}
+    return store.publish(step, writers).folder
+
+
+def test_tensors_and_documents_come_back_as_they_were(tmp_path):
+    store = CheckpointStore(tmp_path)
+    save(store, 3)
+    found = store.newest()
+    assert found is not None
+    assert found.step == 3
+    assert found.document("training") == {"step": 3}
+    assert torch.equal(found.tensors("model")["weight"], torch.full((64,), 3.0))
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000003\n"
+
+
+def test_every_flipped_byte_and_every_cut_is_found(tmp_path):
+    folder = save(CheckpointStore(tmp_path), 1)
+    generator = random.Random(0)
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        places = range(len(content)) if len(content) < 300 else generator.sample(range(len(content)), 100)
+        for place in places:
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << generator.randrange(8)
+            path.write_bytes(damaged)
+            if path.name == "seal.json" and _same_json(bytes(damaged), content):
+                continue  # white space is no damage
+            assert verify(folder) is not None, (path.name, place)
+        for size in (0, len(content) // 2, len(content) - 1):
+            path.write_bytes(content[:size])
+            if path.name == "seal.json" and _same_json(content[:size], content):
+                continue
+            assert verify(folder) is not None, (path.name, size)
+        path.unlink()
+        assert verify(folder) is not None
+        path.write_bytes(content)
+    assert verify(folder) is None
+
+
+def _same_json(a: bytes, b: bytes) -> bool:
+    try:
+        return json.loads(a) == json.loads(b)
+    except ValueError:
+        return False
+
+
+def test_newest_falls_back_past_damage_and_says_so(tmp_path):
+    store, lines = CheckpointStore(tmp_path), []
+    for step in (1, 2, 3):
+        save(store, step)
+    (tmp_path / "checkpoints/step-00000003/model.safetensors").write_bytes(b"short")
+    found = store.newest(report=lines.append)
+    assert found is not None
+    assert found.step == 2
+    assert len(lines) == 1
+    assert "step-00000003" in lines[0]
+    assert "5 bytes" in lines[0]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_never_starts_from_zero(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        (save(store, step) / "seal.json").unlink()
+    with pytest.raises(CheckpointError, match=r"every checkpoint of this run is damaged[\s\S]*step-00000001"):
+        store.newest()
+
+
+def test_a_failed_write_leaves_nothing_behind_and_harms_no_other(tmp_path):
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+
+    def full_disk(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        store.publish(2, {"model.safetensors": full_disk})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
+    assert verify(tmp_path / "checkpoints/step-00000001") is None
+
+
+def test_rotation_keeps_the_newest(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2, 3, 4):
+        save(store, step)
+    assert store.steps() == [3, 4]
+
+
+KILL_POINTS = """
+import os, sys, signal
+from pathlib import Path
+import kinema.training.checkpoint as c
+import torch
+count, target = 0, int(sys.argv[2])
+def killing(function):
+    def wrapped(*arguments, **named):
+        global count
+        count += 1
+        if count == target:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+    return wrapped
+store = c.CheckpointStore(Path(sys.argv[1]), keep=1)
+if sys.argv[3] == "first":
+    pass
+for name in ("_fsync", "write_json", "crc32", "replace_text"):
+    setattr(c, name, killing(getattr(c, name)))
+c.os.rename = killing(os.rename)
+c.shutil.rmtree = killing(c.shutil.rmtree)
+writers = {"model.safetensors": c.tensor_writer({"w": torch.full((1000,), 2.0)}), "training.json": c.json_writer({"step": 2})}
+store.publish(2, writers)
+print("survived", count)
+"""
+
+
+def test_a_kill_at_any_point_of_a_save_leaves_a_whole_newest_checkpoint(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILL_POINTS)
+    hit, point = 0, 0
+    while True:  # every call that touches the disk, in turn, until the save survives
+        point += 1
+        run = tmp_path / f"run{point}"
+        save(CheckpointStore(run), 1)
+        answer = subprocess.run(
+            [sys.executable, script, run, str(point), "second"], capture_output=True, text=True, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        found = CheckpointStore(run).newest()
+        assert found is not None
+        assert found.document("training")["step"] == found.step
+        assert found.step in (1, 2)
+        if answer.returncode == 0:
+            break
+        assert answer.returncode == -9, answer.stderr
+        hit += 1
+    assert hit >= 12  # S78
+    assert found.step == 2

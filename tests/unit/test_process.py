@@ -1,0 +1,50 @@
+"""Starting a rank: launcher arguments, and build locks of killed runs."""
+
+import os
+import subprocess
+import sys
+import time
+
+from kinema.distributed.process import exclusive, load_cpu_communication_op, strip_launcher_arguments
+
+
+def test_the_deepspeed_launchers_argument_is_taken_out_and_remembered(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert strip_launcher_arguments(["train.py", "--local_rank=3", "steps=2"]) == ["train.py", "steps=2"]
+    assert os.environ["LOCAL_RANK"] == "3"
+    monkeypatch.delenv("LOCAL_RANK")
+
+
+def test_a_lock_left_by_a_killed_build_is_removed_instead_of_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    stale = tmp_path / "deepspeed_shm_comm" / "lock"
+    stale.parent.mkdir()
+    stale.touch()
+    built = []
+    load_cpu_communication_op(build=lambda: built.append(stale.exists()))
+    assert built == [False]
+    assert "stale build lock" in capsys.readouterr().err
+
+
+def test_a_build_that_is_still_going_on_is_waited_for(tmp_path):
+    code = "import sys,time;from pathlib import Path;from kinema.distributed.process import exclusive\nwith exclusive(Path(sys.argv[1])):\n print('held',flush=True);time.sleep(1.0)"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    began = time.monotonic()
+    with exclusive(tmp_path):
+        waited = time.monotonic() - began
+    other.wait()
+    assert waited > 0.5
+
+
+def test_a_killed_owner_gives_its_lock_back(tmp_path):
+    code = "import sys,time;from pathlib import Path;from kinema.distributed.process import exclusive\nwith exclusive(Path(sys.argv[1])):\n print('held',flush=True);time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    other.stdout.readline()
+    other.kill()
+    other.wait()
+    with exclusive(tmp_path):
+        pass

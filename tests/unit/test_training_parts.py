@@ -1,0 +1,137 @@
+"""Schedules, averages and identities are pure functions of what they name."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from kinema.identity import fingerprint, from_plain, to_plain
+from kinema.training.ema import EMAConfig
+from kinema.training.loop import due
+from kinema.training.metrics import LoggingConfig, MetricsFile, WandbMode, WandbTracker
+from kinema.training.optim import AdamW
+from kinema.training.schedule import Constant, Cosine
+
+
+def test_cosine_rises_linearly_and_falls_to_its_final_fraction():
+    schedule = Cosine(warmup_steps=10, final_fraction=0.1)
+    factors = [schedule.factor(step, 110) for step in range(111)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == 1.0
+    assert factors[60] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert factors[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+
+
+def test_no_warm_up_starts_at_the_peak():
+    assert Constant(warmup_steps=0).factor(0, 5) == 1.0
+
+
+class OneShardEngine:
+    """What the average needs of an engine: a shard of float32 weights."""
+
+    def __init__(self, value: float) -> None:
+        self.weight = torch.full((3,), value)
+
+    def shards(self):
+        return [self.weight]
+
+
+def test_ema_follows_a_known_drift_in_closed_form():
+    from kinema.training.ema import EMA
+
+    engine, decay, steps = OneShardEngine(0.0), 0.9999, 1000
+    ema = EMA(EMAConfig(decay=decay, warmup=False), engine)  # type: ignore[arg-type]
+    for step in range(1, steps + 1):
+        engine.weight.fill_(float(step))  # the drift: the weight is the step
+        ema.update(step)
+    expected = sum((1 - decay) * decay ** (steps - k) * k for k in range(1, steps + 1))
+    assert ema.shards[0].dtype == torch.float32
+    assert float(ema.shards[0][0]) == pytest.approx(expected, rel=1e-4)  # S30
+
+
+def test_ema_warm_up_is_a_pure_function_of_the_step():
+    config = EMAConfig(decay=0.99)
+    assert config.decay_at(1) == pytest.approx(2 / 11)
+    assert config.decay_at(10_000) == 0.99
+
+
+def test_only_matrices_are_decayed():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
+    groups = AdamW(weight_decay=0.3).build(module).param_groups
+    assert {len(g["params"]): g["weight_decay"] for g in groups} == {1: 0.3, 3: 0.0}
+
+
+def test_weight_decay_shrinks_a_weight_without_gradient_by_its_closed_form():
+    module = torch.nn.Linear(2, 2, bias=False)
+    before = module.weight.detach().clone()
+    optimizer = AdamW(learning_rate=1e-2, weight_decay=0.1).build(module)
+    for _ in range(50):
+        module.weight.grad = torch.zeros_like(module.weight)
+        optimizer.step()
+    torch.testing.assert_close(module.weight.detach(), before * (1 - 1e-3) ** 50)
+
+
+@dataclass
+class Inner:
+    values: list[int] = field(default_factory=lambda: [1])
+
+
+@dataclass
+class Outer:
+    mode: WandbMode = WandbMode.auto
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_plain_form_round_trips_enums_and_nesting():
+    config = Outer(WandbMode.offline, Inner([4, 5]))
+    plain = to_plain(config)
+    assert plain == {"type": "Outer", "mode": "offline", "inner": {"values": [4, 5]}}
+    assert from_plain(plain, Outer) == config
+    with pytest.raises(ValueError, match="type=Outer is unknown"):
+        from_plain(plain, Inner)
+
+
+def test_fingerprint_changes_with_any_bit_name_shape_or_type():
+    base = {"a": torch.zeros(4), "b": torch.ones(2, 2)}
+    one_bit = torch.zeros(4)
+    one_bit.view(torch.int32)[0] = 1
+    variants = [
+        {"a": one_bit, "b": base["b"]},
+        {"c": base["a"], "b": base["b"]},
+        {"a": base["a"].view(2, 2), "b": base["b"]},
+        {"a": base["a"].double(), "b": base["b"]},
+        {"a": base["a"]},
+    ]
+    assert len({fingerprint(v) for v in [base, *variants]}) == 6
+    assert fingerprint(dict(reversed(base.items()))) == fingerprint(base)
+
+
+def test_metrics_forget_steps_that_will_be_done_again(tmp_path):
+    metrics = MetricsFile(tmp_path)
+    for step in (1, 2, 3):
+        metrics.write({"kind": "train", "step": step})
+    with metrics.path.open("a") as handle:
+        handle.write('{"kind": "train", "st')  # killed while writing
+    metrics.truncate_after(2)
+    assert [line[-2] for line in metrics.path.read_text().splitlines()] == ["1", "2"]
+
+
+def test_a_tracker_that_cannot_start_neither_stops_nor_stalls_a_run(tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(**arguments):
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    tracker = WandbTracker(LoggingConfig(wandb=WandbMode.online), tmp_path, {})
+    tracker._thread.join(5)
+    for step in range(2000):
+        tracker.write({"kind": "train", "step": step, "loss": 1.0})
+    tracker.close(0.1)
+    assert tracker.problem == "ConnectionError: refused"
+
+
+def test_due_includes_the_last_step_and_zero_means_never():
+    assert [step for step in range(1, 8) if due(step, 3, 7)] == [3, 6, 7]
+    assert not any(due(step, 0, 7) for step in range(1, 8))
