@@ -39,6 +39,12 @@ def clip(frames: int = 13, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.rand(2, 3, frames, 16, 24, generator=generator, dtype=dtype) * 2 - 1
 
 
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference beside the largest expected value."""
+    assert actual.shape == expected.shape
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
 @pytest.mark.parametrize("settings", VARIANTS)
 @torch.no_grad()
 def test_shapes_of_latents_and_video(settings):
@@ -103,19 +109,20 @@ def test_a_changed_latent_leaves_earlier_decoded_frames_bit_for_bit(settings):
 @pytest.mark.parametrize("settings", VARIANTS)
 @torch.no_grad()
 def test_streaming_equals_the_whole_clip_whatever_the_chunks(settings, plan):
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+    """To rounding: a matrix product of another number of rows may add in another order."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
         vae = tiny(**settings).to(dtype)
         video = clip(dtype=dtype)
         whole = vae.encode(video)
         parts = list(vae.encode_chunks(video.split(plan, dim=2)))
         for field in ("mean", "logvar"):
             streamed = torch.cat([getattr(part, field) for part in parts], dim=2)
-            torch.testing.assert_close(streamed, getattr(whole, field), rtol=0, atol=tolerance)
+            assert relative_difference(streamed, getattr(whole, field)) <= tolerance
 
         latent_plan = [(frames + 3) // 4 for frames in plan]
         decoded = list(vae.decode_chunks(whole.mean.split(latent_plan, dim=2)))
         assert [part.shape[2] for part in decoded] == plan
-        torch.testing.assert_close(torch.cat(decoded, dim=2), vae.decode(whole.mean), rtol=0, atol=tolerance)
+        assert relative_difference(torch.cat(decoded, dim=2), vae.decode(whole.mean)) <= tolerance
 
 
 @torch.no_grad()
@@ -126,8 +133,8 @@ def test_two_streams_of_one_vae_do_not_meet():
     for chunks in zip(one.split([1, 4, 8], dim=2), two.split([1, 4, 8], dim=2), strict=True):
         for part, chunk, state in zip(parts, chunks, states, strict=True):
             part += [posterior.mean for posterior in vae.encode_chunks([chunk], state)]
-    torch.testing.assert_close(torch.cat(parts[0], dim=2), vae.encode(one).mean, rtol=0, atol=1e-5)
-    torch.testing.assert_close(torch.cat(parts[1], dim=2), vae.encode(two).mean, rtol=0, atol=1e-5)
+    assert relative_difference(torch.cat(parts[0], dim=2), vae.encode(one).mean) <= 1e-5
+    assert relative_difference(torch.cat(parts[1], dim=2), vae.encode(two).mean) <= 1e-5
 
 
 @torch.no_grad()
@@ -135,7 +142,7 @@ def test_the_first_frame_alone_is_the_first_latent_of_its_clip():
     for settings in VARIANTS:
         vae = tiny(**settings)
         whole, alone = vae.encode(clip()), vae.encode(clip()[:, :, :1])
-        torch.testing.assert_close(alone.mean, whole.mean[:, :, :1], rtol=0, atol=1e-5)
+        assert relative_difference(alone.mean, whole.mean[:, :, :1]) <= 1e-5
         torch.testing.assert_close(
             vae.decode(alone.mean), vae.decode(whole.mean)[:, :, :1], rtol=0, atol=1e-5
         )
@@ -152,8 +159,8 @@ def test_a_grey_ramp_has_one_latent_on_every_path():
     video = vae.encode(still).mean
     streamed = next(iter(vae.encode_chunks(still.split([1, 8], dim=2)))).mean
     for t in range(3):
-        torch.testing.assert_close(video[:, :, t : t + 1], image, rtol=0, atol=1e-5)
-    torch.testing.assert_close(streamed, image, rtol=0, atol=1e-5)
+        assert relative_difference(video[:, :, t : t + 1], image) <= 1e-5
+    assert relative_difference(streamed, image) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -200,7 +207,7 @@ def test_every_way_in_refuses_pixels_of_another_kind(video, message):
 
 def test_latents_of_another_width_are_refused():
     for way_in in (tiny().decode, lambda latents: next(tiny().decode_chunks([latents]))):
-        with pytest.raises(ValueError, match="vae.latent_channels=5"):
+        with pytest.raises(ValueError, match=r"vae\.latent_channels=5"):
             way_in(torch.zeros(1, 4, 2, 2, 2))
 
 
@@ -345,9 +352,15 @@ def test_impossible_configurations_are_refused(settings, message):
 
 def test_flops_match_a_count_by_hand():
     config = VAEConfig(
-        latent_channels=2, width=4, decoder_width=4, width_multipliers=[1], spatial_stride=2, temporal_stride=1,
-        pixel_patch=2, convolution=Convolution.full,
-    )  # fmt: skip
+        latent_channels=2,
+        width=4,
+        decoder_width=4,
+        width_multipliers=[1],
+        spatial_stride=2,
+        temporal_stride=1,
+        pixel_patch=2,
+        convolution=Convolution.full,
+    )
     frames, height, width = 3, 8, 6
     pixels = frames * (height // 2) * (width // 2)
     block = 2 * 27 * 4 * 4

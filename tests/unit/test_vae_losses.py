@@ -109,7 +109,8 @@ def test_the_discriminator_learns_from_its_own_loss_only(norm, frames):
     value.sum().backward()
     assert reconstruction.grad is None
     dead = [n for n, p in loss.discriminator.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
-    assert dead == []
+    # While all logits are small, real and fake pull the output's bias equally.
+    assert [n for n in dead if loss.discriminator.get_parameter(n).shape != (1,)] == []
 
 
 def test_the_discriminator_tells_noise_from_stripes_after_a_few_steps():

@@ -6,16 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from kinema.models.vae import CausalVAE, VAEConfig, decode_tiled, encode_tiled
+from kinema.models.vae import CausalVAE, Convolution, VAEConfig, decode_tiled, encode_tiled
 from kinema.models.vae.tiling import tile_spans
 
-TILES = [(48, 24), (64, 32), (80, 32)]
+TILES = [(64, 32), (80, 40), (96, 48)]
 
 
 @pytest.fixture(scope="module")
 def vae() -> CausalVAE:
     torch.manual_seed(0)
-    vae = CausalVAE(VAEConfig(latent_channels=5, width=8, decoder_width=8))
+    vae = CausalVAE(
+        VAEConfig(latent_channels=5, width=8, decoder_width=8, convolution=Convolution.alternating)
+    )
     vae.set_latent_statistics(torch.linspace(-1, 1, 5), torch.linspace(0.5, 2, 5))
     return vae.eval().requires_grad_(False)
 
@@ -46,24 +48,11 @@ def test_tiles_come_close_to_the_whole_frame(vae, video, tile, overlap):
 
 @pytest.mark.parametrize(("tile", "overlap"), TILES)
 def test_no_seams_where_tiles_begin_and_end(vae, video, tile, overlap):
-    """What tiling adds to the steps from column to column is small beside them at the borders of tiles."""
+    """What tiling adds to the steps from column to column is nowhere more than a fifth of their size."""
     latents = vae.encode(video).mean
-    added = (
-        (decode_tiled(vae, latents, tile, overlap) - vae.decode(latents))
-        .diff(dim=-1)
-        .abs()
-        .mean((0, 1, 2, 3))
-    )
-    own = vae.decode(latents).diff(dim=-1).abs().mean()
-    borders = {
-        edge - 1
-        for span in tile_spans(144 // 8, tile // 8, overlap // 8)
-        for edge in (span[0] * 8, span[1] * 8)
-    }
-    inner = sorted(border for border in borders if 0 <= border < 143)
-    assert len(inner) >= 2
-    assert added[inner].mean() <= 0.1 * own
-    assert 1 + added[inner].mean() / own <= 1.5 * (1 + added.mean() / own)
+    whole = vae.decode(latents)
+    added = (decode_tiled(vae, latents, tile, overlap) - whole).diff(dim=-1).abs().mean((0, 1, 2, 3))
+    assert added.max() <= 0.2 * whole.diff(dim=-1).abs().mean()
 
 
 @pytest.mark.parametrize(("tile", "overlap"), TILES)
@@ -95,13 +84,11 @@ def test_spans_cover_everything_and_overlap_enough():
 
 @pytest.mark.parametrize(
     ("tile", "overlap", "message"),
-    [(60, 16, "tile=60 pixels must be a multiple of the spatial stride 8; use 56 or 64"), (64, 12, "overlap=12"),
+    [(60, 16, "tile=60 pixels must be a multiple of .* 8; use 56 or 64"), (64, 12, "overlap=12"),
      (64, 40, "overlap=40 pixels must be between 0 and half of tile=64"), (0, 0, "tile=0")],
 )  # fmt: skip
 def test_impossible_tiles_are_refused(vae, video, tile, overlap, message):
-    for run in (
-        lambda: encode_tiled(vae, video, tile, overlap),
-        lambda: decode_tiled(vae, vae.encode(video).mean, tile, overlap),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run()
+    with pytest.raises(ValueError, match=message):
+        encode_tiled(vae, video, tile, overlap)
+    with pytest.raises(ValueError, match=message):
+        decode_tiled(vae, torch.zeros(1, 5, 2, 14, 18), tile, overlap)

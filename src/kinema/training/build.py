@@ -138,6 +138,7 @@ def build_dit(config: "Config", run: Run, process: Process, after_first_step: Ca
     }
     if process.is_main:
         carry_vae(run.folder, source, config.vae.weights)
+        tqdm.write(samples.settings)
         save_timesteps(run.folder, config.objective, config.task.samples, geometry, data.shapes)
     describe_run(config, run, process, model, flops_per_step=dit_flops(config, model, data, geometry))
     return assemble(config, run, process, task, data, engine, manifest, after_first_step, samples, config.task.samples.every_steps)

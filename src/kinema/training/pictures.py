@@ -29,8 +29,15 @@ class SampleMaker:
     config: SamplesConfig
     run_dir: Path
     shape: ClipShape = field(init=False)
+    settings: str = field(init=False)
+    """One line for the run's header."""
 
     def __post_init__(self) -> None:
+        of = self.config
+        self.settings = (
+            f"samples every {of.every_steps} steps: {of.solver.value}, {of.num_steps} steps, guidance {of.guidance_scale:g}, "
+            f"seed {of.seed}, shift {'of training' if of.timestep_shift is None else of.timestep_shift}"
+        )
         self.shape = ClipShape(*self.config.shape) if self.config.shape else self.pipeline.shapes[0]
         if self.config.prompts and self.config.every_steps:
             self.pipeline.check(self.config, self.shape)  # before training, not at the first sample

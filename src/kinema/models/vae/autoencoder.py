@@ -315,7 +315,7 @@ class CausalVAE(nn.Module):
         frames, height, width = video.shape[2:]
         self._check_size(frames, height, width, starts_clip)
         low, high = torch.stack([*torch.aminmax(video)]).tolist()
-        if low < -1.001 or high > 1.001:
+        if not (low >= -1.001 and high <= 1.001):  # NaN is neither
             raise ValueError(f"the VAE encodes pixels in [-1, 1], these lie in [{low:.3f}, {high:.3f}]")
 
     def _check_size(self, frames: int, height: int, width: int, starts_clip: bool) -> None:

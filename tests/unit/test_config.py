@@ -1,0 +1,150 @@
+"""Configuration: every file composes, every key is typed and read, and no typing error passes."""
+
+import dataclasses
+import random
+import string
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kinema.config import SCHEMAS, Config, Reads, changed_keys, register_schemas, resolved_yaml, suggestion, to_config
+from kinema.training.optim import AdamW
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name != "experiment")
+CHOICES = sorted((path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "experiment")
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+VAE = ["task=vae"]
+
+
+@pytest.fixture(autouse=True)
+def hydra():
+    register_schemas()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
+
+
+def overrides_for(group: str, choice: str) -> list[str]:
+    """What makes a choice fit the rest: architectures of a VAE belong to task=vae, everything else to task=dit."""
+    if (group, choice) == ("task", "vae") or (group == "vae" and choice != "from_run"):
+        return ["task=vae", *([] if group == "task" else [f"{group}={choice}"])]
+    return [f"{group}={choice}"]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_into_checked_dataclasses(group, choice):
+    config = to_config(compose("train", overrides_for(group, choice)))
+    assert type(getattr(config, group)) in SCHEMAS[group].values()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes(name):
+    config = to_config(compose("train", [f"experiment={name}"]))
+    assert config.name != "default"
+
+
+def test_the_sampler_composes():
+    composed = compose("sample", ["run=runs/x", "prompt=a red circle"])
+    assert OmegaConf.to_object(composed).captions() == ["a red circle"]
+
+
+def leaves(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return [prefix[:-1]]
+    return [leaf for key, value in tree.items() for leaf in leaves(value, f"{prefix}{key}.")]
+
+
+def mutations(key: str, generator: random.Random) -> list[str]:
+    """One letter more, less, another, and two swapped, at a random place of each part of the key."""
+    parts, found = key.split("."), []
+    for i, part in enumerate(parts):
+        place = generator.randrange(len(part))
+        letter = generator.choice(string.ascii_lowercase.replace(part[place], ""))
+        swapped = part[:place] + part[place + 1 : place + 2] + part[place] + part[place + 2 :]
+        for mutant in (part[:place] + letter + part[place:], part[:place] + part[place + 1 :], part[:place] + letter + part[place + 1 :], swapped):
+            if mutant != part and mutant:
+                found.append(".".join([*parts[:i], mutant, *parts[i + 1 :]]))
+    return found
+
+
+@pytest.mark.parametrize("task", ["dit", "vae"])
+def test_every_key_with_one_wrong_letter_is_refused(task):
+    whole = compose("train", [f"task={task}"])
+    keys, generator = leaves(OmegaConf.to_container(whole)), random.Random(0)
+    known = set(keys) | {key.rsplit(".", 1)[0] for key in keys} | set(GROUPS)
+    mutants = [mutant for key in keys for mutant in mutations(key, generator) if mutant not in known]
+    assert len(mutants) > 200
+    accepted = []
+    for mutant in mutants:
+        for override in (f"{mutant}=1", f"+{mutant}=1"):
+            # A full composition takes 50 ms; the merge that refuses unknown keys is what Hydra runs inside it.
+            try:
+                candidate = whole.copy()
+                OmegaConf.set_struct(candidate, not override.startswith("+"))
+                OmegaConf.update(candidate, mutant, 1, force_add=override.startswith("+"))
+                OmegaConf.to_object(candidate)
+                accepted.append(override)
+            except (OmegaConfBaseException, ValueError):
+                pass
+    assert accepted == []
+
+
+@pytest.mark.parametrize("override", ["optim.lerning_rate=1", "+optim.learning_rat=1", "modle=dit_tiny", "hydra.ouput_subdir=x"])
+def test_a_mistyped_override_stops_composition(override):
+    with pytest.raises((HydraException, OmegaConfBaseException)):
+        compose("train", [override], return_hydra_config=True)
+
+
+@pytest.mark.parametrize("override", ["optim.learning_rate=fast", "steps=2.5", "objective.prediction_target=speed", "data.lanes=null"])
+def test_a_value_of_the_wrong_type_is_refused(override):
+    with pytest.raises((HydraException, OmegaConfBaseException, ValueError)):
+        to_config(compose("train", [override]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps=0", "steps=0 must be at least 1"),
+        ("parallel.zero_stage=4", "parallel.zero_stage=4 must be 0, 1, 2 or 3"),
+        ("optim.learning_rate=-1", "optim.learning_rate=-1.0 must be positive"),
+        ("name=a/b", "name='a/b' must be a folder name"),
+        ("model=null", "model is missing"),
+    ],
+)
+def test_an_impossible_value_names_key_value_and_rule(override, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        to_config(compose("train", [override]))
+
+
+def test_a_group_that_the_task_never_reads_is_refused():
+    with pytest.raises(ValueError, match=r"model=DiTConfig is given, but task=vae reads none"):
+        to_config(compose("train", ["task=vae", "model=dit_tiny"]))
+
+
+def test_keys_that_nothing_reads_are_found_and_reading_clears_them():
+    config = Config(optim=AdamW(learning_rate=3e-4, weight_decay=0.5))
+    reads = Reads(config)
+    assert reads.unread() == ["optim.learning_rate", "optim.weight_decay"]
+    assert config.optim.learning_rate == 3e-4
+    assert type(config.optim).__name__ == "AdamW"
+    assert dataclasses.is_dataclass(config.optim)
+    with pytest.raises(ValueError, match="optim.weight_decay: nothing reads"):
+        reads.check()
+    assert config.optim.weight_decay == 0.5
+    reads.check()
+
+
+def test_a_near_key_is_suggested():
+    composed = compose("train")
+    assert suggestion("optim.lerning_rate", composed) == "Did you mean optim.learning_rate?"
+    assert suggestion("optim.learning_rate", composed) == ""
+
+
+def test_changes_are_listed_but_for_keys_that_change_no_number():
+    before = resolved_yaml(compose("train"))
+    now = resolved_yaml(compose("train", ["seed=3", "parallel.zero_stage=2", "data.num_workers=0", "checkpoint.keep=9"]))
+    assert changed_keys(before, now) == ["seed: 0 -> 3"]
