@@ -9,6 +9,9 @@ READY := $(VENV)/.ready
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
+# Large buffers come back every step: keep them instead of giving their pages back to the system each time.
+export MALLOC_TRIM_THRESHOLD_ := 4294967296
+export MALLOC_MMAP_THRESHOLD_ := 4294967296
 
 .PHONY: setup demo test test-quick lint clean
 
@@ -26,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	test -f data/toy/dataset.json || $(BIN)/python data_prep/toy.py --out data/toy
 	$(BIN)/python train.py experiment=demo_vae
-	test -f data/toy_latents/dataset.json || $(BIN)/kinema data encode data/toy --vae runs/demo_vae \
+	test -f data/toy_latents/latents.json || $(BIN)/kinema data encode data/toy --vae runs/demo_vae \
 		--shape 17x64x64 --shape 17x48x64 --shape 17x80x64 --out data/toy_latents
 	$(BIN)/python train.py experiment=demo_dit
 	$(BIN)/python sample.py run=runs/demo prompt="a large purple circle moves slowly left"

@@ -228,16 +228,20 @@ class Scene:
 
 
 def draw_scene(
-    rng: np.random.Generator, sizes: list[tuple[int, int]], heldout: bool, pair_share: float
+    rng: np.random.Generator,
+    sizes: list[tuple[int, int]],
+    heldout: bool,
+    pair_share: float,
+    bounce_share: float,
 ) -> Scene:
     """Choose one clip; draws again until the choice fits the frame with an exact caption."""
     size = sizes[rng.integers(len(sizes))]
     fps = FPS[rng.integers(len(FPS))]
     num_frames = int(np.ceil(rng.uniform(2.25, 4.0) * fps))
     red, green, blue = (int(v) for v in rng.integers(14, 27) + rng.integers(-4, 5, 3))
-    make = draw_pair if not heldout and rng.random() < pair_share else draw_single
+    is_pair = not heldout and rng.random() < pair_share
     while True:
-        drawn = make(rng, size, heldout)
+        drawn = draw_pair(rng, size, heldout) if is_pair else draw_single(rng, size, heldout, bounce_share)
         if drawn is not None:
             bodies, contact, caption = drawn
             return Scene(bodies, size, fps, num_frames, (red, green, blue), contact, caption)
@@ -246,7 +250,7 @@ def draw_scene(
 Drawn = tuple[list[Body], float | None, str] | None
 
 
-def draw_single(rng: np.random.Generator, size: tuple[int, int], heldout: bool) -> Drawn:
+def draw_single(rng: np.random.Generator, size: tuple[int, int], heldout: bool, bounce_share: float) -> Drawn:
     """One object; None when this choice has no room."""
     options = combinations(heldout=heldout)
     colour, shape, direction = options[rng.integers(len(options))]
@@ -256,7 +260,7 @@ def draw_single(rng: np.random.Generator, size: tuple[int, int], heldout: bool) 
         shape,
         str(rng.choice(list(SPEEDS))),
         direction,
-        bounces=bool(rng.random() < 0.3),
+        bounces=bool(rng.random() < bounce_share),
     )
     body = _body(rng, attributes, size)
     low, high = body.limits(size)
@@ -392,13 +396,14 @@ class Job:
     split: str
     sizes: list[tuple[int, int]]
     pair_share: float
+    bounce_share: float
     keep_frames: bool
 
 
 def make_clip(job: Job) -> tuple[ClipRecord, bytes, NDArray[np.uint8] | None]:
     """Record, mp4 and (for the contact sheet) captioned frames of one clip, from nothing but its job."""
     rng = np.random.default_rng([job.seed, job.number, job.split == "heldout"])
-    scene = draw_scene(rng, job.sizes, job.split == "heldout", job.pair_share)
+    scene = draw_scene(rng, job.sizes, job.split == "heldout", job.pair_share, job.bounce_share)
     seconds = scene.num_frames / scene.fps
     paths, events = simulate(scene.bodies, scene.size, seconds, scene.contact)
     times = np.arange(scene.num_frames) / scene.fps
@@ -483,13 +488,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--pairs", type=float, default=0.15, help="share of clips with two objects (default %(default)s)"
     )
     parser.add_argument(
+        "--bounces",
+        type=float,
+        default=0.3,
+        help="share of single objects that hit a wall (default %(default)s)",
+    )
+    parser.add_argument(
         "--workers", type=int, default=2, help="processes; changes nothing but the time (default %(default)s)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the data set that lies in --out")
     arguments = parser.parse_args(argv)
-    if arguments.clips < 1 or arguments.heldout < 0 or arguments.workers < 1 or not 0 <= arguments.pairs <= 1:
+    if (
+        arguments.clips < 1
+        or arguments.heldout < 0
+        or arguments.workers < 1
+        or not (0 <= arguments.pairs <= 1 and 0 <= arguments.bounces <= 1)
+    ):
         parser.error(
-            "--clips and --workers must be at least 1, --heldout at least 0, --pairs between 0 and 1"
+            "--clips and --workers must be at least 1, --heldout at least 0, --pairs and --bounces between 0 and 1"
         )
     return arguments
 
@@ -499,7 +515,7 @@ def list_jobs(arguments: argparse.Namespace) -> list[Job]:
     sizes = parse_sizes(arguments.sizes)
     shown = SHEET_CLIPS * 2 // 3
     return [
-        Job(number, arguments.seed, split, sizes, arguments.pairs, number < keep)
+        Job(number, arguments.seed, split, sizes, arguments.pairs, arguments.bounces, number < keep)
         for split, count, keep in (
             ("train", arguments.clips, shown),
             ("heldout", arguments.heldout, SHEET_CLIPS - shown),
@@ -522,7 +538,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     jobs = list_jobs(arguments)
     # Without --out and --workers, which change no byte of the data.
-    given = ("clips", "heldout", "seed", "sizes", "pairs")
+    given = ("clips", "heldout", "seed", "sizes", "pairs", "bounces")
     command = "python data_prep/toy.py " + " ".join(f"--{name} {getattr(arguments, name)}" for name in given)
     rows = []
     with ShardWriter(arguments.out, name="toy", command=command, overwrite=arguments.overwrite) as writer:

@@ -12,7 +12,9 @@ import torch.multiprocessing as mp
 from kinema.distributed.process import free_port, start_process, stop_process
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 240) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 240
+) -> list[Any]:
     """Call `function(*arguments)` on `world_size` ranks; returns what each returned, or fails with its traceback."""
     context = mp.get_context("spawn")
     answers = context.Queue()
@@ -42,7 +44,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
 
 def _rank(function: Any, arguments: Any, rank: int, world_size: int, port: int, answers: Any) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
     try:

@@ -11,7 +11,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "data index": ("kinema.data.index", "index the tar shards of a WebDataset that Kinema did not write"),
     "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),
     "report": ("kinema.report.page", "write the report page of a run"),
-    "evaluate": ("kinema.evaluation.captions", "measure how well the samples of a toy run follow held-out captions"),
+    "evaluate": (
+        "kinema.evaluation.captions",
+        "measure how well the samples of a toy run follow held-out captions",
+    ),
 }
 """Verb -> module with `add_arguments(parser)` and `run(arguments) -> int`; imported only when it is used."""
 

@@ -119,10 +119,16 @@ def to_config(composed: DictConfig) -> Config:
         if needed and not given:
             raise ValueError(f"{group} is missing; this task needs one of {group}={_choices(group)}.")
         if given and not needed:
-            raise ValueError(f"{group}={type(getattr(config, group)).__name__} is given, but task=vae reads none. Type {group}=null.")
+            raise ValueError(
+                f"{group}={type(getattr(config, group)).__name__} is given, but task=vae reads none. Type {group}=null."
+            )
     vae_class = VAECheckpoint if isinstance(config.task, DiTTaskConfig) else VAEConfig
     if not isinstance(config.vae, vae_class):
-        kind = "from_run, a trained VAE" if vae_class is VAECheckpoint else "an architecture such as vae=causal_tiny"
+        kind = (
+            "from_run, a trained VAE"
+            if vae_class is VAECheckpoint
+            else "an architecture such as vae=causal_tiny"
+        )
         raise ValueError(f"vae={type(config.vae).__name__} does not fit this task, which needs vae={kind}.")
     return config
 
@@ -134,7 +140,10 @@ def resolved_yaml(composed: DictConfig) -> str:
 
 def changed_keys(before: str, now: str) -> list[str]:
     """Lines `key: old -> new` for keys that differ between two resolved configurations and are not free to."""
-    old, new = _leaves(OmegaConf.to_container(OmegaConf.create(before))), _leaves(OmegaConf.to_container(OmegaConf.create(now)))
+    old, new = (
+        _leaves(OmegaConf.to_container(OmegaConf.create(before))),
+        _leaves(OmegaConf.to_container(OmegaConf.create(now))),
+    )
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if not key.startswith(FREE_TO_CHANGE)]
 
@@ -184,7 +193,9 @@ class Reads:
             return base.__getattribute__(instance, name)
 
         # A subclass of the same name and fields: everything else about the object stays as it was.
-        node.__class__ = type(base.__name__, (base,), {"__getattribute__": read, "__module__": base.__module__})
+        node.__class__ = type(
+            base.__name__, (base,), {"__getattribute__": read, "__module__": base.__module__}
+        )
 
 
 def _default(of: dataclasses.Field[Any]) -> Any:

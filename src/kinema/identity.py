@@ -13,7 +13,10 @@ from torch import Tensor
 
 def to_plain(config: Any) -> dict[str, Any]:
     """A dataclass as JSON-ready values, with its class name under `type`."""
-    return {"type": type(config).__name__, **{f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}}
+    return {
+        "type": type(config).__name__,
+        **{f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)},
+    }
 
 
 def from_plain(plain: dict[str, Any], *choices: type) -> Any:

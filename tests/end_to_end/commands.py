@@ -21,10 +21,18 @@ def environment() -> dict[str, str]:
 
 def run(*command: str, expect: int | None = 0, timeout: float = 120) -> subprocess.CompletedProcess:
     answer = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
     if expect is not None:
-        assert answer.returncode == expect, f"{' '.join(command)}\n{answer.stdout[-3000:]}\n{answer.stderr[-5000:]}"
+        assert answer.returncode == expect, (
+            f"{' '.join(command)}\n{answer.stdout[-3000:]}\n{answer.stderr[-5000:]}"
+        )
     return answer
 
 
@@ -43,7 +51,16 @@ def dit_command(folder: Path, name: str, steps: int, *extra: str) -> list[str]:
 
 
 def torchrun(ranks: int) -> list[str]:
-    return ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+    ]
 
 
 def records(folder: Path, name: str, kind: str) -> dict[int, dict]:

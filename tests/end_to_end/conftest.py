@@ -8,6 +8,16 @@ from tests.end_to_end.commands import run, train_vae
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinema")
-    run("data_prep/toy.py", "--out", f"{folder}/toy", "--clips", "24", "--heldout", "4", "--sizes", "64x64,64x48")
+    run(
+        "data_prep/toy.py",
+        "--out",
+        f"{folder}/toy",
+        "--clips",
+        "24",
+        "--heldout",
+        "4",
+        "--sizes",
+        "64x64,64x48",
+    )
     train_vae(folder)
     return folder

@@ -10,7 +10,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.end_to_end.commands import ROOT, checkpoint, dit_command, environment, losses, records, run, torchrun, train_vae
+from tests.end_to_end.commands import (
+    ROOT,
+    checkpoint,
+    dit_command,
+    environment,
+    losses,
+    records,
+    run,
+    torchrun,
+    train_vae,
+)
 
 pytestmark = pytest.mark.slow
 STEPS = 6
@@ -35,7 +45,13 @@ def same_checkpoint(a, b) -> bool:
 
 def test_a_run_killed_at_any_moment_continues_bit_for_bit(whole):
     command = dit_command(whole, "killed", STEPS, *SAMPLES)
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     metrics = whole / "runs/killed/metrics.jsonl"
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not (metrics.exists() and '"step": 4' in metrics.read_text()):
@@ -53,22 +69,37 @@ def test_two_ranks_then_one_then_two_follow_the_same_trajectory(whole):
     name, allow = "elastic", "allow_config_change=true"
     run(*torchrun(2), *dit_command(whole, name, 2, *SAMPLES, allow, "parallel.zero_stage=2"))
     run(*dit_command(whole, name, 4, *SAMPLES, allow, "data.num_workers=0"))
-    run(*torchrun(2), *dit_command(whole, name, STEPS, *SAMPLES, allow, "parallel.zero_stage=3", "data.num_workers=2"))
+    run(
+        *torchrun(2),
+        *dit_command(whole, name, STEPS, *SAMPLES, allow, "parallel.zero_stage=3", "data.num_workers=2"),
+    )
     expected = losses(whole, "whole")
     assert losses(whole, name) == pytest.approx(expected, rel=1e-4)
-    ours, theirs = (safetensors.torch.load_file(checkpoint(whole, n, STEPS) / "ema.safetensors") for n in (name, "whole"))
+    ours, theirs = (
+        safetensors.torch.load_file(checkpoint(whole, n, STEPS) / "ema.safetensors") for n in (name, "whole")
+    )
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=2e-5)
     # 24 clips, 6 steps of 4: each clip was seen exactly once, whoever decoded it.
 
     ledger = json.loads((whole / "runs" / name / "ledger.json").read_text())
-    totals = [sum(account[field] for account in ledger["shards"].values()) for field in ("decoded", "failed", "repeated")]
+    totals = [
+        sum(account[field] for account in ledger["shards"].values())
+        for field in ("decoded", "failed", "repeated")
+    ]
     assert totals == [24, 0, 0]
 
 
 def test_sigterm_saves_and_the_same_command_continues(whole):
     command = dit_command(whole, "stopped", STEPS, *SAMPLES, "checkpoint.every_steps=1000")
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     metrics = whole / "runs/stopped/metrics.jsonl"
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not (metrics.exists() and '"kind": "train"' in metrics.read_text()):
@@ -95,7 +126,9 @@ def test_samples_during_training_are_the_samplers_samples(whole):
     for i in (0, 1):
         during = frames(whole / f"runs/whole/samples/step-{STEPS:08d}/{i:02d}.mp4")
         assert torch.equal(during, frames(whole / f"sampled/{i:03d}.mp4"))
-        assert not torch.equal(during, frames(whole / f"runs/whole/samples/step-00000003/{i:02d}.mp4"))  # the weights moved
+        assert not torch.equal(
+            during, frames(whole / f"runs/whole/samples/step-00000003/{i:02d}.mp4")
+        )  # the weights moved
     metadata = read_metadata(whole / "sampled/001.mp4")
     origin = json.loads(metadata["comment"])
     assert origin["prompt"] == "a large blue square moves slowly up"
@@ -104,7 +137,13 @@ def test_samples_during_training_are_the_samplers_samples(whole):
 
 
 def test_the_sampler_refuses_what_contradicts_the_manifest(whole):
-    base = ["sample.py", f"run={whole}/runs/whole", "prompt=a small red circle moves slowly left", "num_steps=2", f"out={whole}/refused"]
+    base = [
+        "sample.py",
+        f"run={whole}/runs/whole",
+        "prompt=a small red circle moves slowly left",
+        "num_steps=2",
+        f"out={whole}/refused",
+    ]
     for extra, message in (
         ("fps=24", "contradicts the checkpoint"),
         ("shape=[6,32,32]", "Nearest legal"),
@@ -135,7 +174,13 @@ def test_the_vae_run_has_statistics_pictures_and_every_term(folder):
 
 
 def test_an_adversarial_vae_resumes_its_discriminator_too(folder):
-    extra = ["task.loss.adversarial=0.1", "task.loss.discriminator_width=4", "task.loss.discriminator_layers=1", "allow_config_change=true", "schedule=constant"]
+    extra = [
+        "task.loss.adversarial=0.1",
+        "task.loss.discriminator_width=4",
+        "task.loss.discriminator_layers=1",
+        "allow_config_change=true",
+        "schedule=constant",
+    ]
     train_vae(folder, "gan_whole", 4, *extra)
     train_vae(folder, "gan", 2, *extra)
     train_vae(folder, "gan", 4, *extra)
@@ -151,4 +196,6 @@ def frames(path) -> torch.Tensor:
     import av
 
     with av.open(str(path)) as container:
-        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])
+        return torch.stack(
+            [torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+        )

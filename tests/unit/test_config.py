@@ -11,12 +11,23 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kinema.config import SCHEMAS, Config, Reads, changed_keys, register_schemas, resolved_yaml, suggestion, to_config
+from kinema.config import (
+    SCHEMAS,
+    Config,
+    Reads,
+    changed_keys,
+    register_schemas,
+    resolved_yaml,
+    suggestion,
+    to_config,
+)
 from kinema.training.optim import AdamW
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name != "experiment")
-CHOICES = sorted((path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "experiment")
+CHOICES = sorted(
+    (path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "experiment"
+)
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 VAE = ["task=vae"]
 
@@ -65,7 +76,12 @@ def mutations(key: str, generator: random.Random) -> list[str]:
         place = generator.randrange(len(part))
         letter = generator.choice(string.ascii_lowercase.replace(part[place], ""))
         swapped = part[:place] + part[place + 1 : place + 2] + part[place] + part[place + 2 :]
-        for mutant in (part[:place] + letter + part[place:], part[:place] + part[place + 1 :], part[:place] + letter + part[place + 1 :], swapped):
+        for mutant in (
+            part[:place] + letter + part[place:],
+            part[:place] + part[place + 1 :],
+            part[:place] + letter + part[place + 1 :],
+            swapped,
+        ):
             if mutant != part and mutant:
                 found.append(".".join([*parts[:i], mutant, *parts[i + 1 :]]))
     return found
@@ -93,13 +109,18 @@ def test_every_key_with_one_wrong_letter_is_refused(task):
     assert accepted == []
 
 
-@pytest.mark.parametrize("override", ["optim.lerning_rate=1", "+optim.learning_rat=1", "modle=dit_tiny", "hydra.ouput_subdir=x"])
+@pytest.mark.parametrize(
+    "override", ["optim.lerning_rate=1", "+optim.learning_rat=1", "modle=dit_tiny", "hydra.ouput_subdir=x"]
+)
 def test_a_mistyped_override_stops_composition(override):
     with pytest.raises((HydraException, OmegaConfBaseException)):
         compose("train", [override], return_hydra_config=True)
 
 
-@pytest.mark.parametrize("override", ["optim.learning_rate=fast", "steps=2.5", "objective.prediction_target=speed", "data.lanes=null"])
+@pytest.mark.parametrize(
+    "override",
+    ["optim.learning_rate=fast", "steps=2.5", "objective.prediction_target=speed", "data.lanes=null"],
+)
 def test_a_value_of_the_wrong_type_is_refused(override):
     with pytest.raises((HydraException, OmegaConfBaseException, ValueError)):
         to_config(compose("train", [override]))
@@ -146,5 +167,7 @@ def test_a_near_key_is_suggested():
 
 def test_changes_are_listed_but_for_keys_that_change_no_number():
     before = resolved_yaml(compose("train"))
-    now = resolved_yaml(compose("train", ["seed=3", "parallel.zero_stage=2", "data.num_workers=0", "checkpoint.keep=9"]))
+    now = resolved_yaml(
+        compose("train", ["seed=3", "parallel.zero_stage=2", "data.num_workers=0", "checkpoint.keep=9"])
+    )
     assert changed_keys(before, now) == ["seed: 0 -> 3"]

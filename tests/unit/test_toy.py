@@ -20,7 +20,7 @@ DENSE = np.linspace(0, toy.WINDOW_SECONDS, 400)
 def simulated(count, *, heldout=False, pairs=0.15, seconds=4.0):
     """Scenes with their paths and hits, without drawing them."""
     for number in range(count):
-        scene = toy.draw_scene(np.random.default_rng([7, number]), FRAMES, heldout, pairs)
+        scene = toy.draw_scene(np.random.default_rng([7, number]), FRAMES, heldout, pairs, 0.3)
         paths, events = toy.simulate(scene.bodies, scene.size, seconds, scene.contact)
         yield scene, paths, events
 
@@ -167,7 +167,7 @@ def test_the_picture_shows_the_trajectory():
 def test_each_hit_sounds_at_its_moment():
     checked = 0
     for number in range(16):
-        record, mp4, _ = toy.make_clip(toy.Job(number, 3, "train", FRAMES, 0.3, keep_frames=False))
+        record, mp4, _ = toy.make_clip(toy.Job(number, 3, "train", FRAMES, 0.3, 0.3, keep_frames=False))
         events = [event["seconds"] for event in record.extra["events"]]
         with av.open(io.BytesIO(mp4)) as container:
             sound = np.abs(np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)]))
@@ -201,8 +201,8 @@ def test_two_builds_are_equal_whatever_the_number_of_workers(built, tmp_path, ca
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert check_dataset(second).ready
     assert (
-        toy.make_clip(toy.Job(0, 1, "train", FRAMES, 0.15, False))[1]
-        != toy.make_clip(toy.Job(0, 0, "train", FRAMES, 0.15, False))[1]
+        toy.make_clip(toy.Job(0, 1, "train", FRAMES, 0.15, 0.3, False))[1]
+        != toy.make_clip(toy.Job(0, 0, "train", FRAMES, 0.15, 0.3, False))[1]
     )
 
 

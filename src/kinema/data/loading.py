@@ -101,6 +101,8 @@ class DataConfig:
     """Licences as the clips state them, e.g. [CC-BY-3.0]; "*" allows all, even `unknown`."""
     require_captions: bool = True
     """Leave out clips without a caption, counted; otherwise they train as the empty caption."""
+    max_clips: int | None = None
+    """Use only the first clips of the split, for example 1 to overfit; null uses all."""
     latents: str | None = None
     """Folder of cached VAE latents to read in place of the videos."""
 
@@ -194,6 +196,7 @@ def plan_clips(
     *,
     allowed_licenses: Sequence[str] = ("*",),
     require_captions: bool = True,
+    max_clips: int | None = None,
     cost: Callable[[int], float] = float,
 ) -> tuple[list[PlannedClip], KeepReport]:
     """Give every usable clip its shape, tokens and cost, and count the others by reason.
@@ -218,6 +221,8 @@ def plan_clips(
             shape.frames > 1 and record.fps < 0.95 * fps
         ):  # frames would be shown twice; 23.976 passes for 24
             reason = "frame rate below data.fps"
+        if reason is None and max_clips is not None and len(clips) >= max_clips:
+            reason = "beyond data.max_clips"
         if reason is None and shape is not None:
             clips.append(PlannedClip(number, shape, tokens[shape], cost(tokens[shape])))
         else:

@@ -168,8 +168,6 @@ class Engine:
         if self.zero_stage == 0:
             parameter.data.copy_(value)
             return
-        from deepspeed.utils import safe_set_full_fp32_param
-
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         if self.zero_stage == 3:  # the last partition may reach past the end of the parameter

@@ -52,7 +52,9 @@ def start_process(timeout_seconds: float) -> Process:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     alone = "RANK" not in os.environ
     if alone:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -129,7 +131,11 @@ def _build_shared_memory_op() -> None:
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if not list(extension_folder().glob("**/deepspeed_shm_comm.so")):
-        print("compiling DeepSpeed's CPU communication op, once (1 to 2 minutes) ...", file=sys.stderr, flush=True)
+        print(
+            "compiling DeepSpeed's CPU communication op, once (1 to 2 minutes) ...",
+            file=sys.stderr,
+            flush=True,
+        )
     builder.load(verbose=False)
 
 

@@ -17,7 +17,9 @@ from kinema.training.run_folder import Weights, checkpoint_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     parser.add_argument("run", help="run folder of a DiT trained on data_prep/toy.py clips")
-    parser.add_argument("--prompts", type=int, default=64, help="held-out captions to sample (default %(default)s)")
+    parser.add_argument(
+        "--prompts", type=int, default=64, help="held-out captions to sample (default %(default)s)"
+    )
     parser.add_argument("--weights", choices=[w.value for w in Weights], default="ema")
     parser.add_argument("--solver", choices=[s.value for s in Solver], default="heun")
     parser.add_argument("--steps", type=int, default=20, help="solver steps (default %(default)s)")
@@ -25,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32, help="clips denoised together (default %(default)s)")
     parser.add_argument("--at-least", type=float, default=0.8, help="share that passes (default %(default)s)")
-    parser.add_argument("--sheet", type=int, default=24, help="clips on the contact sheet (default %(default)s)")
+    parser.add_argument(
+        "--sheet", type=int, default=24, help="clips on the contact sheet (default %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     pipeline, shape = loaded.pipeline, loaded.pipeline.shapes[0]
     prompts = [prompt.prompt for prompt in heldout_prompts(arguments.prompts)]
     rows, verdicts = [], []
-    bar = tqdm(total=len(prompts) * arguments.steps, desc="held-out captions", unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=len(prompts) * arguments.steps, desc="held-out captions", unit="step", dynamic_ncols=True
+    )
     for start in range(0, len(prompts), arguments.batch):
         batch = prompts[start : start + arguments.batch]
         config = SamplingConfig(
@@ -49,12 +55,22 @@ def run(arguments: argparse.Namespace) -> int:
             verdict = check_clip(frames.numpy(), prompt)
             verdicts.append(verdict)
             found = verdict.found
-            rows.append((frames.numpy(), f"{'ok' if verdict.ok else f'SEEN {found.colour} {found.shape} {found.direction}'}: {prompt}"))
+            rows.append(
+                (
+                    frames.numpy(),
+                    f"{'ok' if verdict.ok else f'SEEN {found.colour} {found.shape} {found.direction}'}: {prompt}",
+                )
+            )
     bar.close()
     rates = pass_rates(verdicts)
     folder = loaded.checkpoint.folder.parent.parent / "evaluation"
     folder.mkdir(exist_ok=True)
-    contact_sheet(rows[: arguments.sheet], folder / "captions.png", columns=2, title=f"held-out captions, {loaded.describe()}")
+    contact_sheet(
+        rows[: arguments.sheet],
+        folder / "captions.png",
+        columns=2,
+        title=f"held-out captions, {loaded.describe()}",
+    )
     record = {
         "step": loaded.checkpoint.step,
         "weights": loaded.weights.value,

@@ -83,7 +83,9 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
     """Build the models that the manifest describes and give them the checkpoint's weights, verified by fingerprint."""
     manifest = checkpoint.document("manifest")
     if manifest["task"] != "dit":
-        raise ValueError(f"run: {checkpoint.folder} holds a {manifest['task']}; sampling needs a task=dit run.")
+        raise ValueError(
+            f"run: {checkpoint.folder} holds a {manifest['task']}; sampling needs a task=dit run."
+        )
     vae_checkpoint = CheckpointStore(checkpoint.folder.parent.parent / "vae").newest()
     if vae_checkpoint is None:
         raise ValueError(f"{checkpoint.folder.parent.parent}/vae is missing: the run folder is not complete.")
@@ -99,7 +101,9 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
     denoiser = DiT(model_config, vae.config.latent_channels, text_encoder.width)
     found = load_weights(denoiser, checkpoint, weights)
     if found != manifest["fingerprints"][weights.value]:
-        raise ValueError(f"{checkpoint.folder}: the {weights.value} weights are not those that its manifest names.")
+        raise ValueError(
+            f"{checkpoint.folder}: the {weights.value} weights are not those that its manifest names."
+        )
     pipeline = Pipeline(
         denoiser=denoiser.eval().to(device),
         vae=vae.to(device),
@@ -130,7 +134,11 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     pipeline.check(config, shape, config.fps)
     say(f"loaded {loaded.describe()}")
     run_dir = loaded.checkpoint.folder.parent.parent
-    out = Path(config.out) if config.out else run_dir / "videos" / f"step-{loaded.checkpoint.step:08d}-{config.weights.value}"
+    out = (
+        Path(config.out)
+        if config.out
+        else run_dir / "videos" / f"step-{loaded.checkpoint.step:08d}-{config.weights.value}"
+    )
     out.mkdir(parents=True, exist_ok=True)
 
     rows, paths = [], []
@@ -141,7 +149,9 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
         videos = pipeline.videos(batch, shape, options, lambda done, total, n=len(batch): bar.update(n))  # type: ignore[misc]
         for offset, (caption, frames) in enumerate(zip(batch, videos, strict=True)):
             path = out / f"{start + offset:03d}.mp4"
-            write_video(path, frames, pipeline.fps, metadata=metadata(loaded, config, caption, start + offset))
+            write_video(
+                path, frames, pipeline.fps, metadata=metadata(loaded, config, caption, start + offset)
+            )
             rows.append((frames.numpy(), caption))
             paths.append(path)
     bar.close()

@@ -35,7 +35,7 @@ from kinema.training.dit_task import DiTTask
 from kinema.training.ema import EMA
 from kinema.training.loop import Outputs, Trainer, initial_weights
 from kinema.training.metrics import WandbTracker
-from kinema.training.pictures import SampleMaker, StripMaker, save_timesteps
+from kinema.training.pictures import OverfitCheck, SampleMaker, StripMaker, save_timesteps
 from kinema.training.run_folder import (
     Weights,
     carry_vae,
@@ -141,7 +141,25 @@ def build_dit(config: "Config", run: Run, process: Process, after_first_step: Ca
         tqdm.write(samples.settings)
         save_timesteps(run.folder, config.objective, config.task.samples, geometry, data.shapes)
     describe_run(config, run, process, model, flops_per_step=dit_flops(config, model, data, geometry))
-    return assemble(config, run, process, task, data, engine, manifest, after_first_step, samples, config.task.samples.every_steps)
+    trainer = assemble(
+        config,
+        run,
+        process,
+        task,
+        data,
+        engine,
+        manifest,
+        after_first_step,
+        samples,
+        config.task.samples.every_steps,
+    )
+    if config.task.overfit_check and process.is_main:
+        pack = data.some_packs(1)[0][0]
+        assert pack.frames is not None
+        trainer.final_check = OverfitCheck(
+            pipeline, config.task.samples, pack.captions[0], pack.frames[0], run.folder
+        )
+    return trainer
 
 
 def build_vae(config: "Config", run: Run, process: Process, after_first_step: Callable[[], None]) -> Trainer:
@@ -150,7 +168,11 @@ def build_vae(config: "Config", run: Run, process: Process, after_first_step: Ca
     geometry = Geometry(*model.geometry_strides, (1, 1, 1))
     data = build_data(config, geometry, process, run, vae_hash=None)
     engine = build_engine(config, model, data.lanes_per_rank, run, process)
-    packs = [pack for packs in data.some_packs(config.task.statistics_clips) for pack in packs] if process.is_main else []
+    packs = (
+        [pack for packs in data.some_packs(config.task.statistics_clips) for pack in packs]
+        if process.is_main
+        else []
+    )
     task = VAETask(
         config=config.task,
         engine=engine,
@@ -163,10 +185,25 @@ def build_vae(config: "Config", run: Run, process: Process, after_first_step: Ca
         device=process.device,
     )
     manifest = {"task": "vae", "vae": {"config": to_plain(config.vae)}, **common_manifest(config, data)}
-    strips = StripMaker(task.twin, data.heldout_packs(config.task.strips), run.folder, config.task.strips) if process.is_main else None
+    strips = (
+        StripMaker(task.twin, data.heldout_packs(config.task.strips), run.folder, config.task.strips)
+        if process.is_main
+        else None
+    )
     flops = 3 * sum(sum(model.flops(*shape)) for shape in data.step_shapes)
     describe_run(config, run, process, model, flops_per_step=flops)
-    return assemble(config, run, process, task, data, engine, manifest, after_first_step, strips, config.task.strips_every_steps)
+    return assemble(
+        config,
+        run,
+        process,
+        task,
+        data,
+        engine,
+        manifest,
+        after_first_step,
+        strips,
+        config.task.strips_every_steps,
+    )
 
 
 @dataclass(frozen=True)
@@ -194,7 +231,9 @@ class Data:
         """Shapes of the clips of the first step, for estimates."""
         return [slot.clip.shape for lane in self.plan.step(0) for slot in lane]
 
-    def load(self, first_step: int, num_steps: int, heldout: bool = False, workers: int | None = None) -> Iterator[list[Pack]]:
+    def load(
+        self, first_step: int, num_steps: int, heldout: bool = False, workers: int | None = None
+    ) -> Iterator[list[Pack]]:
         """This rank's packs of each step."""
         plan = self.heldout_plan if heldout else self.plan
         assert plan is not None
@@ -228,7 +267,9 @@ class Data:
         return list(self.load(0, steps, heldout=True, workers=0))
 
 
-def build_data(config: "Config", geometry: Geometry, process: Process, run: Run, vae_hash: str | None) -> Data:
+def build_data(
+    config: "Config", geometry: Geometry, process: Process, run: Run, vae_hash: str | None
+) -> Data:
     """Index, shapes and plan of the training and held-out clips; every refusal is counted and shown."""
     data, shapes = config.data, config.data.clip_shapes
     for shape in shapes:
@@ -244,7 +285,9 @@ def build_data(config: "Config", geometry: Geometry, process: Process, run: Run,
     if data.latents is not None:
         if vae_hash is None:
             raise ValueError(f"data.latents={data.latents}: a VAE trains on frames. Type data.latents=null.")
-        cache = LatentCache.load(data.latents, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps)
+        cache = LatentCache.load(
+            data.latents, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps
+        )
         cache.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in clips])
     if process.is_main:
         tqdm.write(f"data {data.path}: {kept.line()}")
@@ -254,7 +297,9 @@ def build_data(config: "Config", geometry: Geometry, process: Process, run: Run,
     )  # fmt: skip
 
 
-def choose_clips(config: "Config", index: DatasetIndex, geometry: Geometry) -> tuple[list[PlannedClip], KeepReport]:
+def choose_clips(
+    config: "Config", index: DatasetIndex, geometry: Geometry
+) -> tuple[list[PlannedClip], KeepReport]:
     """The clips that a run uses, and why it leaves others out."""
     data = config.data
     return plan_clips(
@@ -264,7 +309,17 @@ def choose_clips(config: "Config", index: DatasetIndex, geometry: Geometry) -> t
         geometry,
         allowed_licenses=data.allowed_licenses,
         require_captions=data.require_captions,
+        max_clips=data.max_clips,
+        cost=lambda tokens: step_cost(tokens, config.model.width if config.model else None),
     )
+
+
+def step_cost(tokens: int, width: int | None) -> float:
+    """Work of one clip relative to others: linear layers grow with its tokens, attention with their square.
+
+    Per token and block about 24 D^2 + 4 D N floating-point operations (forward, width D, N tokens); a VAE is linear.
+    """
+    return float(tokens) if width is None else tokens * (1 + tokens / (6 * width))
 
 
 def build_plan(config: "Config", index: DatasetIndex, clips: list[PlannedClip]) -> Plan:
@@ -360,10 +415,14 @@ def common_manifest(config: "Config", data: Data) -> dict[str, Any]:
 
 def dit_flops(config: "Config", model: DiT, data: Data, geometry: Geometry) -> float:
     """Floating-point operations of one step: three times the forward pass of every clip of a step."""
-    return 3 * sum(model.flops(geometry.num_tokens(shape), config.text.max_tokens) for shape in data.step_shapes)
+    return 3 * sum(
+        model.flops(geometry.num_tokens(shape), config.text.max_tokens) for shape in data.step_shapes
+    )
 
 
-def describe_run(config: "Config", run: Run, process: Process, model: nn.Module, flops_per_step: float) -> None:
+def describe_run(
+    config: "Config", run: Run, process: Process, model: nn.Module, flops_per_step: float
+) -> None:
     """Write `run.json` and print the header: what runs, on what, with which identity."""
     if not process.is_main:
         return
@@ -391,7 +450,9 @@ def describe_run(config: "Config", run: Run, process: Process, model: nn.Module,
         f"{process.world_size} rank(s) on {process.device}, ZeRO {parallel.zero_stage}, {parallel.precision.value}"
     )
     rate, checkpoint, logging = config.optim.learning_rate, config.checkpoint, config.logging
-    rates = [rate * config.schedule.factor(step, config.steps) for step in (0, config.steps // 2, config.steps - 1)]
+    rates = [
+        rate * config.schedule.factor(step, config.steps) for step in (0, config.steps // 2, config.steps - 1)
+    ]
     tqdm.write(
         f"steps {config.steps}, learning rate {rates[0]:.1e} first, {rates[1]:.1e} halfway, {rates[2]:.1e} last; "
         f"checkpoint every {checkpoint.every_steps} (keeps {checkpoint.keep}, {checkpoint.max_failed_saves} saves may fail), "

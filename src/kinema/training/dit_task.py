@@ -42,6 +42,8 @@ class DiTTaskConfig:
     """Share of captions replaced by the null caption, so that guidance can be used (Ho and Salimans 2022)."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     """Sample videos during training."""
+    overfit_check: bool = False
+    """End with PASS or FAIL: whether samples of the first clip's caption are that clip (with data.max_clips=1)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.guidance_dropout < 1:
@@ -82,7 +84,9 @@ class DiTTask:
             latents = self.encode(pack, generators)
             text = [embedding.to(self.device) for embedding in self.text_encoder.encode(pack.captions)]
             seeds = [keyed_seed(self.seed, "dropout", pack.step, pack.lane, i) for i in range(len(text))]
-            text, dropped = drop_text(text, self.text_encoder.null().to(self.device), self.guidance_dropout, seeds)
+            text, dropped = drop_text(
+                text, self.text_encoder.null().to(self.device), self.guidance_dropout, seeds
+            )
             self.dropout_count.add(dropped)
             tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]
             timesteps = torch.cat(
@@ -132,9 +136,12 @@ class DiTTask:
             generators = [self.generator("validation", position) for position in pack.positions]
             latents = self.encode(pack, generators)
             noise = [
-                torch.randn(x.shape, generator=g).to(self.device) for x, g in zip(latents, generators, strict=True)
+                torch.randn(x.shape, generator=g).to(self.device)
+                for x, g in zip(latents, generators, strict=True)
             ]
-            spread = torch.tensor([(position * 0.6180339887) % 1 for position in pack.positions])  # golden ratio
+            spread = torch.tensor(
+                [(position * 0.6180339887) % 1 for position in pack.positions]
+            )  # golden ratio
             timesteps = (0.02 + 0.96 * spread).to(self.device)
             text = [embedding.to(self.device) for embedding in self.text_encoder.encode(pack.captions)]
             tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]
@@ -192,4 +199,3 @@ def noise_table(totals: dict[str, float]) -> dict[str, Any]:
         total = totals.pop(f"noise_sum_{i}")
         table[f"{i / NOISE_BINS:.2f}-{(i + 1) / NOISE_BINS:.2f}"] = total / weight if weight else None
     return table
-

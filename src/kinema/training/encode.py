@@ -19,12 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     parser.add_argument("data", help="folder of shards, for example data/toy")
     parser.add_argument("--vae", required=True, help="run folder of the trained VAE")
-    parser.add_argument("--weights", choices=[w.value for w in Weights], default="ema", help="which weights of it")
-    parser.add_argument("--out", required=True, help="folder to write, a new one; data.latents names it in training")
-    parser.add_argument("--shape", action="append", required=True, metavar="FxHxW", help="clip shape; repeat for several")
+    parser.add_argument(
+        "--weights", choices=[w.value for w in Weights], default="ema", help="which weights of it"
+    )
+    parser.add_argument(
+        "--out", required=True, help="folder to write, a new one; data.latents names it in training"
+    )
+    parser.add_argument(
+        "--shape", action="append", required=True, metavar="FxHxW", help="clip shape; repeat for several"
+    )
     parser.add_argument("--fps", type=float, default=8.0, help="frames per second (default %(default)s)")
     parser.add_argument("--split", default="train", help="split to encode (default %(default)s)")
-    parser.add_argument("--windows", type=int, default=1, help="windows a clip, spread over its length (default 1, its start)")
+    parser.add_argument(
+        "--windows", type=int, default=1, help="windows a clip, spread over its length (default 1, its start)"
+    )
     parser.add_argument("--decoder", choices=[d.value for d in Decoder], default="decord")
 
 

@@ -37,6 +37,8 @@ from kinema.training.metrics import Clock, LoggingConfig, MetricsFile, WandbTrac
 
 EXIT_PREEMPTED = 75
 """Exit status of a run that a signal stopped after its checkpoint was written."""
+EXIT_FAILED_CHECK = 1
+"""Exit status of a run whose final check says FAIL."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -131,6 +133,8 @@ class Trainer:
     make_samples: SampleMaker | None
     after_first_step: Callable[[], None]
 
+    final_check: Callable[[dict[str, Tensor]], tuple[bool, str]] | None = None
+    """EMA weights -> passed, verdict; runs on the main rank after the last step."""
     step: int = 0
     ledger: Ledger = field(default_factory=Ledger)
     _stop_signal: str | None = None
@@ -174,8 +178,17 @@ class Trainer:
                 self._finish(f"stopped by {self._stop} at step {self.step}; the same command continues")
                 return EXIT_PREEMPTED
         bar.close()
+        passed = self._final_check()
         self._finish("finished")
-        return 0
+        return 0 if passed else EXIT_FAILED_CHECK
+
+    def _final_check(self) -> bool:
+        weights = self.ema.full()
+        passed = True
+        if self.final_check:
+            passed, verdict = self.final_check(weights)
+            self.outputs.event(self.step, "check", verdict)
+        return from_main(passed)
 
     def _train_step(self, packs: list[Pack], clock: Clock) -> dict[str, float]:
         """One optimiser step: this rank's packs, then weights, then the average. Returns totals over all ranks."""
@@ -195,14 +208,18 @@ class Trainer:
         sums["stop_signals"] = float(self._stop_signal is not None)
         totals = dict(zip(sums, all_sum(list(sums.values())), strict=True))
         if not math.isfinite(totals["loss"]):
-            keys = [key for everyone in gather_objects([k for p in packs for k in p.keys]) for key in everyone]
+            keys = [
+                key for everyone in gather_objects([k for p in packs for k in p.keys]) for key in everyone
+            ]
             raise NonFiniteLoss(
                 f"the loss of step {self.step} is {totals['loss']}. Clips: {keys}. The last checkpoint is intact."
             )
         self.step += 1
         if totals.pop("failures"):
             self._quarantine([failure for pack in packs for failure in pack.failures])
-        self._stop = next(filter(None, gather_objects(self._stop_signal))) if totals.pop("stop_signals") else None
+        self._stop = (
+            next(filter(None, gather_objects(self._stop_signal))) if totals.pop("stop_signals") else None
+        )
         totals["lr"] = learning_rate
         totals["grad_norm"] = self._model_engine().grad_norm()
         return totals
@@ -278,7 +295,9 @@ class Trainer:
         extra: dict[str, Tensor] = {}
         for name, engine in engines.items():
             for moment in MOMENTS:
-                optimizer.update({f"{name}/{moment}/{k}": v for k, v in engine.gather(engine.moments(moment))})
+                optimizer.update(
+                    {f"{name}/{moment}/{k}": v for k, v in engine.gather(engine.moments(moment))}
+                )
             if name != "model":
                 extra.update({f"{name}/{k}": v for k, v in engine.gather()})
         training = {
@@ -319,7 +338,9 @@ class Trainer:
             return
         self._failed_saves += 1
         limit = self.checkpoint.max_failed_saves
-        self.outputs.event(self.step, "checkpoint failed", f"{problem} ({self._failed_saves} of {limit} in a row)")
+        self.outputs.event(
+            self.step, "checkpoint failed", f"{problem} ({self._failed_saves} of {limit} in a row)"
+        )
         if self._failed_saves >= limit or self.step == self.steps or self._stop_signal:
             raise CheckpointError(
                 f"the checkpoint of step {self.step} could not be written: {problem}. Earlier ones are intact: "
@@ -337,7 +358,9 @@ class Trainer:
         training, tensors = found.document("training"), found.tensors("optimizer")
         self.step = self._saved_step = training["step"]
         if self.step > self.steps:
-            raise ValueError(f"steps={self.steps} lies before the newest checkpoint, step {self.step}, of this run.")
+            raise ValueError(
+                f"steps={self.steps} lies before the newest checkpoint, step {self.step}, of this run."
+            )
         if training["plan"] != self.plan.state(self.step):
             raise ValueError(
                 f"the data or its plan has changed since the checkpoint: {training['plan']} was saved, "
@@ -354,7 +377,9 @@ class Trainer:
         if self.process.is_main:
             self.ledger = Ledger.from_dict(training["ledger"])
             self.outputs.metrics.truncate_after(self.step)
-        self.outputs.event(self.step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)")
+        self.outputs.event(
+            self.step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)"
+        )
 
     def _finish(self, how: str) -> None:
         self.outputs.event(self.step, "end", how)
@@ -386,7 +411,11 @@ class Window:
         record: dict[str, Any] = {"steps": steps}
         if "noise_sum_0" in totals:
             record["loss_by_noise"] = noise_table(totals)
-        terms = {key.removeprefix("term_"): totals.pop(key) / steps for key in list(totals) if key.startswith("term_")}
+        terms = {
+            key.removeprefix("term_"): totals.pop(key) / steps
+            for key in list(totals)
+            if key.startswith("term_")
+        }
         if terms:
             record["terms"] = terms
         return {**record, **{key: value / steps for key, value in totals.items()}}
@@ -404,7 +433,9 @@ def initial_weights(store: CheckpointStore, process: Process, module: torch.nn.M
         return
     tensors, own = found.tensors("model"), dict(module.named_parameters())
     if missing := sorted(own.keys() - tensors.keys()):
-        raise ValueError(f"{found.folder} lacks weights of this model, for example {missing[:3]}: it is another model's.")
+        raise ValueError(
+            f"{found.folder} lacks weights of this model, for example {missing[:3]}: it is another model's."
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             if parameter.shape != tensors[name].shape:

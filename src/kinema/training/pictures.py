@@ -105,6 +105,45 @@ class StripMaker:
         }
 
 
+@dataclass
+class OverfitCheck:
+    """Whether a model that saw one clip only samples that clip: is everything wired correctly?"""
+
+    pipeline: Pipeline
+    config: SamplesConfig
+    caption: str
+    clip: Tensor
+    """uint8 (T, H, W, 3)."""
+    run_dir: Path
+    samples: int = 4
+    tolerance_db: float = 2.0
+
+    @torch.no_grad()
+    def __call__(self, weights: dict[str, Tensor]) -> tuple[bool, str]:
+        """Passed, and the verdict in words: PSNR of samples beside that of the VAE's own reconstruction."""
+        self.pipeline.denoiser.load_state_dict(weights)
+        frames, height, width, _ = self.clip.shape
+        videos = self.pipeline.videos(
+            [self.caption] * self.samples, ClipShape(frames, height, width), self.config
+        )
+        device = next(self.pipeline.vae.parameters()).device
+        latents = self.pipeline.vae.encode(to_model_range(self.clip.to(device))[None]).mean
+        restored = to_uint8(self.pipeline.vae.decode(latents)[0]).cpu()
+        ceiling = float(np.mean(psnr_per_frame(restored, self.clip)))
+        reached = min(float(np.mean(psnr_per_frame(video, self.clip))) for video in videos)
+        rows = [
+            (self.clip.numpy(), "the clip"),
+            (restored.numpy(), f"through the VAE, PSNR {ceiling:.1f} dB"),
+        ]
+        rows += [(video.numpy(), f"sample, seed {self.config.seed + i}") for i, video in enumerate(videos)]
+        contact_sheet(rows, self.run_dir / "overfit.png")
+        passed = reached >= ceiling - self.tolerance_db
+        return passed, (
+            f"{'PASS' if passed else 'FAIL'} worst of {self.samples} samples against the clip: PSNR {reached:.1f} dB; the VAE "
+            f"itself reaches {ceiling:.1f} dB, and {self.tolerance_db:g} dB less would pass. {self.run_dir / 'overfit.png'}"
+        )
+
+
 def psnr_per_frame(a: Tensor, b: Tensor) -> list[float]:
     """Peak signal-to-noise ratio in dB of each frame of uint8 clips (T, H, W, 3); 100 where they are equal."""
     error = (a.float() - b.float()).square().mean(dim=(1, 2, 3))

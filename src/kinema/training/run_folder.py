@@ -10,7 +10,14 @@ import torch
 
 from kinema.identity import digest, fingerprint, from_plain
 from kinema.models.vae import CausalVAE, VAEConfig
-from kinema.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, json_writer, replace_text, tensor_writer
+from kinema.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    json_writer,
+    replace_text,
+    tensor_writer,
+)
 
 
 class Weights(enum.Enum):
@@ -37,7 +44,9 @@ def open_run_folder(run_dir: Path) -> TextIO:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ValueError(f"name={run_dir.name}: another job is writing {run_dir}. Stop it, or choose another name.") from None
+        raise ValueError(
+            f"name={run_dir.name}: another job is writing {run_dir}. Stop it, or choose another name."
+        ) from None
     return lock
 
 
@@ -62,7 +71,9 @@ def checkpoint_of(path: str, key: str) -> Checkpoint:
         return CheckpointStore(folder.parent.parent).open(int(folder.name.removeprefix("step-")))
     found = CheckpointStore(folder).newest()
     if found is None:
-        raise CheckpointError(f"{key}={path} holds no checkpoint; train one there first, or name another run.")
+        raise CheckpointError(
+            f"{key}={path} holds no checkpoint; train one there first, or name another run."
+        )
     return found
 
 

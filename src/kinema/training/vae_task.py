@@ -98,11 +98,18 @@ class VAETask:
         with clock.phase("optimizer"):
             self.engine.step(learning_rate)
         if self.discriminator is not None:
-            sums["term_discriminator"] = self._discriminator_step(judged, pack.step, total_weight, learning_rate, clock)
+            sums["term_discriminator"] = self._discriminator_step(
+                judged, pack.step, total_weight, learning_rate, clock
+            )
         return {"loss": float(loss.detach()), **sums}
 
     def _discriminator_step(
-        self, judged: list[tuple[Tensor, Tensor, Tensor]], step: int, total_weight: float, rate: float, clock: Clock
+        self,
+        judged: list[tuple[Tensor, Tensor, Tensor]],
+        step: int,
+        total_weight: float,
+        rate: float,
+        clock: Clock,
     ) -> float:
         assert self.discriminator is not None
         if not self.loss.adversarial_runs(step):
@@ -123,7 +130,9 @@ class VAETask:
         totals = {"loss": 0.0, "psnr": 0.0, "weight": 0.0}
         for pack in packs:
             for video, weights, _ in self.batches(pack):
-                reconstruction, _ = self.engine(video, torch.zeros(self.latent_size(video), device=self.device))
+                reconstruction, _ = self.engine(
+                    video, torch.zeros(self.latent_size(video), device=self.device)
+                )
                 totals["loss"] += float(((reconstruction - video).abs().flatten(1).mean(1) * weights).sum())
                 totals["psnr"] += float((psnr(reconstruction, video).mean(1) * weights).sum())
                 totals["weight"] += float(weights.sum())
@@ -159,7 +168,9 @@ class VAETask:
         for shape in dict.fromkeys(pack.shapes):
             members = [i for i, other in enumerate(pack.shapes) if other == shape]
             video = torch.stack([to_model_range(pack.frames[i].to(self.device)) for i in members])
-            batches.append((video, pack.weights[members].to(self.device), [pack.positions[i] for i in members]))
+            batches.append(
+                (video, pack.weights[members].to(self.device), [pack.positions[i] for i in members])
+            )
         return batches
 
     def cropped(self, video: Tensor, positions: list[int]) -> Tensor:
@@ -170,7 +181,9 @@ class VAETask:
         for clip, position in zip(video, positions, strict=True):
             spare = [have - want for have, want in zip(clip.shape[1:], self.crop, strict=True)]
             if min(spare) < 0:
-                raise ValueError(f"task.crop={self.crop} is larger than a clip of {list(clip.shape[1:])}; crop less, or [].")
+                raise ValueError(
+                    f"task.crop={self.crop} is larger than a clip of {list(clip.shape[1:])}; crop less, or []."
+                )
             draws = [keyed_seed(self.seed, axis, position) for axis in ("frame", "row", "column")]
             t, y, x = (draw % (room + 1) for draw, room in zip(draws, spare, strict=True))
             frames, height, width = self.crop
