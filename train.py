@@ -5,10 +5,10 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from kinema.build import build_dit, build_vae, start_run
 from kinema.config import Reads, register_schemas, resolved_yaml, to_config
 from kinema.console import explain_errors, run_script
 from kinema.distributed.process import start_process, stop_process, strip_launcher_arguments
-from kinema.training.build import build_dit, build_vae, start_run
 from kinema.training.dit_task import DiTTaskConfig
 
 register_schemas()

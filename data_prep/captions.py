@@ -159,9 +159,7 @@ def _read_jsonl(path: Path) -> list[CaptionLine]:
         timed = "start_seconds" in values or "end_seconds" in values
         shot = parse_shot(values if timed else {**values, "start_seconds": 0, "end_seconds": 1}, where)
         if not timed and shot.split:
-            raise ValueError(
-                f"{where}: split={shot.split!r} is for shots: give start_seconds and end_seconds."
-            )
+            raise ValueError(f"{where}: split={shot.split!r} is for shots: give start_seconds and end_seconds.")
         lines.append(CaptionLine(file, shot.caption, where, shot if timed else None))
     return lines
 
@@ -181,9 +179,7 @@ def _describe(path: Path, name: str, lines: list[CaptionLine]) -> Video:
     shots = tuple(line.shot for line in timed if line.shot)
     for (before, after), line in zip(pairwise(shots), timed[1:], strict=True):
         if after.start_seconds < before.end_seconds - OVERLAP_SECONDS:
-            raise ValueError(
-                f"{line.where}: its shot overlaps the one that begins at {before.start_seconds} s."
-            )
+            raise ValueError(f"{line.where}: its shot overlaps the one that begins at {before.start_seconds} s.")
     captions = {line.caption for line in lines if line.shot is None}
     if len(captions) > 1 or (captions and shots):
         raise ValueError(f"{name} has several captions: {some_of([line.where for line in lines])}. Keep one.")

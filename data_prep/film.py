@@ -83,9 +83,7 @@ def rebuild(film: Path) -> None:
     with open(film, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SOURCE_SHA256:
-        raise ValueError(
-            f"--from {film} has sha256 {digest}, not {SOURCE_SHA256}. ATTRIBUTION.md says where it is."
-        )
+        raise ValueError(f"--from {film} has sha256 {digest}, not {SOURCE_SHA256}. ATTRIBUTION.md says where it is.")
     frames = (timed.frame for timed in decode_frames(film))
     with tqdm(total=PART_FRAMES[-1], unit="frame", desc="rebuilding") as bar:
         for number, (first, stop) in enumerate(pairwise(PART_FRAMES)):
@@ -122,14 +120,10 @@ def encode_part(frames: Iterator[av.VideoFrame], path: Path) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; `rebuild` as its first word asks for the other program."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     if argv[:1] == ["rebuild"]:
         parser.add_argument("rebuild", choices=["rebuild"])
-        parser.add_argument(
-            "--from", dest="film", type=Path, required=True, help="the 1280x720 film, bbb.mp4"
-        )
+        parser.add_argument("--from", dest="film", type=Path, required=True, help="the 1280x720 film, bbb.mp4")
     else:
         add_output_arguments(parser)
     return parser.parse_args(argv)

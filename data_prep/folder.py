@@ -185,9 +185,7 @@ class Result:
         """`kept 143/155: in a guard 12`, with every cause by name."""
         causes = [f"{cause} {count}" for cause, count in sorted(self.left_out.items())]
         if self.failures:
-            causes.append(
-                f"unreadable videos {len(self.failures)} ({some_of([n for n, _ in self.failures])})"
-            )
+            causes.append(f"unreadable videos {len(self.failures)} ({some_of([n for n, _ in self.failures])})")
         total = self.kept + self.left_out.total()
         return f"kept {self.kept}/{total}" + (f": {', '.join(causes)}" if causes else "")
 
@@ -316,9 +314,7 @@ def cut_clips(job: Job, profile: Profile, rights: Rights) -> Iterator[Clip]:
         yield make_clip(job.video, number, shot, np.stack(pictures), fps=fps, rights=rights)
 
 
-def make_clip(
-    video: Video, number: int, shot: Shot, frames: NDArray[np.uint8], *, fps: float, rights: Rights
-) -> Clip:
+def make_clip(video: Video, number: int, shot: Shot, frames: NDArray[np.uint8], *, fps: float, rights: Rights) -> Clip:
     """Encode the frames and state the facts."""
     mp4 = encode_video(frames, fps)
     place = {"start_seconds": round(shot.start_seconds, 6), "end_seconds": round(shot.end_seconds, 6)}
@@ -358,9 +354,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """What the data set is to look like, for every script that cuts videos into clips."""
     parser.add_argument("--out", type=Path, required=True, help="folder to write, e.g. data/mine")
     parser.add_argument("--size", type=_size, help="WIDTHxHEIGHT of all clips, e.g. 128x64: cover and crop")
-    parser.add_argument(
-        "--short-side", type=int, help="shrink larger videos to this, e.g. 256; keep the shape"
-    )
+    parser.add_argument("--short-side", type=int, help="shrink larger videos to this, e.g. 256; keep the shape")
     parser.add_argument("--fps", type=float, help="constant rate of all clips (default: each video's own)")
     parser.add_argument("--overwrite", action="store_true", help="replace the data set that lies in --out")
 
@@ -383,9 +377,7 @@ def print_result(result: Result, folder: Path) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=Path, required=True, help="folder with videos, also in sub-folders")
     parser.add_argument("--license", required=True, help="SPDX identifier, e.g. CC-BY-4.0; or: unknown")
     parser.add_argument("--consent", default="unknown", help="of people seen: given, none-visible, ...")
@@ -401,9 +393,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default="videos",
         help="hold out videos, or 20 s blocks of each",
     )
-    parser.add_argument(
-        "--heldout-every", type=int, default=10, help="hold out every Nth; 0: none (%(default)s)"
-    )
+    parser.add_argument("--heldout-every", type=int, default=10, help="hold out every Nth; 0: none (%(default)s)")
     parser.add_argument(
         "--max-failed-fraction", type=float, default=0.05, help="of videos that cannot be read (%(default)s)"
     )

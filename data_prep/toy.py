@@ -198,9 +198,7 @@ def _exchange(velocity: list[float], mass: list[float]) -> list[float]:
     return [2 * mean - u, 2 * mean - v]
 
 
-def positions_at(
-    body: Body, path: list[tuple[float, float, float]], times: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def positions_at(body: Body, path: list[tuple[float, float, float]], times: NDArray[np.float64]) -> NDArray[np.float64]:
     """The centroid at each time, (N, 2) as x, y in pixels."""
     moments = np.array(path)
     piece = np.searchsorted(moments[:, 0], times, side="right") - 1
@@ -381,9 +379,9 @@ def ring(scene: Scene, events: list[Event]) -> NDArray[np.float32]:
             note = list(COLOURS).index(scene.bodies[i].attributes.colour) * 2  # whole tones up from 392 Hz
             octave = 2 if event.kind == "collision" else 1
             pitch = 392.0 * octave * 2 ** (note / 12)
-            sound[begin : begin + len(t)] += (
-                0.35 * np.sin(2 * np.pi * pitch * t) * np.exp(-t / 0.09)
-            ).astype(np.float32)
+            sound[begin : begin + len(t)] += (0.35 * np.sin(2 * np.pi * pitch * t) * np.exp(-t / 0.09)).astype(
+                np.float32
+            )
     return np.clip(sound, -1, 1)
 
 
@@ -429,17 +427,13 @@ def make_clip(job: Job) -> tuple[ClipRecord, bytes, NDArray[np.uint8] | None]:
     return record, mp4, captioned if job.keep_frames else None
 
 
-def _ground_truth(
-    scene: Scene, trajectories: list[NDArray[np.float64]], events: list[Event]
-) -> dict[str, Any]:
+def _ground_truth(scene: Scene, trajectories: list[NDArray[np.float64]], events: list[Event]) -> dict[str, Any]:
     return {
         "attributes": [asdict(body.attributes) for body in scene.bodies],
         "diameters": [round(body.shape.diameter, 3) for body in scene.bodies],
         "speeds": [round(body.speed, 3) for body in scene.bodies],
         "trajectories": [np.round(t, 3).tolist() for t in trajectories],
-        "events": [
-            {"seconds": round(e.seconds, 5), "kind": e.kind, "objects": list(e.objects)} for e in events
-        ],
+        "events": [{"seconds": round(e.seconds, 5), "kind": e.kind, "objects": list(e.objects)} for e in events],
         "caption_seconds": WINDOW_SECONDS,
         "background": list(scene.background),
     }
@@ -459,25 +453,17 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
         except ValueError:
             raise ValueError(f"--sizes {text}: {item!r} is not WIDTHxHEIGHT, e.g. 64x64,80x48.") from None
         if min(width, height) < 32 or width % 16 or height % 16:
-            raise ValueError(
-                f"--sizes {text}: sides of {item} must be multiples of 16 from 32 on, e.g. 64x64."
-            )
+            raise ValueError(f"--sizes {text}: sides of {item} must be multiples of 16 from 32 on, e.g. 64x64.")
         sizes.append((width, height))
     return sizes
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, e.g. data/toy")
-    parser.add_argument(
-        "--clips", type=int, default=1200, help="clips of the train split (default %(default)s)"
-    )
-    parser.add_argument(
-        "--heldout", type=int, default=96, help="clips of the held-out split (default %(default)s)"
-    )
+    parser.add_argument("--clips", type=int, default=1200, help="clips of the train split (default %(default)s)")
+    parser.add_argument("--heldout", type=int, default=96, help="clips of the held-out split (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other clips (default %(default)s)")
     parser.add_argument(
         "--sizes",

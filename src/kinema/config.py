@@ -124,11 +124,7 @@ def to_config(composed: DictConfig) -> Config:
             )
     vae_class = VAECheckpoint if isinstance(config.task, DiTTaskConfig) else VAEConfig
     if not isinstance(config.vae, vae_class):
-        kind = (
-            "from_run, a trained VAE"
-            if vae_class is VAECheckpoint
-            else "an architecture such as vae=causal_tiny"
-        )
+        kind = "from_run, a trained VAE" if vae_class is VAECheckpoint else "an architecture such as vae=causal_tiny"
         raise ValueError(f"vae={type(config.vae).__name__} does not fit this task, which needs vae={kind}.")
     return config
 
@@ -193,9 +189,7 @@ class Reads:
             return base.__getattribute__(instance, name)
 
         # A subclass of the same name and fields: everything else about the object stays as it was.
-        node.__class__ = type(
-            base.__name__, (base,), {"__getattribute__": read, "__module__": base.__module__}
-        )
+        node.__class__ = type(base.__name__, (base,), {"__getattribute__": read, "__module__": base.__module__})
 
 
 def _default(of: dataclasses.Field[Any]) -> Any:

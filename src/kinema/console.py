@@ -18,9 +18,7 @@ def run_script(main: Callable[[], Any], config_name: str) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    os.environ.setdefault(
-        "HYDRA_FULL_ERROR", "1"
-    )  # otherwise Hydra prints errors of its own and hides the cause
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints errors of its own and hides the cause
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:

@@ -18,9 +18,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 13), nn.GELU(), nn.Linear(13, 3, bias=False), nn.LayerNorm(3))
 
 
-def build(
-    stage: int, lanes: int, weights: dict[str, Tensor] | None = None, precision=Precision.float32
-) -> Engine:
+def build(stage: int, lanes: int, weights: dict[str, Tensor] | None = None, precision=Precision.float32) -> Engine:
     module = network()
     if weights:
         module.load_state_dict(weights)
@@ -28,9 +26,7 @@ def build(
         [{"params": [p for p in module.parameters() if p.ndim > 1], "weight_decay": 0.1},
          {"params": [p for p in module.parameters() if p.ndim == 1], "weight_decay": 0.0}], lr=1e-2, eps=1e-3,  # damped, or Adam blows rounding of tiny gradients up
     )  # fmt: skip
-    return Engine(
-        module, optimizer, zero_stage=stage, precision=precision, accumulation=lanes, gradient_clipping=0.5
-    )
+    return Engine(module, optimizer, zero_stage=stage, precision=precision, accumulation=lanes, gradient_clipping=0.5)
 
 
 def lane_loss(module, step: int, lane: int) -> Tensor:
@@ -102,10 +98,7 @@ def compare_stages_with_reference() -> dict[int, float]:
         assert norms == pytest.approx(expected_norms, rel=1e-5)
         assert {tuple(value.shape) for value in moments.values()} == {(13, 7), (13,), (3, 13), (3,)}
         differences = [
-            *(
-                (moments[k].double() - 0.1 * g).abs().max() / (0.1 * g).abs().max()
-                for k, g in gradients.items()
-            ),
+            *((moments[k].double() - 0.1 * g).abs().max() / (0.1 * g).abs().max() for k, g in gradients.items()),
             *((value - trail[-1][k]).abs().max() / trail[-1][k].abs().max() for k, value in engine.gather()),
         ]
         largest[stage] = float(max(differences))
@@ -120,9 +113,7 @@ def compare_stages_with_reference() -> dict[int, float]:
 
 def test_every_zero_stage_on_two_ranks_equals_plain_pytorch_on_one():
     for largest in run_ranks(compare_stages_with_reference, 2):
-        assert max(largest.values()) < 5e-5, (
-            largest
-        )  # float32 against float64, each tensor by its largest entry
+        assert max(largest.values()) < 5e-5, largest  # float32 against float64, each tensor by its largest entry
 
 
 def resume_across_layouts(first_world_state: dict | None) -> dict[str, Tensor]:

@@ -30,9 +30,7 @@ def run(*command: str, expect: int | None = 0, timeout: float = 120) -> subproce
         check=False,
     )
     if expect is not None:
-        assert answer.returncode == expect, (
-            f"{' '.join(command)}\n{answer.stdout[-3000:]}\n{answer.stderr[-5000:]}"
-        )
+        assert answer.returncode == expect, f"{' '.join(command)}\n{answer.stdout[-3000:]}\n{answer.stderr[-5000:]}"
     return answer
 
 

@@ -84,8 +84,7 @@ def test_two_ranks_then_one_then_two_follow_the_same_trajectory(whole):
 
     ledger = json.loads((whole / "runs" / name / "ledger.json").read_text())
     totals = [
-        sum(account[field] for account in ledger["shards"].values())
-        for field in ("decoded", "failed", "repeated")
+        sum(account[field] for account in ledger["shards"].values()) for field in ("decoded", "failed", "repeated")
     ]
     assert totals == [24, 0, 0]
 
@@ -196,6 +195,4 @@ def frames(path) -> torch.Tensor:
     import av
 
     with av.open(str(path)) as container:
-        return torch.stack(
-            [torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
-        )
+        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])

@@ -23,9 +23,7 @@ def sound(tmp_path_factory):
 
 
 def packs_of(index, steps=10, **options):
-    loader = make_loader(
-        index, make_plan(index, shapes=SHAPES[:1]), [0, 1], 0, steps, fps=8, seed=0, **options
-    )
+    loader = make_loader(index, make_plan(index, shapes=SHAPES[:1]), [0, 1], 0, steps, fps=8, seed=0, **options)
     return [pack for row in loader for pack in row]
 
 
@@ -45,9 +43,7 @@ def test_damaged_clips_are_counted_and_nothing_else_moves(sound, tmp_path, worke
     assert ledger.total.failed / ledger.total.clips == 0.05
     assert {failure.key for pack in packs for failure in pack.failures} == {"clip-007", "clip-023"}
     Quarantine(0.05, 0).check(ledger)
-    with pytest.raises(
-        DataBudgetError, match=r"2 of 40 clips \(5.0%\) .*data\.max_failed_fraction=0.04.*decord"
-    ):
+    with pytest.raises(DataBudgetError, match=r"2 of 40 clips \(5.0%\) .*data\.max_failed_fraction=0.04.*decord"):
         Quarantine(0.04, 0).check(ledger)
 
 

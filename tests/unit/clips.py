@@ -33,9 +33,7 @@ def numbered_video(
             stream.width, stream.height, stream.pix_fmt = size[1], size[0], "yuv420p"
             stream.codec_context.time_base = Fraction(1, TICKS)
             # No choice is left to the encoder, or it would leave the B-frames out.
-            stream.options = {
-                "x264-params": f"crf=4:keyint=12:bframes={b_frames}:b-adapt=0:scenecut=0:threads=1"
-            }
+            stream.options = {"x264-params": f"crf=4:keyint=12:bframes={b_frames}:b-adapt=0:scenecut=0:threads=1"}
             for index, seconds in enumerate(times):
                 bars = np.array([index >> bit & 1 for bit in range(8)], np.uint8).repeat(size[1] // 8)
                 picture = np.broadcast_to(255 * bars[None, :, None], (*size, 3)).copy()
@@ -81,9 +79,7 @@ def build(folder, clips: int, *, per_shard: int = 4, damaged=(), **facts) -> Dat
     return DatasetIndex.load(folder)
 
 
-def make_plan(
-    index: DatasetIndex, *, seed=0, lanes=2, clips_per_step=4, max_pack_tokens=4096, block=2, shapes=SHAPES
-):
+def make_plan(index: DatasetIndex, *, seed=0, lanes=2, clips_per_step=4, max_pack_tokens=4096, block=2, shapes=SHAPES):
     """The plan of all clips of an index at 8 fps."""
     clips, _ = plan_clips(index, shapes, 8.0, GEOMETRY)
     shards = sorted({entry.shard for entry in index.entries})

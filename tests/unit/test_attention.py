@@ -23,9 +23,7 @@ CASES = {
 def draw(q_lengths, k_lengths, seed=0):
     g = torch.Generator().manual_seed(seed)
     sizes = sum(q_lengths), sum(k_lengths), sum(k_lengths)
-    return [
-        torch.randn(size, HEADS, DIM, generator=g, dtype=torch.float64, requires_grad=True) for size in sizes
-    ]
+    return [torch.randn(size, HEADS, DIM, generator=g, dtype=torch.float64, requires_grad=True) for size in sizes]
 
 
 def attention_by_loops(q, k, v, q_lengths, k_lengths):
@@ -71,9 +69,7 @@ def test_an_order_reorders_before_and_restores_after(lengths):
         return torch.stack([out[place[token]] for token in range(12)])
 
     expected, expected_grads = gradients(by_hand, tensors)
-    actual, actual_grads = gradients(
-        lambda *t: attention(*t, lengths, lengths, order=Order.of(index)), tensors
-    )
+    actual, actual_grads = gradients(lambda *t: attention(*t, lengths, lengths, order=Order.of(index)), tensors)
     torch.testing.assert_close(actual, expected)
     for mine, theirs in zip(actual_grads, expected_grads, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -146,9 +142,7 @@ def test_flash_gets_cumulative_lengths(monkeypatch):
 def test_flash_is_refused_where_it_cannot_run(monkeypatch):
     assert attention_of(AttentionKernel.sdpa) is attention
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # import raises
-    with pytest.raises(
-        ValueError, match=r"model\.attention_kernel=flash needs .* model\.attention_kernel=sdpa"
-    ):
+    with pytest.raises(ValueError, match=r"model\.attention_kernel=flash needs .* model\.attention_kernel=sdpa"):
         attention_of(AttentionKernel.flash)
     with pytest.raises(ValueError, match="float64 on cpu"):
         flash_attention(*draw((2,), (2,)), (2,), (2,))

@@ -25,9 +25,7 @@ from kinema.training.optim import AdamW
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name != "experiment")
-CHOICES = sorted(
-    (path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "experiment"
-)
+CHOICES = sorted((path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "experiment")
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 VAE = ["task=vae"]
 
@@ -153,7 +151,7 @@ def test_keys_that_nothing_reads_are_found_and_reading_clears_them():
     assert config.optim.learning_rate == 3e-4
     assert type(config.optim).__name__ == "AdamW"
     assert dataclasses.is_dataclass(config.optim)
-    with pytest.raises(ValueError, match="optim.weight_decay: nothing reads"):
+    with pytest.raises(ValueError, match=r"optim\.weight_decay: nothing reads"):
         reads.check()
     assert config.optim.weight_decay == 0.5
     reads.check()

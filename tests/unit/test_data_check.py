@@ -59,15 +59,11 @@ def test_a_good_data_set_is_ready_and_its_sheet_is_drawn(tmp_path, capsys):
     assert "licences          CC0-1.0: 5" in lines
     with Image.open(folder / "contact_sheet.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB")).reshape(-1, 3).astype(int)
-    assert (
-        np.abs(pixels - (230, 40, 40)).max(1) < 12
-    ).sum() > 5 * 5 * 500  # each clip's square in each of 5 frames
+    assert (np.abs(pixels - (230, 40, 40)).max(1) < 12).sum() > 5 * 5 * 500  # each clip's square in each of 5 frames
 
 
 def test_every_cause_is_counted_and_named(tmp_path, capsys):
-    two_shots = np.concatenate(
-        [np.full((5, 32, 48, 3), 40, np.uint8), np.full((5, 32, 48, 3), 200, np.uint8)]
-    )
+    two_shots = np.concatenate([np.full((5, 32, 48, 3), 40, np.uint8), np.full((5, 32, 48, 3), 200, np.uint8)])
     clips = [
         make_clip(0),
         make_clip(1, caption=""),

@@ -176,12 +176,8 @@ def test_rotation_is_applied(decoder):
 
 def rotate_by_matrix(mp4: bytes) -> bytes:
     """Write a 90 degree rotation into the track header's matrix, as telephones do."""
-    upright = b"".join(
-        n.to_bytes(4, "big", signed=True) for n in (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
-    )
-    turned = b"".join(
-        n.to_bytes(4, "big", signed=True) for n in (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
-    )
+    upright = b"".join(n.to_bytes(4, "big", signed=True) for n in (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000))
+    turned = b"".join(n.to_bytes(4, "big", signed=True) for n in (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000))
     at = mp4.index(upright, mp4.index(b"tkhd"))
     return mp4[:at] + turned + mp4[at + len(turned) :]
 
@@ -189,8 +185,7 @@ def rotate_by_matrix(mp4: bytes) -> bytes:
 def test_the_centre_is_cropped_unless_another_place_is_named():
     frame = torch.arange(8, dtype=torch.uint8)[None, None, :, None].expand(1, 4, 8, 3).numpy()
     columns = {
-        place: resize_and_crop(frame, ClipShape(1, 4, 4), (0.5, place))[0, 0, :, 0].tolist()
-        for place in (0, 0.5, 1)
+        place: resize_and_crop(frame, ClipShape(1, 4, 4), (0.5, place))[0, 0, :, 0].tolist() for place in (0, 0.5, 1)
     }
     assert columns == {0: [0, 1, 2, 3], 0.5: [2, 3, 4, 5], 1: [4, 5, 6, 7]}
 
@@ -219,9 +214,7 @@ def test_a_mixed_installation_is_refused(monkeypatch):
         def __init__(self, name):
             self.name = name
 
-    monkeypatch.setattr(
-        "importlib.metadata.distributions", lambda: [Installed("decord"), Installed("Decord2")]
-    )
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: [Installed("decord"), Installed("Decord2")])
     decoding._import_decord.cache_clear()
     with pytest.raises(ImportError, match="pip uninstall -y decord decord2"):
         decode_clip(b"", ClipShape(1, 8, 8), 8, 0.0, Decoder.decord)

@@ -82,9 +82,7 @@ def test_a_new_model_predicts_exactly_zero_and_its_blocks_are_the_identity(varia
     model = new_model(torch.float32, **variant)
     seen = []
     for block in model.blocks:
-        block.register_forward_hook(
-            lambda _, given, out: seen.append(torch.equal(given[0]["video"], out["video"]))
-        )
+        block.register_forward_hook(lambda _, given, out: seen.append(torch.equal(given[0]["video"], out["video"])))
     latents, timesteps, text = pack(dtype=torch.float32)
     predictions = model(latents, timesteps, text)
     assert all(torch.equal(out, torch.zeros_like(x)) for out, x in zip(predictions, latents, strict=True))
@@ -198,9 +196,7 @@ def reached(operation, segments, source: int, count: int, width: int) -> set[int
     """Tokens whose output depends on token `source` in one attention."""
     x = torch.randn(count, width, dtype=torch.float64, requires_grad=True)
     out = operation(x, {"video": x}, segments)
-    return {
-        i for i in range(count) if torch.autograd.grad(out[i].sum(), x, retain_graph=True)[0][source].any()
-    }
+    return {i for i in range(count) if torch.autograd.grad(out[i].sum(), x, retain_graph=True)[0][source].any()}
 
 
 @pytest.mark.parametrize("span", list(Span))
@@ -269,9 +265,7 @@ def test_bfloat16_is_near_float32(variant, pure):
     seen = []
     for block in model.blocks:
         block.register_forward_hook(
-            lambda _, given, out: seen.extend(
-                [given[0]["video"].dtype, out["video"].dtype, given[2][0].dtype]
-            )
+            lambda _, given, out: seen.extend([given[0]["video"].dtype, out["video"].dtype, given[2][0].dtype])
         )
     half = copy.deepcopy(model).bfloat16() if pure else model
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not pure):
@@ -354,9 +348,7 @@ def test_modulation_sources_differ_in_weights_only():
     table, linear = TableModulation(4, 2), LinearModulation(4, 2)
     nn.init.normal_(table.table)
     torch.testing.assert_close(table(condition), condition.shared + table.table)
-    torch.testing.assert_close(
-        linear(condition), condition.embedding @ linear.linear.weight.T + linear.linear.bias
-    )
+    torch.testing.assert_close(linear(condition), condition.embedding @ linear.linear.weight.T + linear.linear.bias)
 
 
 # Numbers and refusals

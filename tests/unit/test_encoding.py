@@ -23,9 +23,7 @@ def decode(mp4):
 
 
 def corner_frames():
-    frames = np.full(
-        (6, 32, 80, 3), 20, np.uint8
-    )  # higher than wide would go unnoticed if sides were swapped twice
+    frames = np.full((6, 32, 80, 3), 20, np.uint8)  # higher than wide would go unnoticed if sides were swapped twice
     for name, colour in CORNERS.items():
         rows = slice(0, 12) if "top" in name else slice(-12, None)
         columns = slice(0, 12) if "left" in name else slice(-12, None)

@@ -49,10 +49,7 @@ def test_shots_are_sorted_apart_and_captioned():
     assert min(shot.end_seconds - shot.start_seconds for shot in shots) >= 0.6
     captions = [shot.caption for shot in shots]
     assert len(set(captions)) == len(captions)
-    assert all(
-        8 <= len(caption.split()) <= 45 and caption[0].isupper() and caption[-1] == "."
-        for caption in captions
-    )
+    assert all(8 <= len(caption.split()) <= 45 and caption[0].isupper() and caption[-1] == "." for caption in captions)
 
 
 def test_splits_are_by_time_with_guards():
@@ -64,9 +61,7 @@ def test_splits_are_by_time_with_guards():
         shot.start_seconds % 100 >= 80 and shot.end_seconds <= shot.start_seconds // 100 * 100 + 100.001
         for shot in held
     )
-    gaps = [
-        max(h.start_seconds - t.end_seconds, t.start_seconds - h.end_seconds) for h in held for t in train
-    ]
+    gaps = [max(h.start_seconds - t.end_seconds, t.start_seconds - h.end_seconds) for h in held for t in train]
     assert min(gaps) >= 1.999
     assert 0.12 < len(held) / len(shots) < 0.25
 

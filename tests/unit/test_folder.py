@@ -21,9 +21,7 @@ def corners(height, width, number=0):
     return picture
 
 
-def write(
-    path, pictures, *, fps=10, times=None, codec="libx264", pix_fmt="yuv420p", rotation=0, sar=None, **tags
-):
+def write(path, pictures, *, fps=10, times=None, codec="libx264", pix_fmt="yuv420p", rotation=0, sar=None, **tags):
     """A video as somebody else's program may have written it."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
@@ -83,9 +81,7 @@ def folder(tmp_path):
 def two_shots(first, second, size=(48, 64)):
     """Two textured scenes with a bright square that moves."""
     rng = np.random.default_rng(0)
-    blocks = [
-        rng.integers(0, 100, (size[0] // 8, size[1] // 8, 1)).repeat(8, 0).repeat(8, 1) for _ in range(2)
-    ]
+    blocks = [rng.integers(0, 100, (size[0] // 8, size[1] // 8, 1)).repeat(8, 0).repeat(8, 1) for _ in range(2)]
     scenes = [block + colour for block, colour in zip(blocks, ((20, 60, 20), (80, 100, 130)), strict=True)]
     pictures = [scenes[0]] * first + [scenes[1]] * second
     pictures = [picture.astype(np.uint8) for picture in pictures]
@@ -178,9 +174,7 @@ def test_the_data_set_is_what_its_records_say(folder):
     write(folder / "one.mp4", two_shots(12, 14))
     (folder / "deep").mkdir()
     write(folder / "deep" / "two x.mp4", two_shots(25, 11, size=(64, 48)))
-    records, _ = build(
-        folder, "--attribution", "by me", "--source", "home", "--heldout-every", 2, "--max-seconds", 2
-    )
+    records, _ = build(folder, "--attribution", "by me", "--source", "home", "--heldout-every", 2, "--max-seconds", 2)
     assert list(records) == ["deep-two-x-0000", "deep-two-x-0001", "deep-two-x-0002", "one-0000", "one-0001"]
     assert {key: record.split for key, record in records.items()}["one-0000"] == "heldout"
     record = records["deep-two-x-0000"]
@@ -212,10 +206,7 @@ def test_listed_shots_are_taken_instead_of_searched_ones(folder):
 def test_a_shot_at_another_rate_shows_nothing_of_its_neighbours(folder):
     pictures = [np.full((32, 32, 3), 20 if i < 13 else 220, np.uint8) for i in range(30)]
     write(folder / "a.mp4", pictures)
-    lines = [
-        {"file": "a.mp4", "caption": "x", "start_seconds": a, "end_seconds": b}
-        for a, b in ((0, 1.3), (1.3, 3))
-    ]
+    lines = [{"file": "a.mp4", "caption": "x", "start_seconds": a, "end_seconds": b} for a, b in ((0, 1.3), (1.3, 3))]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for fps in (3, 7, 24, 60):
         _, frames = build(folder, "--fps", fps, "--overwrite", captions=False)

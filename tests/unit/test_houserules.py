@@ -75,9 +75,7 @@ def wrong_ways(text):
     found = []
     for node in ast.walk(ast.parse(text)):
         match node:
-            case ast.Call() if name_of(node.func) == "torch.load" and not has_keyword(
-                node, "weights_only", True
-            ):
+            case ast.Call() if name_of(node.func) == "torch.load" and not has_keyword(node, "weights_only", True):
                 found.append((node.lineno, "torch.load without weights_only=True"))
             case ast.Call() if name_of(node.func) != "zip" and has_keyword(node, "strict", False):
                 found.append((node.lineno, "strict=False"))
@@ -142,9 +140,7 @@ def test_configs_name_no_classes_to_build_and_no_scaling():
     for path in sources(".yaml", ".yml"):
         text = path.read_text(encoding="utf-8")
         assert "_target_" not in text, f"{path}: a config is data; the dataclass it fills says what is built"
-        assert not re.search(r"\b0\.(18215|13025)\b", text), (
-            f"{path}: scaling belongs to the VAE's statistics"
-        )
+        assert not re.search(r"\b0\.(18215|13025)\b", text), f"{path}: scaling belongs to the VAE's statistics"
 
 
 def dependency_tree(roots):
@@ -153,9 +149,7 @@ def dependency_tree(roots):
     while waiting:
         requirement = waiting.pop()
         extras = requirement.extras or {""}
-        if requirement.marker and not any(
-            requirement.marker.evaluate({"extra": extra}) for extra in {"", *extras}
-        ):
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in {"", *extras}):
             continue
         name = canonicalize_name(requirement.name)
         if (name, frozenset(requirement.extras)) in reached:
@@ -176,9 +170,7 @@ def dependency_tree(roots):
 def test_no_torchvision_in_the_dependency_tree():
     """Beside a CPU build of torch its presence breaks importing transformers and peft."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = project["dependencies"] + [
-        line for extra in project["optional-dependencies"].values() for line in extra
-    ]
+    lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
     tree = dependency_tree([Requirement(line) for line in lines])
     assert {
         "torch",

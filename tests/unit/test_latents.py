@@ -115,17 +115,11 @@ def test_a_clip_that_could_not_be_encoded_stays_in_its_place_with_weight_0(index
 
 def test_several_windows_of_a_clip_are_drawn_by_position(index, tmp_path):
     cache, _ = cached(index, tmp_path / "cache", windows_per_clip=3)
-    assert cache.starts("clip-000", SHAPES[0]) == pytest.approx(
-        [0.0, 0.4375, 0.875]
-    )  # 2 s less 9 / 8 s to spare
+    assert cache.starts("clip-000", SHAPES[0]) == pytest.approx([0.0, 0.4375, 0.875])  # 2 s less 9 / 8 s to spare
     with_start = rows(index, cache)
     drawn = rows(index, cache, window=Window.random)
     pairs = list(zip(itertools.chain(*with_start), itertools.chain(*drawn), strict=True))
-    same = [
-        torch.equal(a[0], b[0])
-        for one, other in pairs
-        for a, b in zip(one.latents, other.latents, strict=True)
-    ]
+    same = [torch.equal(a[0], b[0]) for one, other in pairs for a, b in zip(one.latents, other.latents, strict=True)]
     assert 2 < sum(same) < len(same) - 2
 
 

@@ -18,9 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
     # Every third clip lasts 1 s, and so takes the shorter shape.
-    return build(
-        tmp_path_factory.mktemp("data") / "set", 30, duration_seconds=lambda i: 1.0 if i % 3 == 0 else 2.0
-    )
+    return build(tmp_path_factory.mktemp("data") / "set", 30, duration_seconds=lambda i: 1.0 if i % 3 == 0 else 2.0)
 
 
 def load(index, plan, start, steps, *, world=1, workers=0, seed=0, **options):
@@ -166,9 +164,7 @@ def test_clips_that_cannot_be_used_are_counted_by_reason(tmp_path):
 
 
 def test_keeping_nothing_is_an_error_that_says_why(index):
-    with pytest.raises(
-        ValueError, match=r"kept 0/30 .* too short 30.*needs 17 frames .* 2\.12 s; .* lasts 2\.00 s"
-    ):
+    with pytest.raises(ValueError, match=r"kept 0/30 .* too short 30.*needs 17 frames .* 2\.12 s; .* lasts 2\.00 s"):
         plan_clips(index, [ClipShape(17, 32, 32)], 8, GEOMETRY)
 
 

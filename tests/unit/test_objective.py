@@ -34,9 +34,7 @@ def test_sign_convention():
     latents, noise = clips(0), clips(1)
     flow = RectifiedFlow()
     for i, t in enumerate(TIMESTEPS.tolist()):
-        torch.testing.assert_close(
-            flow.add_noise(latents, noise, TIMESTEPS)[i], (1 - t) * latents[i] + t * noise[i]
-        )
+        torch.testing.assert_close(flow.add_noise(latents, noise, TIMESTEPS)[i], (1 - t) * latents[i] + t * noise[i])
         torch.testing.assert_close(flow.target(latents, noise, TIMESTEPS)[i], noise[i] - latents[i])
 
 
@@ -111,8 +109,7 @@ def test_the_loss_of_a_pack_is_the_loss_of_each_clip_alone_and_so_is_its_gradien
 
     # And against the formula written out in float64.
     p = [
-        0.4 * x + t * c
-        for x, t, c in zip(objective.add_noise(latents, noise, timesteps), timesteps, text, strict=True)
+        0.4 * x + t * c for x, t, c in zip(objective.add_noise(latents, noise, timesteps), timesteps, text, strict=True)
     ]
     y = objective.target(latents, noise, timesteps)
     mean_squares = [((a.double() - b.double()) ** 2).mean() for a, b in zip(p, y, strict=True)]
@@ -148,9 +145,7 @@ WEIGHTED = {
     "flow-data": RectifiedFlow(loss_weighting=LossWeighting.min_snr, prediction_target=TARGETS.data),
     "ddpm-noise": DDPM(loss_weighting=LossWeighting.min_snr),
     "ddpm-velocity": DDPM(loss_weighting=LossWeighting.min_snr, prediction_target=TARGETS.velocity),
-    "ddpm-data": DDPM(
-        loss_weighting=LossWeighting.min_snr, prediction_target=TARGETS.data, min_snr_gamma=1.0
-    ),
+    "ddpm-data": DDPM(loss_weighting=LossWeighting.min_snr, prediction_target=TARGETS.data, min_snr_gamma=1.0),
 }
 
 

@@ -65,11 +65,7 @@ def test_every_epoch_holds_every_clip_once_and_in_another_order():
 
 
 def test_clips_of_a_single_shard_change_order_with_the_epoch_and_the_seed():
-    orders = [
-        order_of(plan_of([10] * 20, shards=[0] * 20, seed=seed), epoch)
-        for seed in (0, 1)
-        for epoch in (0, 1, 2)
-    ]
+    orders = [order_of(plan_of([10] * 20, shards=[0] * 20, seed=seed), epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == 6
 
 
@@ -172,13 +168,9 @@ def test_equal_clips_need_a_cap_of_exactly_their_share():
 def test_equal_shapes_lie_together_in_a_pack():
     shapes = [ClipShape(5, 32, 32), ClipShape(9, 32, 32), ClipShape(5, 16, 64)]
     clips = [PlannedClip(i, shapes[i % 3], 10, 1.0) for i in range(30)]
-    plan = Plan(
-        clips, [0] * 30, seed=0, lanes=2, clips_per_step=10, max_pack_tokens=999, shuffle_block_shards=1
-    )
+    plan = Plan(clips, [0] * 30, seed=0, lanes=2, clips_per_step=10, max_pack_tokens=999, shuffle_block_shards=1)
     for pack in plan.step(0):
-        assert len(list(itertools.groupby(slot.clip.shape for slot in pack))) == len(
-            {s.clip.shape for s in pack}
-        )
+        assert len(list(itertools.groupby(slot.clip.shape for slot in pack))) == len({s.clip.shape for s in pack})
 
 
 @pytest.mark.parametrize(
@@ -206,12 +198,8 @@ def test_lanes_split_evenly_or_not_at_all():
 
 
 def test_keyed_seeds_are_stable_spread_and_tell_parts_apart():
-    assert (
-        keyed_seed(0, "noise", 1) == 6851761370200157136
-    )  # pinned: a run resumed years later draws the same
-    different = [
-        keyed_seed(*parts) for parts in [("ab", "c"), ("a", "bc"), ("abc",), (1,), ("1",), (1, 2), (12,)]
-    ]
+    assert keyed_seed(0, "noise", 1) == 6851761370200157136  # pinned: a run resumed years later draws the same
+    different = [keyed_seed(*parts) for parts in [("ab", "c"), ("a", "bc"), ("abc",), (1,), ("1",), (1, 2), (12,)]]
     assert len(set(different)) == len(different)
     uniform = np.array([keyed_seed(0, i) / 2**64 for i in range(2000)])
     assert np.abs(np.histogram(uniform, 10, (0, 1))[0] - 200).max() < 60

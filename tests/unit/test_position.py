@@ -93,8 +93,6 @@ def test_large_positions_keep_float32_accuracy():
 
 @pytest.mark.parametrize("axes", [[4, 4], [6, 6, 6], [5, 5, 6], [18, -2, 0], [4, 4, 4, 4]])
 def test_a_split_that_does_not_fit_is_named(axes):
-    with pytest.raises(
-        ValueError, match=r"model\.rope_axes=\[.*head width 16.*Type model\.rope_axes=\[8,4,4\]"
-    ):
+    with pytest.raises(ValueError, match=r"model\.rope_axes=\[.*head width 16.*Type model\.rope_axes=\[8,4,4\]"):
         check_rope_axes(axes, 16)
     check_rope_axes([8, 4, 4], 16)

@@ -7,6 +7,15 @@ import time
 
 from kinema.distributed.process import exclusive, load_cpu_communication_op, strip_launcher_arguments
 
+HOLDER = """
+import sys, time
+from pathlib import Path
+from kinema.distributed.process import exclusive
+with exclusive(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
 
 def test_the_deepspeed_launchers_argument_is_taken_out_and_remembered(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -28,8 +37,7 @@ def test_a_lock_left_by_a_killed_build_is_removed_instead_of_waited_for(tmp_path
 
 
 def test_a_build_that_is_still_going_on_is_waited_for(tmp_path):
-    code = "import sys,time;from pathlib import Path;from kinema.distributed.process import exclusive\nwith exclusive(Path(sys.argv[1])):\n print('held',flush=True);time.sleep(1.0)"
-    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path, "1.0"], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
     began = time.monotonic()
@@ -40,8 +48,7 @@ def test_a_build_that_is_still_going_on_is_waited_for(tmp_path):
 
 
 def test_a_killed_owner_gives_its_lock_back(tmp_path):
-    code = "import sys,time;from pathlib import Path;from kinema.distributed.process import exclusive\nwith exclusive(Path(sys.argv[1])):\n print('held',flush=True);time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path, "60"], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     other.stdout.readline()
     other.kill()

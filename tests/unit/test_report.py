@@ -91,12 +91,8 @@ def write_run(folder: Path, task="dit", factor=1.0) -> Path:
             line = {"kind": "validation", "step": step, "loss": level + extra, "weights": weights}
             line["loss_by_noise"] = dict(zip(BINS, [level * s for s in (2.1, 1.1, 0.8, 0.6)], strict=True))
             records.append(line | ({"psnr": 18 + step / 40} if task == "vae" else {}))
-        records.append(
-            {"kind": "event", "step": step, "event": "checkpoint", "detail": f"checkpoints/step-{step:08d}"}
-        )
-    records.append(
-        {"kind": "event", "step": 130, "event": "quarantine", "detail": "clip 0007: no frame at 1.2 s"}
-    )
+        records.append({"kind": "event", "step": step, "event": "checkpoint", "detail": f"checkpoints/step-{step:08d}"})
+    records.append({"kind": "event", "step": 130, "event": "quarantine", "detail": "clip 0007: no frame at 1.2 s"})
     records.append({"kind": "event", "step": 200, "event": "resume", "detail": "2 ranks, was 1"})
     if task == "dit":
         for step in (0, 100, 200, 300, 400):
@@ -151,9 +147,7 @@ def write_run(folder: Path, task="dit", factor=1.0) -> Path:
     )
     ledger = Ledger()
     ledger.sources["toy"] = Account(1599, 1, 1200, 3, 3391.5, Counter({"CC0-1.0": 1599}))
-    ledger.shards |= {
-        f"clips-{i:06d}.tar": Account(200, 0, 150, 0, 424.0, Counter({"CC0-1.0": 200})) for i in range(8)
-    }
+    ledger.shards |= {f"clips-{i:06d}.tar": Account(200, 0, 150, 0, 424.0, Counter({"CC0-1.0": 200})) for i in range(8)}
     ledger.reasons["no frame at 1.2 s"] = 1
     (folder / "ledger.json").write_text(json.dumps(ledger.to_dict()))
     write_lines(
@@ -204,9 +198,7 @@ class Tags(HTMLParser):
 
 
 def text_of(html):
-    return re.sub(
-        r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<(style|svg).*?</\1>", " ", html, flags=re.DOTALL))
-    )
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<(style|svg).*?</\1>", " ", html, flags=re.DOTALL)))
 
 
 def test_page_is_one_file_and_valid(built):
@@ -268,24 +260,16 @@ def test_nearly_empty_run_says_not_recorded(tmp_path, task):
     text = text_of(build_report(tmp_path).read_text())
     assert "planned number of steps is not recorded" in text
     assert text.count("not recorded") >= 12
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"kind": "train", "step": 1, "loss": 1.0}\n{"kind": "train", "st'
-    )
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n{"kind": "train", "st')
     text = text_of(build_report(tmp_path).read_text())
     assert "The last line of metrics.jsonl (line 2) is cut off" in text
 
 
 def test_every_missing_key_and_file_leaves_a_page(tmp_path):
     """Records with one key, and odd values, of which each once was a crash of some report somewhere."""
-    lines = [
-        {"kind": kind, "step": 3} for kind in ("train", "validation", "sample", "reconstruction", "event")
-    ]
-    lines += [
-        {"kind": "train", "step": 4, "loss": None, "seconds": {}, "loss_by_noise": {"a": None}, "clips": 8}
-    ]
-    lines += [
-        {"kind": "train", "step": 5, "loss": float("nan"), "seconds": {"data": 0.0}, "clips": 8, "tokens": 0}
-    ]
+    lines = [{"kind": kind, "step": 3} for kind in ("train", "validation", "sample", "reconstruction", "event")]
+    lines += [{"kind": "train", "step": 4, "loss": None, "seconds": {}, "loss_by_noise": {"a": None}, "clips": 8}]
+    lines += [{"kind": "train", "step": 5, "loss": float("nan"), "seconds": {"data": 0.0}, "clips": 8, "tokens": 0}]
     lines += [
         {
             "kind": "sample",
@@ -316,8 +300,7 @@ def test_verdict_names_interruption_and_spoilt_losses(whole, tmp_path):
     assert page._finished(run).state == "good"
     run.train = run.train[:150]
     assert (
-        page._finished(run).text
-        == "not finished, 150 of 400 steps: still running or killed, last record at step 150"
+        page._finished(run).text == "not finished, 150 of 400 steps: still running or killed, last record at step 150"
     )
     run.events.append({"step": 150, "event": "end", "detail": "stopped by SIGTERM at step 150"})
     assert page._finished(run).text == "not finished, 150 of 400 steps: stopped by SIGTERM at step 150"
@@ -388,9 +371,7 @@ def test_pictures_outside_the_run_folder_are_not_embedded(tmp_path):
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"run=.* is no run folder: it has neither run\.json nor metrics\.jsonl"
-    ):
+    with pytest.raises(ValueError, match=r"run=.* is no run folder: it has neither run\.json nor metrics\.jsonl"):
         build_report(tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):
         build_report(tmp_path / "none")

@@ -105,9 +105,7 @@ def test_a_truncated_tar_is_refused_with_both_sizes(folder):
     path = folder / "clips-000001.tar"
     size = path.stat().st_size
     os.truncate(path, size - 700)
-    with pytest.raises(
-        ValueError, match=rf"clips-000001.tar has {size - 700} bytes where the manifest says {size}"
-    ):
+    with pytest.raises(ValueError, match=rf"clips-000001.tar has {size - 700} bytes where the manifest says {size}"):
         DatasetIndex.load(folder)
 
 
@@ -270,9 +268,7 @@ def test_a_foreign_web_dataset_is_indexed_in_place(tmp_path):
     assert [r.caption for r in records] == ["from txt", "from json", ""]
     assert [r.license for r in records] == ["unknown", "CC-BY-4.0", "unknown"]
     assert [r.key for r in records] == ["a_0001", "a_0002", "a_0003"]
-    assert {(r.fps, r.num_frames, r.width, r.height, r.duration_seconds) for r in records} == {
-        (8.0, 4, 48, 32, 0.5)
-    }
+    assert {(r.fps, r.num_frames, r.width, r.height, r.duration_seconds) for r in records} == {(8.0, 4, 48, 32, 0.5)}
     assert [read_member(folder, e, "mp4") for e in index.entries] == [mp4 for _, mp4 in CLIPS[:3]]
 
 
@@ -289,9 +285,7 @@ def test_a_foreign_tar_that_cannot_serve_is_refused(tmp_path, members, message):
 
 
 def test_a_foreign_tar_cut_short_is_refused(tmp_path):
-    folder = write_foreign(
-        tmp_path / "wds" / "part-0.tar", {"0001.mp4": CLIPS[0][1], "0002.mp4": CLIPS[1][1]}
-    )
+    folder = write_foreign(tmp_path / "wds" / "part-0.tar", {"0001.mp4": CLIPS[0][1], "0002.mp4": CLIPS[1][1]})
     os.truncate(folder / "part-0.tar", 512 + len(CLIPS[0][1]) // 2)
     with pytest.raises(ValueError, match=r"part-0.tar .*Copy it again"):
         index_shards(folder)

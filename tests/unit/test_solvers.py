@@ -144,9 +144,7 @@ def test_ddim_is_ddim_of_diffusers(target, zero_terminal_snr, num_steps):
 @pytest.mark.parametrize("target", list(TARGETS))
 def test_dpmpp_2m_is_dpm_solver_multistep_of_diffusers(target, num_steps):
     names = {TARGETS.noise: "epsilon", TARGETS.velocity: "v_prediction", TARGETS.data: "sample"}
-    scheduler = DPMSolverMultistepScheduler(
-        **BETAS, timestep_spacing="trailing", prediction_type=names[target]
-    )
+    scheduler = DPMSolverMultistepScheduler(**BETAS, timestep_spacing="trailing", prediction_type=names[target])
     scheduler.set_timesteps(num_steps)
     noise = clips(0, torch.float32)
     ours = solve(predict_with_network, noise, ddpm(target), Solver.dpmpp_2m, num_steps)
@@ -208,10 +206,7 @@ def test_every_solver_finds_the_data_from_pure_noise(shift):
 
 def test_ddim_and_euler_are_one_method():
     for objective in OBJECTIVES.values():
-        a, b = (
-            solve(predict_with_network, clips(0), objective, solver, 8)
-            for solver in (Solver.ddim, Solver.euler)
-        )
+        a, b = (solve(predict_with_network, clips(0), objective, solver, 8) for solver in (Solver.ddim, Solver.euler))
         torch.testing.assert_close(a, b)
 
 
@@ -250,9 +245,7 @@ def test_state_stays_float32_and_timesteps_too_when_the_network_is_bfloat16(solv
 
     steps = []
     noise = [e.bfloat16() for e in clips(0)]
-    result = solve(
-        predict, noise, RectifiedFlow(), solver, 3, progress=lambda step, n: steps.append((step, n))
-    )
+    result = solve(predict, noise, RectifiedFlow(), solver, 3, progress=lambda step, n: steps.append((step, n)))
     assert seen == {torch.float32}
     assert {x.dtype for x in result} == {torch.float32}
     assert steps == [(1, 3), (2, 3), (3, 3)]

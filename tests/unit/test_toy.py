@@ -43,9 +43,7 @@ def test_captions_are_exactly_true_for_the_captioned_time():
         for i, (body, path) in enumerate(zip(scene.bodies, paths, strict=True)):
             a = body.attributes
             walls = [
-                t
-                for t in hits(events, "wall")
-                if t <= named and any(i in e.objects for e in events if e.seconds == t)
+                t for t in hits(events, "wall") if t <= named and any(i in e.objects for e in events if e.seconds == t)
             ]
             assert bool(walls) == a.bounces
             first_hit = min([named, *walls])
@@ -80,9 +78,7 @@ def test_the_mix_is_what_the_help_says():
     assert {scene.fps for scene, _, _ in TRAIN} == set(toy.FPS)
     assert {scene.size for scene, _, _ in TRAIN} == set(FRAMES)
     assert all(2.25 <= scene.num_frames / scene.fps <= 4.13 for scene, _, _ in TRAIN)
-    bounces = np.mean(
-        [b.attributes.bounces for scene, _, _ in TRAIN for b in scene.bodies if len(scene.bodies) == 1]
-    )
+    bounces = np.mean([b.attributes.bounces for scene, _, _ in TRAIN for b in scene.bodies if len(scene.bodies) == 1])
     assert 0.25 < bounces < 0.6
 
 
@@ -91,9 +87,7 @@ def test_momentum_and_energy_survive_collisions_and_energy_survives_walls():
     for scene, paths, events in PAIRS:
         mass = [body.shape.diameter**2 for body in scene.bodies]
         for event in events:
-            before, after = (
-                [_velocity(path, event.seconds, side) for path in paths] for side in (-1e-9, 1e-9)
-            )
+            before, after = ([_velocity(path, event.seconds, side) for path in paths] for side in (-1e-9, 1e-9))
             energies = [sum(m * v * v for m, v in zip(mass, vs, strict=True)) for vs in (before, after)]
             assert energies[0] == pytest.approx(energies[1])
             if event.kind == "collision":
@@ -110,9 +104,7 @@ def _velocity(path, seconds, side):
 
 def test_nothing_leaves_the_frame_or_overlaps():
     for scene, paths, _ in [*TRAIN[:60], *PAIRS[:60]]:
-        tracks = [
-            toy.positions_at(b, p, np.linspace(0, 4, 200)) for b, p in zip(scene.bodies, paths, strict=True)
-        ]
+        tracks = [toy.positions_at(b, p, np.linspace(0, 4, 200)) for b, p in zip(scene.bodies, paths, strict=True)]
         for body, track in zip(scene.bodies, tracks, strict=True):
             left, up, right, down = body.shape.extents
             assert (track >= (left - 1e-6, up - 1e-6)).all()

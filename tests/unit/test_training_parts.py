@@ -1,5 +1,6 @@
 """Schedules, averages and identities are pure functions of what they name."""
 
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,7 +21,7 @@ def test_cosine_rises_linearly_and_falls_to_its_final_fraction():
     assert factors[10] == 1.0
     assert factors[60] == pytest.approx(0.1 + 0.9 * 0.5)
     assert factors[110] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
 
 
 def test_no_warm_up_starts_at_the_peak():

@@ -51,12 +51,7 @@ def test_shapes_of_latents_and_video(settings):
     vae = tiny(**settings)
     posterior = vae.encode(clip())
     assert vae.geometry_strides == (4, 8)
-    assert (
-        posterior.mean.shape
-        == posterior.logvar.shape
-        == (2, *vae.latent_shape(13, 16, 24))
-        == (2, 5, 4, 2, 3)
-    )
+    assert posterior.mean.shape == posterior.logvar.shape == (2, *vae.latent_shape(13, 16, 24)) == (2, 5, 4, 2, 3)
     assert vae.decode(posterior.mean).shape == (2, 3, 13, 16, 24)
 
 
@@ -66,9 +61,7 @@ def test_shapes_of_latents_and_video(settings):
 )
 @torch.no_grad()
 def test_other_strides(spatial, temporal, patch, multipliers):
-    vae = tiny(
-        spatial_stride=spatial, temporal_stride=temporal, pixel_patch=patch, width_multipliers=multipliers
-    )
+    vae = tiny(spatial_stride=spatial, temporal_stride=temporal, pixel_patch=patch, width_multipliers=multipliers)
     frames = 2 * temporal + 1
     latents = vae.encode(clip(frames)).mean
     assert latents.shape == (2, 5, 3, 16 // spatial, 24 // spatial)
@@ -143,9 +136,7 @@ def test_the_first_frame_alone_is_the_first_latent_of_its_clip():
         vae = tiny(**settings)
         whole, alone = vae.encode(clip()), vae.encode(clip()[:, :, :1])
         assert relative_difference(alone.mean, whole.mean[:, :, :1]) <= 1e-5
-        torch.testing.assert_close(
-            vae.decode(alone.mean), vae.decode(whole.mean)[:, :, :1], rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(vae.decode(alone.mean), vae.decode(whole.mean)[:, :, :1], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -163,9 +154,7 @@ def test_a_grey_ramp_has_one_latent_on_every_path():
     assert relative_difference(streamed, image) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("frames", "legal"), [(4, "1 or 5"), (12, "9 or 13"), (16, "13 or 17"), (2, "1 or 5")]
-)
+@pytest.mark.parametrize(("frames", "legal"), [(4, "1 or 5"), (12, "9 or 13"), (16, "13 or 17"), (2, "1 or 5")])
 def test_illegal_frame_counts_name_the_nearest_legal(frames, legal):
     with pytest.raises(ValueError, match=rf"frames={frames}.*vae.temporal_stride=4.*use {legal}"):
         tiny().encode(clip(frames))

@@ -59,9 +59,7 @@ def test_all_terms_together_are_their_weighted_sum_and_a_weight_of_zero_builds_n
     posterior = Posterior(torch.randn(2, 5, 2, 2, 3), torch.randn(2, 5, 2, 2, 3))
     total, terms = VAELoss(config).generator_loss(video, reconstruction, posterior, step=0)
     assert set(terms) == set(TERMS)
-    torch.testing.assert_close(
-        total.detach(), sum(getattr(config, name) * value for name, value in terms.items())
-    )
+    torch.testing.assert_close(total.detach(), sum(getattr(config, name) * value for name, value in terms.items()))
     torch.testing.assert_close(terms["reconstruction"], (video - reconstruction).abs().mean((1, 2, 3, 4)))
     torch.testing.assert_close(terms["squared"], (video - reconstruction).square().mean((1, 2, 3, 4)))
 
@@ -73,9 +71,7 @@ def test_all_terms_together_are_their_weighted_sum_and_a_weight_of_zero_builds_n
 
 
 def test_a_clip_has_the_same_loss_alone_and_in_a_batch():
-    loss = VAELoss(
-        VAELossConfig(squared=1.0, perceptual=1.0, adversarial=1.0, discriminator_width=8)
-    ).double()
+    loss = VAELoss(VAELossConfig(squared=1.0, perceptual=1.0, adversarial=1.0, discriminator_width=8)).double()
     video, reconstruction = (v.double() for v in videos())
     posterior = Posterior(*torch.randn(2, 2, 5, 2, 2, 3, dtype=torch.float64))
     together, _ = loss.generator_loss(video, reconstruction, posterior, step=0)
@@ -220,9 +216,7 @@ def test_feature_distance_is_zero_at_the_target_and_has_gradient_elsewhere(featu
     assert reconstruction.grad.abs().max() > 0
     assert loss.generator_loss(video, video, posterior, step=0)[0].abs().max() < 1e-6
     assert not any(p.requires_grad for p in loss.parameters())
-    assert all(
-        torch.equal(value, before[key]) for key, value in loss.state_dict().items()
-    )  # no batch norm moved
+    assert all(torch.equal(value, before[key]) for key, value in loss.state_dict().items())  # no batch norm moved
 
 
 def test_vgg_features_equal_the_layers_written_out(features_file):
@@ -235,9 +229,7 @@ def test_vgg_features_equal_the_layers_written_out(features_file):
         [0.229, 0.224, 0.225]
     ).view(3, 1, 1)
     for i in (0, 2):
-        features = F.relu(
-            F.conv2d(features, tensors[f"features.{i}.weight"], tensors[f"features.{i}.bias"], padding=1)
-        )
+        features = F.relu(F.conv2d(features, tensors[f"features.{i}.weight"], tensors[f"features.{i}.bias"], padding=1))
     torch.testing.assert_close(distance.stages[0](distance._prepare(x)), features)
 
 

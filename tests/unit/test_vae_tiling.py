@@ -15,9 +15,7 @@ TILES = [(64, 32), (80, 40), (96, 48)]
 @pytest.fixture(scope="module")
 def vae() -> CausalVAE:
     torch.manual_seed(0)
-    vae = CausalVAE(
-        VAEConfig(latent_channels=5, width=8, decoder_width=8, convolution=Convolution.alternating)
-    )
+    vae = CausalVAE(VAEConfig(latent_channels=5, width=8, decoder_width=8, convolution=Convolution.alternating))
     vae.set_latent_statistics(torch.linspace(-1, 1, 5), torch.linspace(0.5, 2, 5))
     return vae.eval().requires_grad_(False)
 
@@ -25,9 +23,7 @@ def vae() -> CausalVAE:
 @pytest.fixture(scope="module")
 def video() -> Tensor:
     y, x = torch.meshgrid(torch.linspace(0, 5, 112), torch.linspace(0, 7, 144), indexing="ij")
-    frames = [
-        torch.stack([torch.sin(x + t), torch.sin(y * 1.3 - t), torch.cos(x * y * 0.3)]) for t in range(5)
-    ]
+    frames = [torch.stack([torch.sin(x + t), torch.sin(y * 1.3 - t), torch.cos(x * y * 0.3)]) for t in range(5)]
     return torch.stack(frames, dim=1)[None] * 0.9
 
 

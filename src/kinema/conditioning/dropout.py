@@ -15,9 +15,7 @@ class DroppedText(NamedTuple):
     dropped: list[bool]
 
 
-def drop_text(
-    text: Sequence[Tensor], null_text: Tensor, rate: float, seeds: Sequence[int | str]
-) -> DroppedText:
+def drop_text(text: Sequence[Tensor], null_text: Tensor, rate: float, seeds: Sequence[int | str]) -> DroppedText:
     """Text (L_i, D) of each clip -> the same, or the null text (L0, D) with probability `rate`.
 
     `seeds[i]` alone decides for clip i (a keyed number such as the hash of seed and position), so the

@@ -106,13 +106,9 @@ class PretrainedText(TextConfig):
         if not self.path:
             raise ValueError("text.path is empty: type the folder of a text encoder, or its name on the hub.")
         if self.template.count("{}") != 1:
-            raise ValueError(
-                f"text.template={self.template!r} must hold {{}} exactly once, where the caption goes."
-            )
+            raise ValueError(f"text.template={self.template!r} must hold {{}} exactly once, where the caption goes.")
         if self.layer >= 0:
-            raise ValueError(
-                f"text.layer={self.layer} counts from the end: -1 is the output, -2 the layer before."
-            )
+            raise ValueError(f"text.layer={self.layer} counts from the end: -1 is the output, -2 the layer before.")
 
 
 class TextEncoder:
@@ -251,9 +247,7 @@ class PretrainedTextEncoder(TextEncoder):
             attention_mask=mask if is_masked else None,
             output_hidden_states=self.config.layer != -1,
         )
-        hidden = (
-            output.last_hidden_state if self.config.layer == -1 else output.hidden_states[self.config.layer]
-        )
+        hidden = output.last_hidden_state if self.config.layer == -1 else output.hidden_states[self.config.layer]
         lengths = tokens["attention_mask"].sum(dim=1).tolist()
         return [self.pad(clip.float(), length) for clip, length in zip(hidden, lengths, strict=True)]
 
@@ -300,9 +294,7 @@ def load_tokenizer(config: PretrainedText) -> Any:
 
     tokenizer = read_pretrained(AutoTokenizer, config)
     if tokenizer.pad_token_id is None:
-        raise ValueError(
-            f"text.path={config.path}: this tokenizer has no padding token; add one to its config."
-        )
+        raise ValueError(f"text.path={config.path}: this tokenizer has no padding token; add one to its config.")
     return tokenizer
 
 
@@ -363,9 +355,7 @@ def check_fits(config: PretrainedText, model_config: Any) -> None:
         )
     num_layers = model_config.num_hidden_layers
     if -config.layer > num_layers + 1:
-        raise ValueError(
-            f"text.layer={config.layer} does not exist: text.path={config.path} has {num_layers} layers."
-        )
+        raise ValueError(f"text.layer={config.layer} does not exist: text.path={config.path} has {num_layers} layers.")
 
 
 def hash_weights(model: nn.Module, max_values: int = 4096) -> str:
@@ -394,7 +384,5 @@ def check_policy(encoder: TextEncoder, manifest: Mapping[str, Any]) -> None:
     keys = sorted((policy.keys() | manifest.keys()) - {"hash"})
     different = [key for key in keys if policy.get(key) != manifest.get(key)]
     if different:
-        fields = ", ".join(
-            f"text.{key}={policy.get(key)!r} (trained with {manifest.get(key)!r})" for key in different
-        )
+        fields = ", ".join(f"text.{key}={policy.get(key)!r} (trained with {manifest.get(key)!r})" for key in different)
         raise ValueError(f"The text encoder is not the one the model was trained with: {fields}.")

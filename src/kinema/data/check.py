@@ -177,9 +177,7 @@ def _check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
     try:
         mp4 = read_member(folder, entry, "mp4")
         if hashlib.sha256(mp4).hexdigest() != record.sha256:
-            return ClipReport(
-                record, Problem(key, "damaged", f"{entry.shard}: sha256 of the mp4 is not the record's")
-            )
+            return ClipReport(record, Problem(key, "damaged", f"{entry.shard}: sha256 of the mp4 is not the record's"))
         if "json" in entry.members:
             read_member(folder, entry, "json")
     except DamagedSample as error:
@@ -208,9 +206,7 @@ def _decode(mp4: bytes) -> tuple[NDArray[np.uint8], float]:
         raise ValueError("no frame could be decoded")
     # PyAV leaves the turning that the file asks for to its caller; rotation is counter-clockwise, as rot90's.
     turns = round(frames[0].rotation / 90) % 4
-    pictures: NDArray[np.uint8] = np.stack(
-        [np.rot90(frame.to_ndarray(format="rgb24"), turns) for frame in frames]
-    )
+    pictures: NDArray[np.uint8] = np.stack([np.rot90(frame.to_ndarray(format="rgb24"), turns) for frame in frames])
     seconds = frames[-1].time - frames[0].time
     return pictures, (len(frames) - 1) / seconds if seconds > 0 else 0.0
 

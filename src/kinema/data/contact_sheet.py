@@ -40,17 +40,14 @@ def contact_sheet(
     font = ImageFont.load_default(CAPTION_SIZE)
     width = frames_per_row * (slot + GAP) - GAP
     cells = [
-        _cell(strip, _wrap(caption, font, width), slot, font)
-        for strip, (_, caption) in zip(strips, rows, strict=True)
+        _cell(strip, _wrap(caption, font, width), slot, font) for strip, (_, caption) in zip(strips, rows, strict=True)
     ]
     _save(_arrange(cells, columns, title), Path(path))
 
 
 def _pick_frames(frames: NDArray[np.uint8], count: int, scale: float | None) -> list[Image.Image]:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) == 0:
-        raise ValueError(
-            f"frames of type {frames.dtype} and shape {frames.shape} must be uint8 (T, H, W, 3)."
-        )
+        raise ValueError(f"frames of type {frames.dtype} and shape {frames.shape} must be uint8 (T, H, W, 3).")
     height, width = frames.shape[1:3]
     factor = BOX / max(height, width) if scale is None else scale
     size = max(1, round(width * factor)), max(1, round(height * factor))

@@ -28,9 +28,7 @@ def suspected_cuts(frames: NDArray[np.uint8]) -> list[int]:
     found. Raises ValueError for another layout.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-        raise ValueError(
-            f"frames of type {frames.dtype} and shape {frames.shape} must be uint8 (T, H, W, 3)."
-        )
+        raise ValueError(f"frames of type {frames.dtype} and shape {frames.shape} must be uint8 (T, H, W, 3).")
     if len(frames) < 2:
         return []
     small = np.stack([_shrink(frame) for frame in frames])
@@ -86,9 +84,7 @@ def _stands_out(change: NDArray[np.float32], index: int) -> bool:
     if len(around) == 0:
         return True
     beside = change[max(0, index - 1) : index + 2]
-    return bool(
-        change[index] >= beside.max() and change[index] >= MIN_PROMINENCE * max(float(np.median(around)), 1.0)
-    )
+    return bool(change[index] >= beside.max() and change[index] >= MIN_PROMINENCE * max(float(np.median(around)), 1.0))
 
 
 def _shrink(frame: NDArray[np.uint8]) -> NDArray[np.float32]:

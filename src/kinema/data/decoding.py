@@ -80,32 +80,25 @@ def nearest_frames(starts: NDArray[np.float64], times: NDArray[np.float64]) -> N
     return np.searchsorted(middles + 1e-6, times, side="left")
 
 
-def resize_and_crop(
-    frames: NDArray[np.uint8], shape: ClipShape, crop: tuple[float, float] = (0.5, 0.5)
-) -> Tensor:
+def resize_and_crop(frames: NDArray[np.uint8], shape: ClipShape, crop: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """uint8 (n, H, W, 3) of any size -> (n, height, width, 3): cut to the aspect ratio, then antialiased
     bilinear.
     """
     height, width = frames.shape[1:3]
     scale = min(height / shape.height, width / shape.width)
     box = (min(height, round(shape.height * scale)), min(width, round(shape.width * scale)))
-    top, left = (
-        round((side - part) * place) for side, part, place in zip((height, width), box, crop, strict=True)
-    )
+    top, left = (round((side - part) * place) for side, part, place in zip((height, width), box, crop, strict=True))
     region = torch.from_numpy(frames)[:, top : top + box[0], left : left + box[1]]
     if box == (shape.height, shape.width):
         return region.contiguous()
-    resized = F.interpolate(
-        region.permute(0, 3, 1, 2), (shape.height, shape.width), mode="bilinear", antialias=True
-    )
+    resized = F.interpolate(region.permute(0, 3, 1, 2), (shape.height, shape.width), mode="bilinear", antialias=True)
     return resized.permute(0, 2, 3, 1).contiguous()
 
 
 def _check_times(times: NDArray[np.float64], video: OpenVideo) -> None:
     if times[0] < 0 or times[-1] > video.end + 1e-3:
         raise DecodeError(
-            f"frames from {times[0]:.3f} s to {times[-1]:.3f} s were asked of a video "
-            f"that lasts {video.end:.3f} s"
+            f"frames from {times[0]:.3f} s to {times[-1]:.3f} s were asked of a video that lasts {video.end:.3f} s"
         )
 
 
@@ -142,11 +135,7 @@ def _open_pyav(mp4: bytes) -> OpenVideo:
     with av.open(io.BytesIO(mp4), "r") as container:
         stream = _only_video_stream(container)
         base = float(stream.time_base)
-        packets = [
-            (p.pts, p.duration or 0)
-            for p in container.demux(stream)
-            if p.pts is not None and not p.is_discard
-        ]
+        packets = [(p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None and not p.is_discard]
     if not packets:
         raise DecodeError("the video stream has no frames")
     packets.sort()

@@ -139,9 +139,7 @@ def _encode_pictures(
     container.mux(stream.encode())
 
 
-def _encode_sound(
-    container: av.container.OutputContainer, stream: av.AudioStream, audio: NDArray[np.float32]
-) -> None:
+def _encode_sound(container: av.container.OutputContainer, stream: av.AudioStream, audio: NDArray[np.float32]) -> None:
     samples = av.AudioFrame.from_ndarray(audio.astype(np.float32)[None], format="fltp", layout="mono")
     samples.sample_rate = stream.codec_context.sample_rate
     samples.time_base, samples.pts = Fraction(1, samples.sample_rate), 0

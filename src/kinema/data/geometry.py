@@ -78,9 +78,7 @@ class Geometry:
 
     def num_tokens(self, shape: Sequence[int]) -> int:
         """Patches of a legal clip shape."""
-        return math.prod(
-            side // patch for side, patch in zip(self.latent_shape(shape), self.patch_size, strict=True)
-        )
+        return math.prod(side // patch for side, patch in zip(self.latent_shape(shape), self.patch_size, strict=True))
 
     @property
     def _steps(self) -> tuple[int, int, int]:

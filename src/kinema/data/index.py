@@ -15,7 +15,5 @@ def run(arguments: argparse.Namespace) -> int:
     """Write an index beside each shard and a manifest; the shards themselves stay as they are."""
     index = index_shards(arguments.folder, name=arguments.name)
     shards = len(index.manifest["shards"])
-    print(
-        f"indexed {len(index.entries)} clips in {shards} shard(s), hash {index.hash[:16]} READY {arguments.folder}"
-    )
+    print(f"indexed {len(index.entries)} clips in {shards} shard(s), hash {index.hash[:16]} READY {arguments.folder}")
     return 0

@@ -44,9 +44,7 @@ class LatentWriter:
     ) -> None:
         self.folder, self.max_samples = Path(folder), max_samples
         if self.folder.exists():
-            raise ValueError(
-                f"folder={self.folder} exists already. Remove it, or choose another for the latents."
-            )
+            raise ValueError(f"folder={self.folder} exists already. Remove it, or choose another for the latents.")
         self.building = self.folder.with_name(self.folder.name + ".building")
         self._identity = _identity(vae_hash, data_hash, shapes, fps)
         self._latent_shapes: dict[ClipShape, list[int]] = {}
@@ -67,9 +65,7 @@ class LatentWriter:
             raise ValueError(f"Clip key={key}: {sizes} must both be (C, t, h, w).")
         expected = self._latent_shapes.setdefault(shape, list(mean.shape))
         if expected != list(mean.shape):
-            raise ValueError(
-                f"Clip key={key}: latents {list(mean.shape)}, but others of {shape} have {expected}."
-            )
+            raise ValueError(f"Clip key={key}: latents {list(mean.shape)}, but others of {shape} have {expected}.")
         tensors = {"mean": mean.float().cpu().contiguous(), "logvar": logvar.float().cpu().contiguous()}
         self._append(key, shape, round(start_seconds, 6), safetensors.save(tensors))
 
@@ -108,9 +104,7 @@ class LatentWriter:
         if kind is not None or not self._shards:
             shutil.rmtree(self.building)
             if kind is None:
-                raise ValueError(
-                    f"No latents were written for folder={self.folder}: {self._failures or 'no clips'}."
-                )
+                raise ValueError(f"No latents were written for folder={self.folder}: {self._failures or 'no clips'}.")
             return
         manifest = {
             **self._identity,
@@ -160,9 +154,7 @@ class LatentCache:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], places: "_Places") -> None:
         self.folder, self.manifest, self._places = folder, manifest, places
-        self._latent_shapes = {
-            ClipShape(*shape): tuple(latent) for shape, latent in manifest["latent_shapes"]
-        }
+        self._latent_shapes = {ClipShape(*shape): tuple(latent) for shape, latent in manifest["latent_shapes"]}
         self._files: dict[str, int] = {}
 
     @classmethod
@@ -217,9 +209,7 @@ class LatentCache:
         except OSError as error:
             raise DamagedSample(key, shard, f"cannot be read: {error}") from error
         if zlib.crc32(payload) != member.crc32:
-            raise DamagedSample(
-                key, shard, "latents have another checksum than the index: their bytes changed"
-            )
+            raise DamagedSample(key, shard, "latents have another checksum than the index: their bytes changed")
         try:
             tensors = safetensors.load(payload)
             return tensors["mean"], tensors["logvar"]
@@ -264,9 +254,7 @@ def _load_places(folder: Path, manifest: dict[str, Any]) -> _Places:
         path = folder / shard["file"]
         size = path.stat().st_size if path.is_file() else 0
         if size != shard["bytes"]:
-            raise ValueError(
-                f"data.latents: {path} has {size} bytes, not {shard['bytes']}. Encode the latents again."
-            )
+            raise ValueError(f"data.latents: {path} has {size} bytes, not {shard['bytes']}. Encode the latents again.")
         content = path.with_suffix(".index.json").read_bytes()
         if zlib.crc32(content) != shard["index_crc32"]:
             raise ValueError(f"data.latents: the index of {path} was changed. Encode the latents again.")

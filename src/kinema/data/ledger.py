@@ -55,9 +55,7 @@ class Ledger:
         """Enter one pack that the model has trained on."""
         if index is not self._index:
             self._index, self._entries = index, {entry.record.key: entry for entry in index.entries}
-        for key, shape, weight, epoch in zip(
-            pack.keys, pack.shapes, pack.weights.tolist(), pack.epochs, strict=True
-        ):
+        for key, shape, weight, epoch in zip(pack.keys, pack.shapes, pack.weights.tolist(), pack.epochs, strict=True):
             entry = self._entries[key]
             if weight > 0:
                 seconds, licenses = shape.frames / pack.fps, Counter({entry.record.license: 1})

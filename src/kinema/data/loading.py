@@ -119,9 +119,7 @@ class DataConfig:
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"data.max_failed_fraction={self.max_failed_fraction} must lie in 0 to 1.")
         if not self.shapes or any(len(shape) != 3 for shape in self.shapes):
-            raise ValueError(
-                f"data.shapes={self.shapes} must list [frames, height, width], e.g. [[17,64,64]]."
-            )
+            raise ValueError(f"data.shapes={self.shapes} must list [frames, height, width], e.g. [[17,64,64]].")
         if not self.allowed_licenses:
             raise ValueError('data.allowed_licenses=[] allows no clip. Type ["*"] to allow all.')
 
@@ -217,9 +215,7 @@ def plan_clips(
             reason = "no caption"
         elif shape is None:
             reason = "too short"
-        elif (
-            shape.frames > 1 and record.fps < 0.95 * fps
-        ):  # frames would be shown twice; 23.976 passes for 24
+        elif shape.frames > 1 and record.fps < 0.95 * fps:  # frames would be shown twice; 23.976 passes for 24
             reason = "frame rate below data.fps"
         if reason is None and max_clips is not None and len(clips) >= max_clips:
             reason = "beyond data.max_clips"
@@ -269,15 +265,9 @@ def make_loader(
     """
     if latents is not None:
         if crop is not Crop.center:
-            raise ValueError(
-                f"data.crop={crop.name} cannot be used with data.latents, which cache the centre crop."
-            )
-        latents.check_covers(
-            [(index.entries[clip.entry_index].record.key, clip.shape) for clip in plan.clips]
-        )
-    dataset = _Packs(
-        index, plan, fps=fps, decoder=decoder, window=window, crop=crop, seed=seed, latents=latents
-    )
+            raise ValueError(f"data.crop={crop.name} cannot be used with data.latents, which cache the centre crop.")
+        latents.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in plan.clips])
+    dataset = _Packs(index, plan, fps=fps, decoder=decoder, window=window, crop=crop, seed=seed, latents=latents)
     wanted = _StepsAndLanes(range(start_step, start_step + num_steps), list(lanes))
     return _read(dataset, wanted, num_workers, prefetch, timeout_seconds)
 
@@ -384,11 +374,7 @@ class _Packs(Dataset):
         assert self.latents is not None
         key = self.index.entries[slot.clip.entry_index].record.key
         starts = self.latents.starts(key, slot.clip.shape)
-        chosen = (
-            keyed_seed(self.seed, "window", slot.position) % len(starts)
-            if self.window is Window.random
-            else 0
-        )
+        chosen = keyed_seed(self.seed, "window", slot.position) % len(starts) if self.window is Window.random else 0
         return self.latents.read(key, slot.clip.shape, starts[chosen])
 
     def _blank(self, slot: Slot) -> Any:
@@ -409,9 +395,7 @@ def _read(
     try:
         readers.start(wanted, skip=0)
         for number in range(len(wanted.steps)):
-            yield [
-                readers.next(wanted, number * len(wanted.lanes) + lane) for lane in range(len(wanted.lanes))
-            ]
+            yield [readers.next(wanted, number * len(wanted.lanes) + lane) for lane in range(len(wanted.lanes))]
     finally:
         readers.stop()
 
@@ -454,9 +438,7 @@ class _Readers:
             try:
                 pack = _unflatten(*next(self.packs))
             except (RuntimeError, OSError, EOFError) as error:
-                if not isinstance(
-                    error, RuntimeError
-                ):  # a pack cannot be fetched from a worker that just died
+                if not isinstance(error, RuntimeError):  # a pack cannot be fetched from a worker that just died
                     time.sleep(0.2)
                 dead = self._dead()
                 hung = time.monotonic() >= deadline and not dead
@@ -498,14 +480,10 @@ class _Readers:
         for worker, (_, entry, since) in enumerate(self.dataset.progress.tolist()):
             if entry < 0:
                 continue
-            if (
-                worker in dead and dead[worker] != -signal.SIGTERM
-            ):  # that is the scheduler's doing, not the clip's
+            if worker in dead and dead[worker] != -signal.SIGTERM:  # that is the scheduler's doing, not the clip's
                 self.dataset.condemned[entry] = f"decoding it killed the process (exit code {dead[worker]})"
             elif hung and now - since > 0.5e9 * self.timeout_seconds:
-                self.dataset.condemned[entry] = (
-                    f"decoding it takes over data.timeout_seconds={self.timeout_seconds:g}"
-                )
+                self.dataset.condemned[entry] = f"decoding it takes over data.timeout_seconds={self.timeout_seconds:g}"
         if len(self.dataset.condemned) == before and self.restarts_in_a_row > 3:
             raise DataWorkerError(
                 f"Reading processes ended or hung {self.restarts_in_a_row} times without a clip at fault "
@@ -564,9 +542,7 @@ def resolve_folder(path: str, cache_folder: str | Path) -> Path:
     if not colon:
         return Path(path)
     if scheme not in REMOTE_SCHEMES:
-        raise ValueError(
-            f"data.path={path} must be a folder, or begin with one of {', '.join(REMOTE_SCHEMES)}."
-        )
+        raise ValueError(f"data.path={path} must be a folder, or begin with one of {', '.join(REMOTE_SCHEMES)}.")
     address = path.rstrip("/")
     content = _fetch(f"{address}/{MANIFEST}")
     name = f"{address.rsplit('/', 1)[-1]}-{hashlib.sha256(content).hexdigest()[:16]}"
@@ -577,9 +553,7 @@ def resolve_folder(path: str, cache_folder: str | Path) -> Path:
         files = [(shard["file"], shard["sha256"]) for shard in shards]
         files += [(_index_name(shard["file"]), shard["index_sha256"]) for shard in shards]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"data.path={path}: {MANIFEST} at that address is no manifest ({error!r})."
-        ) from error
+        raise ValueError(f"data.path={path}: {MANIFEST} at that address is no manifest ({error!r}).") from error
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine copies, the others find the files
         for file, digest in files:
@@ -590,17 +564,13 @@ def resolve_folder(path: str, cache_folder: str | Path) -> Path:
 
 def _copy(address: str, file: str, digest: str, folder: Path) -> None:
     if Path(file).name != file:
-        raise ValueError(
-            f"data.path={address}: its manifest names the file {file!r}, which is not a plain name."
-        )
+        raise ValueError(f"data.path={address}: its manifest names the file {file!r}, which is not a plain name.")
     target = folder / file
     if target.is_file():  # written aside and checked before it took its name
         return
     content = _fetch(f"{address}/{file}")
     if hashlib.sha256(content).hexdigest() != digest:
-        raise ValueError(
-            f"{address}/{file} arrived damaged: {len(content)} bytes of another sha256. Try again."
-        )
+        raise ValueError(f"{address}/{file} arrived damaged: {len(content)} bytes of another sha256. Try again.")
     write_aside(target, content)
 
 

@@ -36,8 +36,6 @@ def to_uint8(video: Tensor) -> Tensor:
             "For a batch convert its clips one by one."
         )
     if not torch.isfinite(video).all():
-        raise ValueError(
-            "video holds NaN or infinite values: they have no pixel value. Look where they come from."
-        )
+        raise ValueError("video holds NaN or infinite values: they have no pixel value. Look where they come from.")
     levels = (video.to(torch.float32).clamp(-1.0, 1.0) + 1.0) * 127.5
     return levels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()

@@ -88,9 +88,7 @@ class Plan:
         step.
         """
         if not clips or len(clips) != len(shard_of):
-            raise ValueError(
-                f"A plan needs clips, each with its shard; got {len(clips)} and {len(shard_of)}."
-            )
+            raise ValueError(f"A plan needs clips, each with its shard; got {len(clips)} and {len(shard_of)}.")
         if lanes < 1 or clips_per_step < lanes:
             raise ValueError(
                 f"data.clips_per_step={clips_per_step} must be at least data.lanes={lanes}, and that at "
@@ -204,9 +202,7 @@ class _Blocks:
 
     def permutation(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """The epoch's order of all clips."""
-        rank_of_shard = np.argsort(
-            _random_keys(self.num_shards, seed, "shards", epoch), kind="stable"
-        ).argsort()
+        rank_of_shard = np.argsort(_random_keys(self.num_shards, seed, "shards", epoch), kind="stable").argsort()
         block = rank_of_shard[self.shard_of] // self.block_shards
         keys = _random_keys(len(self.shard_of), seed, "clips", epoch)
         return np.lexsort((keys, block)).astype(np.int64)

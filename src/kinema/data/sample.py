@@ -79,14 +79,10 @@ def _check_names(key: str, present: set[str]) -> None:
     known = {f.name for f in fields(ClipRecord)}
     missing = sorted(known - {"attribution", "extra"} - present)
     if missing:
-        raise ValueError(
-            f"Clip key={key}: its json lacks {', '.join(missing)}. Write the shard with ShardWriter."
-        )
+        raise ValueError(f"Clip key={key}: its json lacks {', '.join(missing)}. Write the shard with ShardWriter.")
     unknown = sorted(present - known)
     if unknown:
-        raise ValueError(
-            f"Clip key={key}: its json has unknown fields {', '.join(unknown)}. Put them under 'extra'."
-        )
+        raise ValueError(f"Clip key={key}: its json has unknown fields {', '.join(unknown)}. Put them under 'extra'.")
 
 
 def _typed(key: str, record_field: Any, value: Any) -> Any:
@@ -105,9 +101,7 @@ def _typed(key: str, record_field: Any, value: Any) -> Any:
 def _check_values(record: ClipRecord, allow_missing_caption: bool) -> None:
     key = record.key
     if not key or any(mark in key for mark in "./\\ \n"):
-        raise ValueError(
-            f"Clip key={key!r} must be a name without dots, slashes and blanks, e.g. clip-000001."
-        )
+        raise ValueError(f"Clip key={key!r} must be a name without dots, slashes and blanks, e.g. clip-000001.")
     if not record.caption.strip() and not allow_missing_caption:
         raise ValueError(f"Clip key={key}: caption={record.caption!r} is empty. Write one, or drop the clip.")
     for name in ("fps", "num_frames", "width", "height", "duration_seconds"):

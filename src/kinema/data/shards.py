@@ -99,9 +99,7 @@ def read_member(folder: str | Path, entry: ClipEntry, ext: str) -> bytes:
     if len(payload) != member.size:
         raise DamagedSample(key, entry.shard, f".{ext} ends after {len(payload)} of {member.size} bytes")
     if zlib.crc32(payload) != member.crc32:
-        raise DamagedSample(
-            key, entry.shard, f".{ext} has another checksum than the index: its bytes changed"
-        )
+        raise DamagedSample(key, entry.shard, f".{ext} has another checksum than the index: its bytes changed")
     return payload
 
 
@@ -162,9 +160,7 @@ class ShardWriter:
             raise ValueError(f"Clip key={record.key} was written before: keys must be unique in a data set.")
         digest = hashlib.sha256(mp4).hexdigest()
         if record.sha256 != digest:
-            raise ValueError(
-                f"Clip key={record.key}: sha256={record.sha256} is not that of its mp4, {digest}."
-            )
+            raise ValueError(f"Clip key={record.key}: sha256={record.sha256} is not that of its mp4, {digest}.")
         if self._tar is None:
             self._open_shard()
         self._tar.write({"__key__": record.key, "mp4": mp4, "json": record.to_json().encode()})
@@ -286,14 +282,10 @@ def _check_shard_file(folder: Path, shard: dict[str, Any]) -> None:
 def _load_index(folder: Path, shard: dict[str, Any]) -> list[ClipEntry]:
     path = folder / _index_name(shard["file"])
     if not path.is_file():
-        raise ValueError(
-            f"{path}, the index of {shard['file']}, is missing. Copy it, or build the data set again."
-        )
+        raise ValueError(f"{path}, the index of {shard['file']}, is missing. Copy it, or build the data set again.")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
-        raise ValueError(
-            f"{path} is not the index that the manifest knows (sha256). Copy both, or build again."
-        )
+        raise ValueError(f"{path} is not the index that the manifest knows (sha256). Copy both, or build again.")
     return [
         ClipEntry(
             ClipRecord.from_dict(sample["record"], allow_missing_caption=True),
@@ -336,9 +328,7 @@ def _split_name(name: str) -> tuple[str, str]:
 
 def _read_samples(tar: Path) -> Iterator[dict[str, Any]]:
     """The tar's samples as WebDataset groups them, undecoded: its default decoders unpickle."""
-    os.environ.setdefault(
-        "WDS_SECURE", "1"
-    )  # read when the library is imported: no shell commands as addresses
+    os.environ.setdefault("WDS_SECURE", "1")  # read when the library is imported: no shell commands as addresses
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     with open(tar, "rb") as stream:
@@ -348,16 +338,12 @@ def _read_samples(tar: Path) -> Iterator[dict[str, Any]]:
 def _foreign_record(sample: dict[str, Any], tar: Path) -> ClipRecord:
     key = sample["__key__"]
     if "mp4" not in sample:
-        raise ValueError(
-            f"{tar}: sample {key} has no .mp4 member, only {sorted(k for k in sample if k[0] != '_')}."
-        )
+        raise ValueError(f"{tar}: sample {key} has no .mp4 member, only {sorted(k for k in sample if k[0] != '_')}.")
     stated = json.loads(sample["json"]) if "json" in sample else {}
     caption = stated.get("caption", stated.get("text"))
     if caption is None:
         caption = sample.get("txt", b"").decode("utf-8").strip()
-    known = {
-        name: stated[name] for name in ClipRecord.__dataclass_fields__ if name in stated and name != "extra"
-    }
+    known = {name: stated[name] for name in ClipRecord.__dataclass_fields__ if name in stated and name != "extra"}
     facts = {
         **_probe(sample["mp4"], key, tar),
         "source": tar.name,

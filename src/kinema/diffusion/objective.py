@@ -88,9 +88,7 @@ class Objective:
                 f"{self.loss_weighting.value}. Type loss_weighting=min_snr or min_snr_gamma=null."
             )
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise ValueError(
-                f"objective.min_snr_gamma={self.min_snr_gamma} must be above 0, for example 5.0."
-            )
+            raise ValueError(f"objective.min_snr_gamma={self.min_snr_gamma} must be above 0, for example 5.0.")
 
     # What a kind of objective says for itself
 
@@ -107,9 +105,7 @@ class Objective:
         """Probabilities u (n,) in (0, 1] -> the quantiles of the training timesteps, float64."""
         return shift_timesteps(self.quantile(u), shift)
 
-    def sampling_timesteps(
-        self, num_steps: int, shift: float | None = None, num_tokens: int | None = None
-    ) -> Tensor:
+    def sampling_timesteps(self, num_steps: int, shift: float | None = None, num_tokens: int | None = None) -> Tensor:
         """The timesteps that a sampler visits for one clip: (num_steps + 1,) float64, exactly 1 to exactly 0.
 
         The shift is the one of training unless `shift` says otherwise.
@@ -132,9 +128,7 @@ class Objective:
         std = 1.0 if self.timestep_std is None else self.timestep_std
         return logit_normal_quantile(u.double(), mean, std)
 
-    def sample_timesteps(
-        self, n: int, generator: Generator, num_tokens: Sequence[int] | None = None
-    ) -> Tensor:
+    def sample_timesteps(self, n: int, generator: Generator, num_tokens: Sequence[int] | None = None) -> Tensor:
         """n clips of `num_tokens` each -> their timesteps (n,) float32 in (0, 1], on the generator's device.
 
         `num_tokens` is needed only where the shift depends on the size of the clip.
@@ -193,7 +187,7 @@ class Objective:
 
     # The loss
 
-    def loss(  # noqa: PLR0917  a formula may have many arguments
+    def loss(
         self,
         model: Model,
         latents: Clips,
@@ -270,9 +264,7 @@ class RectifiedFlow(Objective):
                 "or choose the DDPM objective."
             )
         if self.timestep_shift <= 0:
-            raise ValueError(
-                f"objective.timestep_shift={self.timestep_shift} must be above 0; 1 is no shift."
-            )
+            raise ValueError(f"objective.timestep_shift={self.timestep_shift} must be above 0; 1 is no shift.")
         if self.shift_base_tokens is not None and self.shift_base_tokens < 1:
             raise ValueError(
                 f"objective.shift_base_tokens={self.shift_base_tokens} must be a number of tokens, or null "
@@ -372,9 +364,7 @@ class DDPM(Objective):
         rows = (super().training_timesteps(u, shift) * self.num_train_timesteps).ceil()
         return rows.clamp(min=1) / self.num_train_timesteps
 
-    def sampling_timesteps(
-        self, num_steps: int, shift: float | None = None, num_tokens: int | None = None
-    ) -> Tensor:
+    def sampling_timesteps(self, num_steps: int, shift: float | None = None, num_tokens: int | None = None) -> Tensor:
         """(num_steps + 1,) float64 from 1 to 0, on rows of the table ("trailing", Lin et al. 2023, 3.3)."""
         if num_steps > self.num_train_timesteps:
             raise ValueError(

@@ -53,9 +53,7 @@ def solve(
     The timesteps are `objective.sampling_timesteps(num_steps, shift, num_tokens)` of each clip; the state is
     never kept in half precision, whatever the network computes in.
     """
-    grids = [
-        objective.sampling_timesteps(num_steps, shift, tokens) for tokens in per_clip(num_tokens, len(noise))
-    ]
+    grids = [objective.sampling_timesteps(num_steps, shift, tokens) for tokens in per_clip(num_tokens, len(noise))]
     times = torch.stack(grids, dim=1)  # (num_steps + 1, B), float64, on the CPU: its entries are only scalars
     state = [e if e.dtype is torch.float64 else e.float() for e in noise]
 

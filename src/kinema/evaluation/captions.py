@@ -10,16 +10,14 @@ from kinema.data.contact_sheet import contact_sheet
 from kinema.diffusion.solvers import Solver
 from kinema.evaluation.toy_check import check_clip, heldout_prompts, pass_rates
 from kinema.sampling.pipeline import SamplingConfig
-from kinema.sampling.sample import load_pipeline
+from kinema.sampling.sample import advance, load_pipeline
 from kinema.training.run_folder import Weights, checkpoint_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     parser.add_argument("run", help="run folder of a DiT trained on data_prep/toy.py clips")
-    parser.add_argument(
-        "--prompts", type=int, default=64, help="held-out captions to sample (default %(default)s)"
-    )
+    parser.add_argument("--prompts", type=int, default=64, help="held-out captions to sample (default %(default)s)")
     parser.add_argument("--weights", choices=[w.value for w in Weights], default="ema")
     parser.add_argument("--solver", choices=[s.value for s in Solver], default="heun")
     parser.add_argument("--steps", type=int, default=20, help="solver steps (default %(default)s)")
@@ -27,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32, help="clips denoised together (default %(default)s)")
     parser.add_argument("--at-least", type=float, default=0.8, help="share that passes (default %(default)s)")
-    parser.add_argument(
-        "--sheet", type=int, default=24, help="clips on the contact sheet (default %(default)s)"
-    )
+    parser.add_argument("--sheet", type=int, default=24, help="clips on the contact sheet (default %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,9 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     pipeline, shape = loaded.pipeline, loaded.pipeline.shapes[0]
     prompts = [prompt.prompt for prompt in heldout_prompts(arguments.prompts)]
     rows, verdicts = [], []
-    bar = tqdm(
-        total=len(prompts) * arguments.steps, desc="held-out captions", unit="step", dynamic_ncols=True
-    )
+    bar = tqdm(total=len(prompts) * arguments.steps, desc="held-out captions", unit="step", dynamic_ncols=True)
     for start in range(0, len(prompts), arguments.batch):
         batch = prompts[start : start + arguments.batch]
         config = SamplingConfig(
@@ -48,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         pipeline.check(config, shape)
         for frames, prompt in zip(
-            pipeline.videos(batch, shape, config, lambda done, total, n=len(batch): bar.update(n)),  # type: ignore[misc]
+            pipeline.videos(batch, shape, config, advance(bar, len(batch))),
             batch,
             strict=True,
         ):

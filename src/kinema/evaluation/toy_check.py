@@ -86,16 +86,12 @@ def heldout_prompts(n: int = 64) -> list[HeldoutPrompt]:
         for size, (speed, bounces) in product(SIZES, [("slowly", False), ("slowly", True), ("quickly", True)])
     ]
     if not 1 <= n <= len(combos) * len(variants):
-        raise ValueError(
-            f"n={n} must be from 1 to {len(combos) * len(variants)}, the number of different prompts."
-        )
+        raise ValueError(f"n={n} must be from 1 to {len(combos) * len(variants)}, the number of different prompts.")
     prompts = []
     for i in range(n):
         round_, place = divmod(i, len(combos))
         colour, shape, direction = combos[place]
-        size, speed, bounces = variants[
-            (round_ + place) % len(variants)
-        ]  # shifted: words stay balanced for any n
+        size, speed, bounces = variants[(round_ + place) % len(variants)]  # shifted: words stay balanced for any n
         phrase = Attributes(size, colour, shape, speed, direction, bounces).phrase
         prompts.append(HeldoutPrompt(phrase, colour, shape, direction))
     return prompts
@@ -195,9 +191,7 @@ def look(frames: NDArray[np.uint8]) -> Finding:
     first clear displacement of its centroid. Raises ValueError for another layout or fewer than 4 frames.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) < 4:
-        raise ValueError(
-            f"frames of type {frames.dtype} and shape {frames.shape} must be uint8 (T >= 4, H, W, 3)."
-        )
+        raise ValueError(f"frames of type {frames.dtype} and shape {frames.shape} must be uint8 (T >= 4, H, W, 3).")
     pictures = frames.astype(np.float32)
     background = _plain_background(pictures)
     if background is None:
@@ -210,9 +204,7 @@ def look(frames: NDArray[np.uint8]) -> Finding:
         return Finding(reason=f"one clear object in only {len(good)} of {len(frames)} frames")
 
     cores = [_core(pictures[t], contrast[t], mask) for t, mask in good.items()]
-    colour, purity = _majority(
-        [name for t, mask in good.items() for name in name_colours(pictures[t][_erode(mask)])]
-    )
+    colour, purity = _majority([name for t, mask in good.items() for name in name_colours(pictures[t][_erode(mask)])])
     if purity < 0.7:
         colour = NONE
     measures = [
@@ -294,9 +286,7 @@ def _of_steady_size(objects: list[NDArray[np.bool_] | None]) -> list[NDArray[np.
     return [m if m is not None and 0.6 * usual <= m.sum() <= 1.6 * usual else None for m in objects]
 
 
-def _core(
-    picture: NDArray[np.float32], contrast: NDArray[np.float32], mask: NDArray[np.bool_]
-) -> NDArray[np.float32]:
+def _core(picture: NDArray[np.float32], contrast: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Colours (n, 3) of the half of the object that contrasts most, away from its blurred rim."""
     return picture[mask & (contrast >= np.median(contrast[mask]))]
 

@@ -26,10 +26,7 @@ def rope_3d(
     angle can be off by 3e-5. Positions need not be whole.
     """
     check_rope_axes(axes, head_dim)
-    angles = [
-        positions[:, axis, None] * _frequencies(size, theta, positions.device)
-        for axis, size in enumerate(axes)
-    ]
+    angles = [positions[:, axis, None] * _frequencies(size, theta, positions.device) for axis, size in enumerate(axes)]
     whole = torch.cat(angles, dim=1)
     return whole.cos().to(dtype), whole.sin().to(dtype)
 

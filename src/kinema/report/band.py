@@ -105,9 +105,7 @@ def judge(curve: Series, band: Record, name: str | None = None) -> Judgement:
     both sides, as the band's did.
     """
     limits = band if name is None else band["by_noise"][name]
-    at, low, high = (
-        np.asarray(values, dtype=np.float64) for values in (band["steps"], limits["low"], limits["high"])
-    )
+    at, low, high = (np.asarray(values, dtype=np.float64) for values in (band["steps"], limits["low"], limits["high"]))
     if not len(curve[0]):
         return Judgement(0, 0, 0, None)
     last = curve[0][-1]
@@ -116,9 +114,7 @@ def judge(curve: Series, band: Record, name: str | None = None) -> Judgement:
     known = reach & np.isfinite(smooth) & np.isfinite(low) & np.isfinite(high)
     above, below = known & (smooth > high), known & (smooth < low)
     outside = at[above | below]
-    return Judgement(
-        int(known.sum()), int(above.sum()), int(below.sum()), int(outside[0]) if len(outside) else None
-    )
+    return Judgement(int(known.sum()), int(above.sum()), int(below.sum()), int(outside[0]) if len(outside) else None)
 
 
 def load_band(name: str) -> Record | None:
@@ -134,9 +130,7 @@ def load_band(name: str) -> Record | None:
     band = json.loads(path.read_text(encoding="utf-8"))
     missing = {"steps", "mid", "low", "high", "window", "by_noise"} - set(band)
     if missing:
-        raise ValueError(
-            f"band={name} lacks {sorted(missing)}; write it with `kinema report RUN --make-band NAME`."
-        )
+        raise ValueError(f"band={name} lacks {sorted(missing)}; write it with `kinema report RUN --make-band NAME`.")
     return dict(band)
 
 

@@ -81,11 +81,7 @@ def key_facts(run: RunRecord) -> list[tuple[str, str]]:
         facts.append(("parameters", number(parameters)))
     elif isinstance(parameters, dict):
         facts += [(f"parameters, {name}", number(value)) for name, value in parameters.items()]
-    facts += [
-        (key.replace("_", " "), str(run.info[key]))
-        for key in ("config_hash", "data_hash")
-        if run.info.get(key)
-    ]
+    facts += [(key.replace("_", " "), str(run.info[key])) for key in ("config_hash", "data_hash") if run.info.get(key)]
     return facts
 
 
@@ -118,9 +114,7 @@ def losses(run: RunRecord, band: Record | None) -> dict[str, Any]:
     resumes = [record["step"] for record in run.events if record.get("event") == "resume"]
     names = keys_of(run.train, "loss_by_noise")
     by_noise = {name: series(run.train, "loss_by_noise", name) for name in names}
-    terms = [
-        Line(name, series(run.train, "terms", name), i) for i, name in enumerate(keys_of(run.train, "terms"))
-    ]
+    terms = [Line(name, series(run.train, "terms", name), i) for i, name in enumerate(keys_of(run.train, "terms"))]
     terms = [line for line in terms if len(line.curve[0])]
     grad_norm, lr = series(run.train, "grad_norm"), series(run.train, "lr")
     return {
@@ -150,9 +144,7 @@ def _by_weights(records: list[Record], *keys: str) -> list[Line]:
     lines = []
     for index, kind in enumerate(kinds):
         curve = series([record for record in records if record.get("weights") == kind], *keys)
-        lines.append(
-            Line(f"validation, {kind}" if kind else "validation", curve, (1, 3)[index % 2], points=True)
-        )
+        lines.append(Line(f"validation, {kind}" if kind else "validation", curve, (1, 3)[index % 2], points=True))
     return lines
 
 
@@ -166,11 +158,7 @@ def _validation_by_noise(run: RunRecord) -> str | None:
     ]
     lines = [line for line in lines if len(line.curve[0])]
     title = f"{kind} weights" if kind else ""
-    return (
-        plots.lines_plot("validation-noise", lines, title, _log(*(line.curve for line in lines)))
-        if lines
-        else None
-    )
+    return plots.lines_plot("validation-noise", lines, title, _log(*(line.curve for line in lines))) if lines else None
 
 
 def _psnr_over_steps(run: RunRecord) -> str | None:
@@ -212,9 +200,7 @@ def speed(run: RunRecord) -> dict[str, Any] | None:
     rates = {unit: _rates(records, unit) for unit in ("clips", "tokens")}
     return {
         "phases": plots.phases_plot(phases, colours) if len(records) > 1 else None,
-        "shares": [
-            (name, totals[name], totals[name] / total if total else 0, colours[name] + 1) for name in totals
-        ],
+        "shares": [(name, totals[name], totals[name] / total if total else 0, colours[name] + 1) for name in totals],
         "total_seconds": total,
         "step_seconds": step_seconds,
         "slowest": max(zip(seconds, (record["step"] for record in records), strict=True)),
@@ -326,9 +312,7 @@ def ledger_tables(ledger: Record | None) -> list[dict[str, Any]]:
             body = [(name, [value]) for name, value in rows.items()]
             tables.append({"title": title, "columns": [""], "rows": body})
     if facts:
-        tables.insert(
-            0, {"title": "totals", "columns": [""], "rows": [(name, [value]) for name, value in facts]}
-        )
+        tables.insert(0, {"title": "totals", "columns": [""], "rows": [(name, [value]) for name, value in facts]})
     return tables
 
 

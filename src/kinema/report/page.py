@@ -40,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `kinema report`."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, for example runs/demo")
     parser.add_argument("--out", type=Path, help="where to write the page (default: RUN/report.html)")
-    parser.add_argument(
-        "--band", help="reference band by name or path (default: the one named as the experiment)"
-    )
+    parser.add_argument("--band", help="reference band by name or path (default: the one named as the experiment)")
     parser.add_argument(
         "--make-band",
         metavar="NAME",
@@ -59,9 +57,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"READY: band of {band['runs']} run(s), steps {band['steps'][0]} to {band['steps'][-1]}")
         return 0
     if args.out and len(args.runs) > 1:
-        raise ValueError(
-            f"out={args.out} holds one page, but {len(args.runs)} runs were given; leave out --out."
-        )
+        raise ValueError(f"out={args.out} holds one page, but {len(args.runs)} runs were given; leave out --out.")
     for folder in args.runs:
         page, checks = _build(folder, args.out, args.band)
         print(f"wrote {page}")
@@ -75,9 +71,7 @@ def _build(folder: Path, out: Path | None, band_name: str | None) -> tuple[Path,
     band = load_band(name)
     title = Path(name).stem
     if band_name and band is None:
-        raise ValueError(
-            f"band={band_name} does not ship; choose among {shipped_bands()} or give a .json path."
-        )
+        raise ValueError(f"band={band_name} does not ship; choose among {shipped_bands()} or give a .json path.")
     shelf = MediaShelf(folder)
     judgements = _judgements(run, band)
     checks = [_finished(run), _band_check(judgements, title), _failures(run)]
@@ -133,9 +127,7 @@ def _finished(run: RunRecord) -> Check:
     losses = [record.get("loss") for record in run.train]
     spoilt = sum(loss is None or not np.isfinite(loss) for loss in losses)
     if spoilt:
-        return Check(
-            "Run", "bad", f"step {last:,} of {planned:,}; the loss is not a number at {spoilt} step(s)"
-        )
+        return Check("Run", "bad", f"step {last:,} of {planned:,}; the loss is not a number at {spoilt} step(s)")
     if last >= planned:
         return Check("Run", "good", f"finished, {last:,} of {planned:,} steps")
     ends = [record for record in run.events if record.get("event") == "end" and record["step"] == last]
@@ -169,9 +161,7 @@ def _failures(run: RunRecord) -> Check:
     if run.quarantine is None:
         return Check("Failed clips", "plain", "not recorded")
     failed = len(run.quarantine)
-    return Check(
-        "Failed clips", "warn" if failed else "good", f"{failed:,} in quarantine" if failed else "none"
-    )
+    return Check("Failed clips", "warn" if failed else "good", f"{failed:,} in quarantine" if failed else "none")
 
 
 def _highlight(text: str) -> Markup:

@@ -20,8 +20,7 @@ from kinema.report.run_folder import Record, Series
 
 # Matplotlib knows no CSS variables: a colour that nobody would choose stands for each until the SVG is text.
 SENTINELS = {
-    name: f"#fe01{index:02x}"
-    for index, name in enumerate(("ink", "soft", "grid", "s1", "s2", "s3", "s4", "s5", "s6"))
+    name: f"#fe01{index:02x}" for index, name in enumerate(("ink", "soft", "grid", "s1", "s2", "s3", "s4", "s5", "s6"))
 }
 INK, SOFT, GRID = (SENTINELS[name] for name in ("ink", "soft", "grid"))
 COLOURS = [SENTINELS[f"s{i}"] for i in range(1, 7)]
@@ -76,9 +75,7 @@ class Line:
     """Drawn with a mark at each value: few measurements rather than a stream."""
 
 
-def loss_plot(
-    train: Series, band: Record | None, validation: Sequence[Line], resumes: Sequence[int], log: bool
-) -> str:
+def loss_plot(train: Series, band: Record | None, validation: Sequence[Line], resumes: Sequence[int], log: bool) -> str:
     """Raw and smoothed training loss over the band, with the validation losses and a mark at each resume."""
     with _figure("loss", WIDE) as (figure, out):
         axes = figure.subplots()
@@ -94,9 +91,7 @@ def loss_plot(
                 label=line.label,
             )
         for index, step in enumerate(resumes):
-            axes.axvline(
-                step, color=SOFT, linewidth=1, linestyle=(0, (3, 3)), label=None if index else "resumed"
-            )
+            axes.axvline(step, color=SOFT, linewidth=1, linestyle=(0, (3, 3)), label=None if index else "resumed")
         _limit(axes, [train, *(line.curve for line in validation)], log)
         _finish(axes, "step")
         _legend(axes)
@@ -117,9 +112,7 @@ def noise_plot(curves: dict[str, Series], band: Record | None, log: bool) -> str
     return out[0]
 
 
-def lines_plot(
-    name: str, lines: Sequence[Line], unit: str = "", log: bool = False, zero: bool = False
-) -> str:
+def lines_plot(name: str, lines: Sequence[Line], unit: str = "", log: bool = False, zero: bool = False) -> str:
     """Curves over the step in half width; `unit` is written above the axis."""
     with _figure(name, HALF) as (figure, out):
         axes = figure.subplots()
@@ -162,9 +155,7 @@ def phases_plot(phases: dict[str, Series], colours: dict[str, int]) -> str:
         low = np.zeros(means.shape[1] + 1)
         for row, name in enumerate(phases):
             high = low + np.append(means[row], means[row, -1])
-            axes.fill_between(
-                at_edges, low, high, step="post", color=COLOURS[colours[name]], linewidth=0, alpha=0.9
-            )
+            axes.fill_between(at_edges, low, high, step="post", color=COLOURS[colours[name]], linewidth=0, alpha=0.9)
             low = high
         axes.set_ylim(0, 1.15 * float(np.quantile(means.sum(0), 0.97)) or 1)
         _finish(axes, "step")
@@ -182,9 +173,7 @@ def timesteps_plot(edges: Sequence[float], counts: Sequence[float], sampler: Seq
         top = float(density.max()) or 1.0
         axes.set_ylim(-0.11 * top, 1.08 * top)
         if len(sampler):
-            axes.plot(
-                sampler, np.full(len(sampler), -0.055 * top), "|", color=COLOURS[1], markersize=9, mew=1.4
-            )
+            axes.plot(sampler, np.full(len(sampler), -0.055 * top), "|", color=COLOURS[1], markersize=9, mew=1.4)
         axes.set_xlim(0, 1)
         _finish(axes, "timestep: 0 data, 1 noise", integer=False)
         axes.yaxis.set_major_locator(MaxNLocator(4, prune="lower"))
@@ -196,9 +185,7 @@ def psnr_plot(clips: Sequence[Sequence[float]]) -> str:
     with _figure("psnr", HALF) as (figure, out):
         axes = figure.subplots()
         for index, clip in enumerate(clips):
-            axes.plot(
-                range(len(clip)), clip, color=COLOURS[index % 6], linewidth=1.6, marker="o", markersize=3
-            )
+            axes.plot(range(len(clip)), clip, color=COLOURS[index % 6], linewidth=1.6, marker="o", markersize=3)
         _finish(axes, "frame")
         axes.set_title("dB", color=SOFT)
     return out[0]
@@ -313,6 +300,4 @@ def _finish(axes: Axes, label: str, ticks: int = 8, integer: bool = True) -> Non
 def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(
-            handles, labels, loc="lower right", bbox_to_anchor=(1, 1.01), ncols=len(labels), columnspacing=1.4
-        )
+        axes.legend(handles, labels, loc="lower right", bbox_to_anchor=(1, 1.01), ncols=len(labels), columnspacing=1.4)

@@ -113,9 +113,7 @@ def read_lines(path: Path, notes: list[str]) -> list[Record]:
         else:
             bad.append(number)
     if bad == [len(lines)]:
-        notes.append(
-            f"The last line of {path.name} (line {bad[0]}) is cut off: the run was killed while writing it."
-        )
+        notes.append(f"The last line of {path.name} (line {bad[0]}) is cut off: the run was killed while writing it.")
     elif bad:
         where = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         notes.append(f"{len(bad)} line(s) of {path.name} cannot be read and are left out (line {where}).")
@@ -159,9 +157,7 @@ def _sort_metrics(run: RunRecord, records: list[Record]) -> None:
         else:
             kind.append(record)
     if unknown:
-        run.notes.append(
-            f"{unknown} line(s) of metrics.jsonl have no known kind or no step and are left out."
-        )
+        run.notes.append(f"{unknown} line(s) of metrics.jsonl have no known kind or no step and are left out.")
 
     repeated = len(run.train) - len({record["step"] for record in run.train})
     if repeated:

@@ -83,9 +83,7 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
     """Build the models that the manifest describes and give them the checkpoint's weights, verified by fingerprint."""
     manifest = checkpoint.document("manifest")
     if manifest["task"] != "dit":
-        raise ValueError(
-            f"run: {checkpoint.folder} holds a {manifest['task']}; sampling needs a task=dit run."
-        )
+        raise ValueError(f"run: {checkpoint.folder} holds a {manifest['task']}; sampling needs a task=dit run.")
     vae_checkpoint = CheckpointStore(checkpoint.folder.parent.parent / "vae").newest()
     if vae_checkpoint is None:
         raise ValueError(f"{checkpoint.folder.parent.parent}/vae is missing: the run folder is not complete.")
@@ -101,9 +99,7 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
     denoiser = DiT(model_config, vae.config.latent_channels, text_encoder.width)
     found = load_weights(denoiser, checkpoint, weights)
     if found != manifest["fingerprints"][weights.value]:
-        raise ValueError(
-            f"{checkpoint.folder}: the {weights.value} weights are not those that its manifest names."
-        )
+        raise ValueError(f"{checkpoint.folder}: the {weights.value} weights are not those that its manifest names.")
     pipeline = Pipeline(
         denoiser=denoiser.eval().to(device),
         vae=vae.to(device),
@@ -146,12 +142,10 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     for start in range(0, len(captions), config.batch_size):
         batch = captions[start : start + config.batch_size]
         options = _from_seed(config, config.seed + start)
-        videos = pipeline.videos(batch, shape, options, lambda done, total, n=len(batch): bar.update(n))  # type: ignore[misc]
+        videos = pipeline.videos(batch, shape, options, advance(bar, len(batch)))
         for offset, (caption, frames) in enumerate(zip(batch, videos, strict=True)):
             path = out / f"{start + offset:03d}.mp4"
-            write_video(
-                path, frames, pipeline.fps, metadata=metadata(loaded, config, caption, start + offset)
-            )
+            write_video(path, frames, pipeline.fps, metadata=metadata(loaded, config, caption, start + offset))
             rows.append((frames.numpy(), caption))
             paths.append(path)
     bar.close()
@@ -181,6 +175,15 @@ def metadata(loaded: Loaded, config: SamplingConfig, caption: str, index: int) -
             }
         ),
     }
+
+
+def advance(bar: "tqdm[Any]", clips: int) -> Callable[[int, int], None]:
+    """A solver's progress on a bar that counts one step of one clip at a time."""
+
+    def step(done: int, total: int) -> None:
+        bar.update(clips)
+
+    return step
 
 
 def stamp_png(path: Path, fields: dict[str, str]) -> None:

@@ -179,9 +179,7 @@ def crc32(path: Path) -> int:
 
 def tensor_writer(tensors: dict[str, Tensor]) -> Writer:
     """Writes tensors as safetensors."""
-    return lambda path: safetensors.torch.save_file(
-        {k: v.contiguous().cpu() for k, v in tensors.items()}, path
-    )
+    return lambda path: safetensors.torch.save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path)
 
 
 def json_writer(document: dict[str, Any]) -> Writer:

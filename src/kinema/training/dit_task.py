@@ -75,25 +75,18 @@ class DiTTask:
         self.device = device
         self.dropout_count = DropoutCount()
 
-    def micro_step(
-        self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock
-    ) -> dict[str, float]:
+    def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
         """One pack's share of the step: forward, backward, and the engine's step. Returns sums, to be reduced."""
         with clock.phase("encode"):
             generators = [self.generator("noise", pack.step, pack.lane, i) for i in range(len(pack.keys))]
             latents = self.encode(pack, generators)
             text = [embedding.to(self.device) for embedding in self.text_encoder.encode(pack.captions)]
             seeds = [keyed_seed(self.seed, "dropout", pack.step, pack.lane, i) for i in range(len(text))]
-            text, dropped = drop_text(
-                text, self.text_encoder.null().to(self.device), self.guidance_dropout, seeds
-            )
+            text, dropped = drop_text(text, self.text_encoder.null().to(self.device), self.guidance_dropout, seeds)
             self.dropout_count.add(dropped)
             tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]
             timesteps = torch.cat(
-                [
-                    self.objective.sample_timesteps(1, g, [count])
-                    for g, count in zip(generators, tokens, strict=True)
-                ]
+                [self.objective.sample_timesteps(1, g, [count]) for g, count in zip(generators, tokens, strict=True)]
             ).to(self.device)
             noise = [
                 torch.randn(clip.shape, generator=generator).to(self.device)
@@ -136,12 +129,9 @@ class DiTTask:
             generators = [self.generator("validation", position) for position in pack.positions]
             latents = self.encode(pack, generators)
             noise = [
-                torch.randn(x.shape, generator=g).to(self.device)
-                for x, g in zip(latents, generators, strict=True)
+                torch.randn(x.shape, generator=g).to(self.device) for x, g in zip(latents, generators, strict=True)
             ]
-            spread = torch.tensor(
-                [(position * 0.6180339887) % 1 for position in pack.positions]
-            )  # golden ratio
+            spread = torch.tensor([(position * 0.6180339887) % 1 for position in pack.positions])  # golden ratio
             timesteps = (0.02 + 0.96 * spread).to(self.device)
             text = [embedding.to(self.device) for embedding in self.text_encoder.encode(pack.captions)]
             tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]

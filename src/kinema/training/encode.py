@@ -19,12 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     parser.add_argument("data", help="folder of shards, for example data/toy")
     parser.add_argument("--vae", required=True, help="run folder of the trained VAE")
-    parser.add_argument(
-        "--weights", choices=[w.value for w in Weights], default="ema", help="which weights of it"
-    )
-    parser.add_argument(
-        "--out", required=True, help="folder to write, a new one; data.latents names it in training"
-    )
+    parser.add_argument("--weights", choices=[w.value for w in Weights], default="ema", help="which weights of it")
+    parser.add_argument("--out", required=True, help="folder to write, a new one; data.latents names it in training")
     parser.add_argument(
         "--shape", action="append", required=True, metavar="FxHxW", help="clip shape; repeat for several"
     )

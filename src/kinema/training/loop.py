@@ -52,9 +52,7 @@ class Task(Protocol):
         """Engines by name; the first, `model`, is the one that is averaged and sampled."""
         ...
 
-    def micro_step(
-        self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock
-    ) -> dict[str, float]:
+    def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
         """Forward, backward and `engine.step` of one pack; values to be summed over packs and ranks."""
         ...
 
@@ -208,18 +206,14 @@ class Trainer:
         sums["stop_signals"] = float(self._stop_signal is not None)
         totals = dict(zip(sums, all_sum(list(sums.values())), strict=True))
         if not math.isfinite(totals["loss"]):
-            keys = [
-                key for everyone in gather_objects([k for p in packs for k in p.keys]) for key in everyone
-            ]
+            keys = [key for everyone in gather_objects([k for p in packs for k in p.keys]) for key in everyone]
             raise NonFiniteLoss(
                 f"the loss of step {self.step} is {totals['loss']}. Clips: {keys}. The last checkpoint is intact."
             )
         self.step += 1
         if totals.pop("failures"):
             self._quarantine([failure for pack in packs for failure in pack.failures])
-        self._stop = (
-            next(filter(None, gather_objects(self._stop_signal))) if totals.pop("stop_signals") else None
-        )
+        self._stop = next(filter(None, gather_objects(self._stop_signal))) if totals.pop("stop_signals") else None
         totals["lr"] = learning_rate
         totals["grad_norm"] = self._model_engine().grad_norm()
         return totals
@@ -295,9 +289,7 @@ class Trainer:
         extra: dict[str, Tensor] = {}
         for name, engine in engines.items():
             for moment in MOMENTS:
-                optimizer.update(
-                    {f"{name}/{moment}/{k}": v for k, v in engine.gather(engine.moments(moment))}
-                )
+                optimizer.update({f"{name}/{moment}/{k}": v for k, v in engine.gather(engine.moments(moment))})
             if name != "model":
                 extra.update({f"{name}/{k}": v for k, v in engine.gather()})
         training = {
@@ -338,9 +330,7 @@ class Trainer:
             return
         self._failed_saves += 1
         limit = self.checkpoint.max_failed_saves
-        self.outputs.event(
-            self.step, "checkpoint failed", f"{problem} ({self._failed_saves} of {limit} in a row)"
-        )
+        self.outputs.event(self.step, "checkpoint failed", f"{problem} ({self._failed_saves} of {limit} in a row)")
         if self._failed_saves >= limit or self.step == self.steps or self._stop_signal:
             raise CheckpointError(
                 f"the checkpoint of step {self.step} could not be written: {problem}. Earlier ones are intact: "
@@ -358,9 +348,7 @@ class Trainer:
         training, tensors = found.document("training"), found.tensors("optimizer")
         self.step = self._saved_step = training["step"]
         if self.step > self.steps:
-            raise ValueError(
-                f"steps={self.steps} lies before the newest checkpoint, step {self.step}, of this run."
-            )
+            raise ValueError(f"steps={self.steps} lies before the newest checkpoint, step {self.step}, of this run.")
         if training["plan"] != self.plan.state(self.step):
             raise ValueError(
                 f"the data or its plan has changed since the checkpoint: {training['plan']} was saved, "
@@ -377,9 +365,7 @@ class Trainer:
         if self.process.is_main:
             self.ledger = Ledger.from_dict(training["ledger"])
             self.outputs.metrics.truncate_after(self.step)
-        self.outputs.event(
-            self.step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)"
-        )
+        self.outputs.event(self.step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)")
 
     def _finish(self, how: str) -> None:
         self.outputs.event(self.step, "end", how)
@@ -411,11 +397,7 @@ class Window:
         record: dict[str, Any] = {"steps": steps}
         if "noise_sum_0" in totals:
             record["loss_by_noise"] = noise_table(totals)
-        terms = {
-            key.removeprefix("term_"): totals.pop(key) / steps
-            for key in list(totals)
-            if key.startswith("term_")
-        }
+        terms = {key.removeprefix("term_"): totals.pop(key) / steps for key in list(totals) if key.startswith("term_")}
         if terms:
             record["terms"] = terms
         return {**record, **{key: value / steps for key, value in totals.items()}}

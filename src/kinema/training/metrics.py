@@ -114,9 +114,7 @@ class WandbTracker:
                 dir=str(run_dir),
                 config=resolved,
                 mode=mode,
-                settings=wandb.Settings(
-                    init_timeout=30, console="off", x_disable_meta=True, x_disable_stats=True
-                ),
+                settings=wandb.Settings(init_timeout=30, console="off", x_disable_meta=True, x_disable_stats=True),
             )
             while (record := self._records.get()) is not None:
                 run.log(_scalars(record), step=record["step"])

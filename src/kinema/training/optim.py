@@ -25,9 +25,7 @@ class AdamW:
         if self.learning_rate <= 0:
             raise ValueError(f"optim.learning_rate={self.learning_rate} must be positive.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(
-                f"optim.betas={self.betas} must be two numbers in [0, 1), for example [0.9, 0.99]."
-            )
+            raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1), for example [0.9, 0.99].")
         if self.gradient_clipping <= 0:
             raise ValueError(f"optim.gradient_clipping={self.gradient_clipping} must be positive.")
 

@@ -123,9 +123,7 @@ class OverfitCheck:
         """Passed, and the verdict in words: PSNR of samples beside that of the VAE's own reconstruction."""
         self.pipeline.denoiser.load_state_dict(weights)
         frames, height, width, _ = self.clip.shape
-        videos = self.pipeline.videos(
-            [self.caption] * self.samples, ClipShape(frames, height, width), self.config
-        )
+        videos = self.pipeline.videos([self.caption] * self.samples, ClipShape(frames, height, width), self.config)
         device = next(self.pipeline.vae.parameters()).device
         latents = self.pipeline.vae.encode(to_model_range(self.clip.to(device))[None]).mean
         restored = to_uint8(self.pipeline.vae.decode(latents)[0]).cpu()

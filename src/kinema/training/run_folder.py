@@ -71,9 +71,7 @@ def checkpoint_of(path: str, key: str) -> Checkpoint:
         return CheckpointStore(folder.parent.parent).open(int(folder.name.removeprefix("step-")))
     found = CheckpointStore(folder).newest()
     if found is None:
-        raise CheckpointError(
-            f"{key}={path} holds no checkpoint; train one there first, or name another run."
-        )
+        raise CheckpointError(f"{key}={path} holds no checkpoint; train one there first, or name another run.")
     return found
 
 

@@ -74,9 +74,7 @@ class VAETask:
             )
         self.latent_channels = twin.config.latent_channels
 
-    def micro_step(
-        self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock
-    ) -> dict[str, float]:
+    def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
         """One pack's share of the step: forward, backward, and the engines' steps. Returns sums, to be reduced."""
         sums: dict[str, float] = {"clips": float((pack.weights > 0).sum()), "tokens": 0.0}
         losses, judged = [], []
@@ -98,9 +96,7 @@ class VAETask:
         with clock.phase("optimizer"):
             self.engine.step(learning_rate)
         if self.discriminator is not None:
-            sums["term_discriminator"] = self._discriminator_step(
-                judged, pack.step, total_weight, learning_rate, clock
-            )
+            sums["term_discriminator"] = self._discriminator_step(judged, pack.step, total_weight, learning_rate, clock)
         return {"loss": float(loss.detach()), **sums}
 
     def _discriminator_step(
@@ -130,9 +126,7 @@ class VAETask:
         totals = {"loss": 0.0, "psnr": 0.0, "weight": 0.0}
         for pack in packs:
             for video, weights, _ in self.batches(pack):
-                reconstruction, _ = self.engine(
-                    video, torch.zeros(self.latent_size(video), device=self.device)
-                )
+                reconstruction, _ = self.engine(video, torch.zeros(self.latent_size(video), device=self.device))
                 totals["loss"] += float(((reconstruction - video).abs().flatten(1).mean(1) * weights).sum())
                 totals["psnr"] += float((psnr(reconstruction, video).mean(1) * weights).sum())
                 totals["weight"] += float(weights.sum())
@@ -168,9 +162,7 @@ class VAETask:
         for shape in dict.fromkeys(pack.shapes):
             members = [i for i, other in enumerate(pack.shapes) if other == shape]
             video = torch.stack([to_model_range(pack.frames[i].to(self.device)) for i in members])
-            batches.append(
-                (video, pack.weights[members].to(self.device), [pack.positions[i] for i in members])
-            )
+            batches.append((video, pack.weights[members].to(self.device), [pack.positions[i] for i in members]))
         return batches
 
     def cropped(self, video: Tensor, positions: list[int]) -> Tensor:

@@ -132,9 +132,7 @@ class SegmentAttention(nn.Module):
         if self.answers == self.asks and asking.rope is not None:
             q, k = apply_rope(q, *asking.rope), apply_rope(k, *asking.rope)
         q_cut, k_cut = asking.cuts[self.span], answering.cuts[self.span]
-        mixed = self.attention(
-            q.to(v.dtype), k.to(v.dtype), v, q_cut.lengths, k_cut.lengths, order=q_cut.order
-        )
+        mixed = self.attention(q.to(v.dtype), k.to(v.dtype), v, q_cut.lengths, k_cut.lengths, order=q_cut.order)
         return self.project(mixed.flatten(1))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -150,9 +150,7 @@ class DiT(nn.Module):
         place = {clip: index for index, clip in enumerate(order)}
         return [predictions[place[clip]] for clip in range(len(latents))]
 
-    def _forward_sorted(
-        self, latents: Sequence[Tensor], timesteps: Tensor, text: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def _forward_sorted(self, latents: Sequence[Tensor], timesteps: Tensor, text: Sequence[Tensor]) -> list[Tensor]:
         grids = [token_grid(clip.shape, self.config.patch_size) for clip in latents]
         lengths = tuple(len(caption) for caption in text)
         words = torch.cat(list(text))
@@ -198,9 +196,7 @@ class DiT(nn.Module):
                 "needs one timestep and one caption for each clip, and at least one clip."
             )
         if timesteps.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"timesteps have dtype {timesteps.dtype}: keep them float32, half precision merges some."
-            )
+            raise ValueError(f"timesteps have dtype {timesteps.dtype}: keep them float32, half precision merges some.")
         for clip in latents:
             if clip.ndim != 4 or clip.shape[0] != self.latent_channels:
                 raise ValueError(

@@ -146,9 +146,7 @@ class Encoder(CausalSequential):
     def __init__(self, config: VAEConfig) -> None:
         widths = [config.width * multiplier for multiplier in config.width_multipliers]
         pixel_channels = 3 * config.pixel_patch**2
-        layers: list[nn.Module] = [
-            conv3x3x3(pixel_channels, widths[0], config.convolution, config.time_padding)
-        ]
+        layers: list[nn.Module] = [conv3x3x3(pixel_channels, widths[0], config.convolution, config.time_padding)]
         previous = widths[0]
         for width, halving in zip(widths, [*config.halvings(), (False, False)], strict=True):
             layers += _res_blocks(config, previous, width, config.num_res_blocks)
@@ -225,9 +223,7 @@ class CausalVAE(nn.Module):
         self._check_latents(latents)
         return self._to_pixels(self._denormalise(latents), None)
 
-    def encode_chunks(
-        self, chunks: Iterable[Tensor], state: StreamState | None = None
-    ) -> Iterator[Posterior]:
+    def encode_chunks(self, chunks: Iterable[Tensor], state: StreamState | None = None) -> Iterator[Posterior]:
         """Video in chunks along T -> the posterior of each; together equal to `encode` of the whole.
 
         The first chunk has k * temporal_stride + 1 frames, later ones k * temporal_stride. Pass a state to go
@@ -285,9 +281,7 @@ class CausalVAE(nn.Module):
 
     def _to_posterior(self, video: Tensor, state: StreamState | None) -> Posterior:
         # Channels last: the norm over channels then has a fused CPU kernel and convolutions are as fast.
-        pixels = space_to_depth(video, self.config.pixel_patch).contiguous(
-            memory_format=torch.channels_last_3d
-        )
+        pixels = space_to_depth(video, self.config.pixel_patch).contiguous(memory_format=torch.channels_last_3d)
         mean, logvar = self.encoder(pixels, state).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(*LOGVAR_RANGE))
 
@@ -309,8 +303,7 @@ class CausalVAE(nn.Module):
     def _check_video(self, video: Tensor, starts_clip: bool) -> None:
         if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
             raise ValueError(
-                "the VAE encodes float videos (B, 3, T, H, W) in [-1, 1], not "
-                f"{video.dtype} {tuple(video.shape)}"
+                f"the VAE encodes float videos (B, 3, T, H, W) in [-1, 1], not {video.dtype} {tuple(video.shape)}"
             )
         frames, height, width = video.shape[2:]
         self._check_size(frames, height, width, starts_clip)
@@ -328,9 +321,7 @@ class CausalVAE(nn.Module):
             raise ValueError(f"frames={frames}: vae.temporal_stride={time} needs {rule}; use {legal}")
         for name, size in (("height", height), ("width", width)):
             if size < 1 or size % space:
-                legal = " or ".join(
-                    str(n) for n in (size // space * space, (size // space + 1) * space) if n > 0
-                )
+                legal = " or ".join(str(n) for n in (size // space * space, (size // space + 1) * space) if n > 0)
                 raise ValueError(f"{name}={size}: vae.spatial_stride={space} must divide it; use {legal}")
 
     def _check_latents(self, latents: Tensor) -> None:

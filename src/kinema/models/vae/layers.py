@@ -74,9 +74,7 @@ class CausalConv(nn.Module):
         x = torch.cat([past, x], dim=2)
         out = self._convolve(x)
         if state is not None:
-            state[self] = x[
-                :, :, out.shape[2] * self.time_stride :
-            ].clone()  # a view would keep the chunk alive
+            state[self] = x[:, :, out.shape[2] * self.time_stride :].clone()  # a view would keep the chunk alive
         return out
 
     def _convolve(self, x: Tensor) -> Tensor:
@@ -89,9 +87,7 @@ class CausalConv(nn.Module):
             return out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         if height == width == 1:  # one matrix product over the stacked frames
             count = (x.shape[2] - time) // self.time_stride + 1
-            taps = [
-                x[:, :, i : i + (count - 1) * self.time_stride + 1 : self.time_stride] for i in range(time)
-            ]
+            taps = [x[:, :, i : i + (count - 1) * self.time_stride + 1 : self.time_stride] for i in range(time)]
             stacked = torch.cat([tap.movedim(1, -1) for tap in taps], dim=-1)
             return F.linear(stacked, weight[..., 0, 0].transpose(1, 2).flatten(1), bias).movedim(-1, 1)
         return self.conv(x.contiguous(memory_format=torch.channels_last_3d))
@@ -111,9 +107,7 @@ class CausalSequential(nn.Sequential):
         return x
 
 
-def conv3x3x3(
-    in_channels: int, out_channels: int, convolution: Convolution, time_padding: TimePadding
-) -> nn.Module:
+def conv3x3x3(in_channels: int, out_channels: int, convolution: Convolution, time_padding: TimePadding) -> nn.Module:
     """One causal convolution over a 3 x 3 x 3 neighbourhood, whole or factorised."""
     if convolution is Convolution.full:
         return CausalConv(in_channels, out_channels, (3, 3, 3), time_padding=time_padding)

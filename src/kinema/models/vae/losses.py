@@ -51,9 +51,7 @@ class VAELossConfig:
             "adversarial_start_step",
         ):
             if getattr(self, name) < 0:
-                raise ValueError(
-                    f"vae_loss.{name}={getattr(self, name)} must not be negative; 0 turns it off"
-                )
+                raise ValueError(f"vae_loss.{name}={getattr(self, name)} must not be negative; 0 turns it off")
         for name in ("discriminator_width", "discriminator_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"vae_loss.{name}={getattr(self, name)} must be at least 1")
@@ -85,9 +83,7 @@ class VAELoss(nn.Module):
         self.config = config
         self.perceptual = self._build_perceptual() if config.perceptual > 0 else None
         self.discriminator = (
-            PatchDiscriminator(
-                config.discriminator_width, config.discriminator_layers, config.discriminator_norm
-            )
+            PatchDiscriminator(config.discriminator_width, config.discriminator_layers, config.discriminator_norm)
             if config.adversarial > 0
             else None
         )

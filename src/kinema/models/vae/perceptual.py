@@ -98,9 +98,7 @@ def feature_distance(perceptual: Perceptual, path: str) -> FeatureDistance:
 def _read_features(path: str) -> dict[str, Tensor]:
     """The feature layers' tensors; the classifier on top of them is not used."""
     if not Path(path).is_file():
-        raise ValueError(
-            f"vae_loss.perceptual_weights={path!r} does not exist; name a .safetensors or .pth file"
-        )
+        raise ValueError(f"vae_loss.perceptual_weights={path!r} does not exist; name a .safetensors or .pth file")
     is_safetensors = path.endswith(".safetensors")
     tensors = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
     return {key: value for key, value in tensors.items() if not key.startswith("classifier.")}

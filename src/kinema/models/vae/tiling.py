@@ -58,19 +58,13 @@ def _to_latent_pixels(vae: CausalVAE, tile: int, overlap: int) -> tuple[int, int
     for name, value in (("tile", tile), ("overlap", overlap)):
         if value % stride:
             legal = f"{value // stride * stride} or {(value // stride + 1) * stride}"
-            raise ValueError(
-                f"{name}={value} pixels must be a multiple of the spatial stride {stride}; use {legal}"
-            )
+            raise ValueError(f"{name}={value} pixels must be a multiple of the spatial stride {stride}; use {legal}")
     if not 0 <= overlap <= tile // 2 or tile < 1:
-        raise ValueError(
-            f"overlap={overlap} pixels must be between 0 and half of tile={tile}: only neighbours blend"
-        )
+        raise ValueError(f"overlap={overlap} pixels must be between 0 and half of tile={tile}: only neighbours blend")
     return tile // stride, overlap // stride
 
 
-def _blend(
-    run: Callable[[Span, Span], Tensor], size: tuple[int, int], tile: int, overlap: int, scale: int
-) -> Tensor:
+def _blend(run: Callable[[Span, Span], Tensor], size: tuple[int, int], tile: int, overlap: int, scale: int) -> Tensor:
     """Weighted mean of the tiles; size, tile and overlap in latent pixels, outputs `scale` times as large."""
     height, width = size
     total: Tensor | None = None

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from kinema.conditioning.text import build_text_encoder
+from kinema.config import Config, changed_keys
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.latents import LatentCache
 from kinema.data.ledger import Ledger, Quarantine
@@ -47,9 +48,6 @@ from kinema.training.run_folder import (
 )
 from kinema.training.vae_task import VAETask
 
-if TYPE_CHECKING:
-    from kinema.config import Config
-
 
 @dataclass(frozen=True)
 class Run:
@@ -66,10 +64,8 @@ class Run:
 
 
 @contextmanager
-def start_run(config: "Config", config_yaml: str, process: Process) -> Iterator[Run]:
+def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Run]:
     """Open the run folder on the main rank, check it against the configuration, start the trackers."""
-    from kinema.config import changed_keys
-
     seed_everything(config.seed)
     run_dir = Path(config.run_root) / config.name
     outputs = Outputs(run_dir, process.is_main, tracker=None)
@@ -94,7 +90,7 @@ def start_run(config: "Config", config_yaml: str, process: Process) -> Iterator[
             lock.close()
 
 
-def build_dit(config: "Config", run: Run, process: Process, after_first_step: Callable[[], None]) -> Trainer:
+def build_dit(config: Config, run: Run, process: Process, after_first_step: Callable[[], None]) -> Trainer:
     """The trainer of `task=dit`."""
     source = checkpoint_of(config.vae.path, "vae.path")
     vae, vae_identity = load_vae(source, config.vae.weights)
@@ -156,22 +152,18 @@ def build_dit(config: "Config", run: Run, process: Process, after_first_step: Ca
     if config.task.overfit_check and process.is_main:
         pack = data.some_packs(1)[0][0]
         assert pack.frames is not None
-        trainer.final_check = OverfitCheck(
-            pipeline, config.task.samples, pack.captions[0], pack.frames[0], run.folder
-        )
+        trainer.final_check = OverfitCheck(pipeline, config.task.samples, pack.captions[0], pack.frames[0], run.folder)
     return trainer
 
 
-def build_vae(config: "Config", run: Run, process: Process, after_first_step: Callable[[], None]) -> Trainer:
+def build_vae(config: Config, run: Run, process: Process, after_first_step: Callable[[], None]) -> Trainer:
     """The trainer of `task=vae`."""
     model = CausalVAE(config.vae)
     geometry = Geometry(*model.geometry_strides, (1, 1, 1))
     data = build_data(config, geometry, process, run, vae_hash=None)
     engine = build_engine(config, model, data.lanes_per_rank, run, process)
     packs = (
-        [pack for packs in data.some_packs(config.task.statistics_clips) for pack in packs]
-        if process.is_main
-        else []
+        [pack for packs in data.some_packs(config.task.statistics_clips) for pack in packs] if process.is_main else []
     )
     task = VAETask(
         config=config.task,
@@ -267,9 +259,7 @@ class Data:
         return list(self.load(0, steps, heldout=True, workers=0))
 
 
-def build_data(
-    config: "Config", geometry: Geometry, process: Process, run: Run, vae_hash: str | None
-) -> Data:
+def build_data(config: Config, geometry: Geometry, process: Process, run: Run, vae_hash: str | None) -> Data:
     """Index, shapes and plan of the training and held-out clips; every refusal is counted and shown."""
     data, shapes = config.data, config.data.clip_shapes
     for shape in shapes:
@@ -285,9 +275,7 @@ def build_data(
     if data.latents is not None:
         if vae_hash is None:
             raise ValueError(f"data.latents={data.latents}: a VAE trains on frames. Type data.latents=null.")
-        cache = LatentCache.load(
-            data.latents, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps
-        )
+        cache = LatentCache.load(data.latents, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps)
         cache.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in clips])
     if process.is_main:
         tqdm.write(f"data {data.path}: {kept.line()}")
@@ -297,9 +285,7 @@ def build_data(
     )  # fmt: skip
 
 
-def choose_clips(
-    config: "Config", index: DatasetIndex, geometry: Geometry
-) -> tuple[list[PlannedClip], KeepReport]:
+def choose_clips(config: Config, index: DatasetIndex, geometry: Geometry) -> tuple[list[PlannedClip], KeepReport]:
     """The clips that a run uses, and why it leaves others out."""
     data = config.data
     return plan_clips(
@@ -322,7 +308,7 @@ def step_cost(tokens: int, width: int | None) -> float:
     return float(tokens) if width is None else tokens * (1 + tokens / (6 * width))
 
 
-def build_plan(config: "Config", index: DatasetIndex, clips: list[PlannedClip]) -> Plan:
+def build_plan(config: Config, index: DatasetIndex, clips: list[PlannedClip]) -> Plan:
     """The plan that deals planned clips to steps and lanes."""
     shards = sorted({entry.shard for entry in index.entries})
     return Plan(
@@ -336,7 +322,7 @@ def build_plan(config: "Config", index: DatasetIndex, clips: list[PlannedClip]) 
     )
 
 
-def build_engine(config: "Config", model: nn.Module, accumulation: int, run: Run, process: Process) -> Engine:
+def build_engine(config: Config, model: nn.Module, accumulation: int, run: Run, process: Process) -> Engine:
     """The engine over a model that already holds its weights: those of the newest checkpoint, `init_from`, or fresh."""
     model.to(process.device)
     if config.init_from is not None and not run.store.steps():
@@ -353,7 +339,7 @@ def build_engine(config: "Config", model: nn.Module, accumulation: int, run: Run
 
 
 def assemble(
-    config: "Config",
+    config: Config,
     run: Run,
     process: Process,
     task: Any,
@@ -396,7 +382,7 @@ def assemble(
     )
 
 
-def common_manifest(config: "Config", data: Data) -> dict[str, Any]:
+def common_manifest(config: Config, data: Data) -> dict[str, Any]:
     """What every manifest holds."""
     return {
         "format_version": 1,
@@ -413,16 +399,12 @@ def common_manifest(config: "Config", data: Data) -> dict[str, Any]:
     }
 
 
-def dit_flops(config: "Config", model: DiT, data: Data, geometry: Geometry) -> float:
+def dit_flops(config: Config, model: DiT, data: Data, geometry: Geometry) -> float:
     """Floating-point operations of one step: three times the forward pass of every clip of a step."""
-    return 3 * sum(
-        model.flops(geometry.num_tokens(shape), config.text.max_tokens) for shape in data.step_shapes
-    )
+    return 3 * sum(model.flops(geometry.num_tokens(shape), config.text.max_tokens) for shape in data.step_shapes)
 
 
-def describe_run(
-    config: "Config", run: Run, process: Process, model: nn.Module, flops_per_step: float
-) -> None:
+def describe_run(config: Config, run: Run, process: Process, model: nn.Module, flops_per_step: float) -> None:
     """Write `run.json` and print the header: what runs, on what, with which identity."""
     if not process.is_main:
         return
@@ -450,9 +432,7 @@ def describe_run(
         f"{process.world_size} rank(s) on {process.device}, ZeRO {parallel.zero_stage}, {parallel.precision.value}"
     )
     rate, checkpoint, logging = config.optim.learning_rate, config.checkpoint, config.logging
-    rates = [
-        rate * config.schedule.factor(step, config.steps) for step in (0, config.steps // 2, config.steps - 1)
-    ]
+    rates = [rate * config.schedule.factor(step, config.steps) for step in (0, config.steps // 2, config.steps - 1)]
     tqdm.write(
         f"steps {config.steps}, learning rate {rates[0]:.1e} first, {rates[1]:.1e} halfway, {rates[2]:.1e} last; "
         f"checkpoint every {checkpoint.every_steps} (keeps {checkpoint.keep}, {checkpoint.max_failed_saves} saves may fail), "
