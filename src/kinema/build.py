@@ -106,6 +106,7 @@ def build_dit(config: Config, run: Run, process: Process, after_first_step: Call
         objective=config.objective,
         geometry=geometry,
         guidance_dropout=config.task.guidance_dropout,
+        posterior=config.task.posterior,
         seed=config.seed,
         device=process.device,
     )
@@ -130,6 +131,7 @@ def build_dit(config: Config, run: Run, process: Process, after_first_step: Call
         "fps": config.data.fps,
         "shapes": [list(shape) for shape in data.shapes],
         "guidance_dropout": config.task.guidance_dropout,
+        "posterior": config.task.posterior.value,
         **common_manifest(config, data),
     }
     if process.is_main:
@@ -418,7 +420,10 @@ def describe_run(config: Config, run: Run, process: Process, model: nn.Module, f
         "world_size": process.world_size,
         "device": device_name(process),
         "threads": torch.get_num_threads(),
-        "versions": {**{name: version(name) for name in ("torch", "deepspeed", "kinema")}, "python": platform.python_version()},
+        "versions": {
+            **{name: version(name) for name in ("torch", "deepspeed", "kinema")},
+            "python": platform.python_version(),
+        },
         "parameters": parameters,
         "flops_per_step": flops_per_step,
         "peak_flops_measured": measure_peak_flops(process.device),
@@ -435,7 +440,8 @@ def describe_run(config: Config, run: Run, process: Process, model: nn.Module, f
     rates = [rate * config.schedule.factor(step, config.steps) for step in (0, config.steps // 2, config.steps - 1)]
     tqdm.write(
         f"steps {config.steps}, learning rate {rates[0]:.1e} first, {rates[1]:.1e} halfway, {rates[2]:.1e} last; "
-        f"checkpoint every {checkpoint.every_steps} (keeps {checkpoint.keep}, {checkpoint.max_failed_saves} saves may fail), "
+        f"checkpoint every {checkpoint.every_steps} (keeps {checkpoint.keep}, "
+        f"{checkpoint.max_failed_saves} saves may fail), "
         f"validation every {config.validation.every_steps} on {config.validation.clips} clips, "
         f"metrics every {logging.every_steps}, W&B {logging.wandb.value} ({logging.project})"
     )

@@ -181,7 +181,7 @@ class Reads:
                 self._watch(value, f"{prefix}{field_.name}.")
             elif value != _default(field_):
                 unread.add(f"{prefix}{field_.name}")
-        base = type(node)
+        base: Any = type(node)
 
         def read(instance: Any, name: str) -> Any:
             if name in names:

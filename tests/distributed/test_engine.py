@@ -24,7 +24,8 @@ def build(stage: int, lanes: int, weights: dict[str, Tensor] | None = None, prec
         module.load_state_dict(weights)
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in module.parameters() if p.ndim > 1], "weight_decay": 0.1},
-         {"params": [p for p in module.parameters() if p.ndim == 1], "weight_decay": 0.0}], lr=1e-2, eps=1e-3,  # damped, or Adam blows rounding of tiny gradients up
+         {"params": [p for p in module.parameters() if p.ndim == 1], "weight_decay": 0.0}],
+        lr=1e-2, eps=1e-3,  # damped, or Adam blows rounding of tiny gradients up
     )  # fmt: skip
     return Engine(module, optimizer, zero_stage=stage, precision=precision, accumulation=lanes, gradient_clipping=0.5)
 
@@ -61,7 +62,8 @@ def reference() -> tuple[dict[str, Tensor], list[float], list[dict[str, Tensor]]
     module = network().double()
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in module.parameters() if p.ndim > 1], "weight_decay": 0.1},
-         {"params": [p for p in module.parameters() if p.ndim == 1], "weight_decay": 0.0}], lr=1e-2, eps=1e-3,  # damped, or Adam blows rounding of tiny gradients up
+         {"params": [p for p in module.parameters() if p.ndim == 1], "weight_decay": 0.0}],
+        lr=1e-2, eps=1e-3,  # damped, or Adam blows rounding of tiny gradients up
     )  # fmt: skip
     norms, trail = [], []
     for step in range(STEPS):

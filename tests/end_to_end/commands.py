@@ -11,7 +11,8 @@ VAE = ["task=vae", "vae.width=8", "vae.decoder_width=8", "vae.width_multipliers=
        "task.loss.reconstruction=0", "task.loss.squared=1", "task.statistics_clips=4", "task.strips=1",
        "optim.learning_rate=1e-3", "schedule.warmup_steps=0"]  # fmt: skip
 DIT = ["model.width=32", "model.depth=1", "model.num_heads=2", "model.rope_axes=[8,4,4]", "schedule=constant",
-       "schedule.warmup_steps=2", "optim.learning_rate=1e-3", "task.samples.num_steps=2", "task.samples.guidance_scale=2"]  # fmt: skip
+       "schedule.warmup_steps=2", "optim.learning_rate=1e-3", "task.samples.num_steps=2",
+       "task.samples.guidance_scale=2"]  # fmt: skip
 SHAPES = "data.shapes=[[5,32,32],[9,32,32]]"
 
 
@@ -37,7 +38,8 @@ def run(*command: str, expect: int | None = 0, timeout: float = 120) -> subproce
 def common(folder: Path, name: str, steps: int) -> list[str]:
     return [f"name={name}", f"run_root={folder}/runs", f"steps={steps}", f"data.path={folder}/toy", SHAPES,
             "data.clips_per_step=4", "data.lanes=2", "data.num_workers=1", "logging=file", "logging.every_steps=1",
-            "checkpoint.every_steps=2", "checkpoint.keep=20", "validation.every_steps=3", "validation.clips=4"]  # fmt: skip
+            "checkpoint.every_steps=2", "checkpoint.keep=20", "validation.every_steps=3",
+            "validation.clips=4"]  # fmt: skip
 
 
 def train_vae(folder: Path, name: str = "vae", steps: int = 4, *extra: str) -> subprocess.CompletedProcess:

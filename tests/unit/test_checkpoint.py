@@ -124,7 +124,8 @@ for name in ("_fsync", "write_json", "crc32", "replace_text"):
     setattr(c, name, killing(getattr(c, name)))
 c.os.rename = killing(os.rename)
 c.shutil.rmtree = killing(c.shutil.rmtree)
-writers = {"model.safetensors": c.tensor_writer({"w": torch.full((1000,), 2.0)}), "training.json": c.json_writer({"step": 2})}
+weights = c.tensor_writer({"w": torch.full((1000,), 2.0)})
+writers = {"model.safetensors": weights, "training.json": c.json_writer({"step": 2})}
 store.publish(2, writers)
 print("survived", count)
 """

@@ -204,7 +204,8 @@ def plan_clips(
     """
     legal = [geometry.check(shape) for shape in shapes]
     tokens = {shape: geometry.num_tokens(shape) for shape in legal}
-    report, clips = KeepReport(total=len(index.entries)), []
+    report = KeepReport(total=len(index.entries))
+    clips: list[PlannedClip] = []
     for number, entry in enumerate(index.entries):
         record = entry.record
         shape = assign_shape(record, legal, fps)

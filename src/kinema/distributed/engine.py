@@ -73,7 +73,7 @@ class Engine:
         if precision is Precision.bfloat16:
             # Inside the module, because DeepSpeed turns off an autocast that was entered outside it.
             device_type = next(module.parameters()).device.type
-            module.forward = torch.autocast(device_type, torch.bfloat16)(module.forward)  # type: ignore[method-assign]
+            module.forward = torch.autocast(device_type, torch.bfloat16)(module.forward)
         self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.zero_stage = zero_stage
         self.accumulation = accumulation
@@ -171,7 +171,7 @@ class Engine:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         if self.zero_stage == 3:  # the last partition may reach past the end of the parameter
-            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            size = parameter.ds_tensor.numel()
             padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
             safe_set_local_fp32_param(parameter, padded.narrow(0, size * dist.get_rank(), size))
         else:

@@ -60,8 +60,8 @@ class Pipeline:
             )
         if fps is not None and fps != self.fps:
             raise ValueError(
-                f"fps={fps:g} contradicts the checkpoint, which was trained at {self.fps:g} frames per second: the motion "
-                f"would play at another speed. Leave fps out."
+                f"fps={fps:g} contradicts the checkpoint, which was trained at {self.fps:g} frames per second: "
+                f"the motion would play at another speed. Leave fps out."
             )
         check_guidance(config.guidance_scale, self.guidance_dropout)
 

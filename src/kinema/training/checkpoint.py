@@ -88,7 +88,7 @@ class CheckpointStore:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
-            seal = {"format_version": FORMAT_VERSION, "step": step, "files": {}}
+            seal: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "files": {}}
             for name, write in writers.items():
                 write(aside / name)
                 _fsync(aside / name)
@@ -126,7 +126,7 @@ class CheckpointStore:
 
         Falling back past a damaged one is reported; if all are damaged the run must not start from zero.
         """
-        damages = []
+        damages: list[str] = []
         for step in reversed(self.steps()):
             folder = self.folder / f"step-{step:08d}"
             damage = verify(folder)

@@ -1,5 +1,6 @@
 """Training the DiT: packs to latents and text, one keyed draw of noise a clip, the objective's loss."""
 
+import enum
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,15 @@ from kinema.distributed.engine import Engine
 from kinema.models.vae import CausalVAE, Posterior
 from kinema.sampling.pipeline import SamplingConfig
 from kinema.training.metrics import Clock
+
+class PosteriorDraw(enum.Enum):
+    """Which latent of a clip's posterior the denoiser learns."""
+
+    sample = "sample"
+    """A draw, new each time the clip comes."""
+    mean = "mean"
+    """Its mean: without the noise that the decoder was trained to remove."""
+
 
 NOISE_BINS = 4
 """Losses are reported for this many equal ranges of the timestep."""
@@ -40,6 +50,8 @@ class DiTTaskConfig:
 
     guidance_dropout: float = 0.1
     """Share of captions replaced by the null caption, so that guidance can be used (Ho and Salimans 2022)."""
+    posterior: PosteriorDraw = PosteriorDraw.sample
+    """sample or mean. A VAE with a strong KL term keeps noise in its latents that only costs the denoiser effort."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     """Sample videos during training."""
     overfit_check: bool = False
@@ -62,6 +74,7 @@ class DiTTask:
         objective: Objective,
         geometry: Geometry,
         guidance_dropout: float,
+        posterior: PosteriorDraw,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -71,6 +84,7 @@ class DiTTask:
         self.objective = objective
         self.geometry = geometry
         self.guidance_dropout = guidance_dropout
+        self.posterior = posterior
         self.seed = seed
         self.device = device
         self.dropout_count = DropoutCount()
@@ -108,13 +122,15 @@ class DiTTask:
         }
 
     def encode(self, pack: Pack, generators: list[torch.Generator]) -> list[Tensor]:
-        """Normalised latents (C, T, H, W) of each clip: a draw from its posterior, cached or fresh."""
+        """Normalised latents (C, T, H, W) of each clip: a draw from its posterior or the mean, cached or fresh."""
         if pack.latents is not None:
             posteriors = [Posterior(mean[None], logvar[None]) for mean, logvar in pack.latents]
         else:
             assert pack.frames is not None
             with torch.no_grad():
                 posteriors = encode_frames(self.vae, pack.frames, self.device)
+        if self.posterior is PosteriorDraw.mean:
+            return [p.mean[0].to(self.device) for p in posteriors]
         draws = [torch.randn(p.mean.shape, generator=g) for p, g in zip(posteriors, generators, strict=True)]
         samples = [p.sample(draw.to(p.mean.device))[0] for p, draw in zip(posteriors, draws, strict=True)]
         return [sample.to(self.device) for sample in samples]

@@ -1,4 +1,4 @@
-"""`kinema data encode`: the posteriors of every training clip, computed once, so that the DiT trains without the VAE."""
+"""`kinema data encode`: every training clip's posterior, computed once, so that the DiT trains without the VAE."""
 
 import argparse
 

@@ -35,8 +35,8 @@ class SampleMaker:
     def __post_init__(self) -> None:
         of = self.config
         self.settings = (
-            f"samples every {of.every_steps} steps: {of.solver.value}, {of.num_steps} steps, guidance {of.guidance_scale:g}, "
-            f"seed {of.seed}, shift {'of training' if of.timestep_shift is None else of.timestep_shift}"
+            f"samples every {of.every_steps} steps: {of.solver.value}, {of.num_steps} steps, "
+            f"guidance {of.guidance_scale:g}, seed {of.seed}, shift {'of training' if of.timestep_shift is None else of.timestep_shift}"
         )
         self.shape = ClipShape(*self.config.shape) if self.config.shape else self.pipeline.shapes[0]
         if self.config.prompts and self.config.every_steps:
@@ -137,8 +137,9 @@ class OverfitCheck:
         contact_sheet(rows, self.run_dir / "overfit.png")
         passed = reached >= ceiling - self.tolerance_db
         return passed, (
-            f"{'PASS' if passed else 'FAIL'} worst of {self.samples} samples against the clip: PSNR {reached:.1f} dB; the VAE "
-            f"itself reaches {ceiling:.1f} dB, and {self.tolerance_db:g} dB less would pass. {self.run_dir / 'overfit.png'}"
+            f"{'PASS' if passed else 'FAIL'} worst of {self.samples} samples against the clip: PSNR {reached:.1f} dB; "
+            f"the VAE itself reaches {ceiling:.1f} dB, and {self.tolerance_db:g} dB less would pass. "
+            f"{self.run_dir / 'overfit.png'}"
         )
 
 

@@ -57,8 +57,8 @@ def write_config(run_dir: Path, config_yaml: str, differences: list[str], allowe
     """
     if differences and not allowed:
         raise ValueError(
-            f"name={run_dir.name}: this run began with another configuration ({'; '.join(differences)}). Choose another "
-            f"name for a new run, or allow_config_change=true to continue with these changes."
+            f"name={run_dir.name}: this run began with another configuration ({'; '.join(differences)}). Choose "
+            f"another name for a new run, or allow_config_change=true to continue with these changes."
         )
     replace_text(run_dir / "config.yaml", config_yaml)
     return differences
@@ -76,7 +76,7 @@ def checkpoint_of(path: str, key: str) -> Checkpoint:
 
 
 def load_vae(checkpoint: Checkpoint, weights: Weights) -> tuple[CausalVAE, dict[str, Any]]:
-    """The frozen VAE of a checkpoint and its identity: configuration, fingerprint of the weights, and a hash of both."""
+    """The frozen VAE of a checkpoint and its identity: configuration, fingerprint of the weights, hash of both."""
     manifest = checkpoint.document("manifest")
     if manifest["task"] != "vae":
         raise ValueError(f"vae.path: {checkpoint.folder} holds a {manifest['task']}, not a VAE.")

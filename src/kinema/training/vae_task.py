@@ -1,4 +1,4 @@
-"""Training the VAE: reconstruction, KL, perceptual and adversarial terms, and the latent statistics it is saved with."""
+"""Training the VAE: reconstruction, KL, perceptual and adversarial terms, and its latent statistics."""
 
 from dataclasses import dataclass, field
 
