@@ -1,9 +1,9 @@
 """Sample videos from a training checkpoint: `python sample.py run=runs/demo prompt="a red circle moves left"`."""
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from kinema.config import register_schemas
+from kinema.config import register_schemas, to_dataclass
 from kinema.console import explain_errors, run_script
 from kinema.sampling.sample import SampleConfig, sample
 
@@ -14,7 +14,7 @@ register_schemas()
 @explain_errors
 def main(composed: DictConfig) -> None:
     """Load, check against the manifest, sample, write."""
-    config = OmegaConf.to_object(composed)
+    config = to_dataclass(composed)
     assert isinstance(config, SampleConfig)
     sample(config)
 

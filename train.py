@@ -24,7 +24,7 @@ def main(composed: DictConfig) -> int:
     try:
         with start_run(config, resolved_yaml(composed), process) as run:
             build = build_dit if isinstance(config.task, DiTTaskConfig) else build_vae
-            trainer = build(config, run, process, after_first_step=reads.check)
+            trainer = build(config, run, process, unread_keys=reads.problem)
             return trainer.fit()
     finally:
         stop_process()

@@ -29,6 +29,7 @@ from kinema.distributed.process import Process, seed_everything
 from kinema.identity import digest, to_plain
 from kinema.models.dit import DiT
 from kinema.models.vae import CausalVAE
+from kinema.models.vae.losses import VAELoss
 from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import geometry_of
 from kinema.training.checkpoint import CheckpointStore, write_json
@@ -90,7 +91,7 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
             lock.close()
 
 
-def build_dit(config: Config, run: Run, process: Process, after_first_step: Callable[[], None]) -> Trainer:
+def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=dit`."""
     source = checkpoint_of(config.vae.path, "vae.path")
     vae, vae_identity = load_vae(source, config.vae.weights)
@@ -147,7 +148,7 @@ def build_dit(config: Config, run: Run, process: Process, after_first_step: Call
         data,
         engine,
         manifest,
-        after_first_step,
+        unread_keys,
         samples,
         config.task.samples.every_steps,
     )
@@ -158,7 +159,7 @@ def build_dit(config: Config, run: Run, process: Process, after_first_step: Call
     return trainer
 
 
-def build_vae(config: Config, run: Run, process: Process, after_first_step: Callable[[], None]) -> Trainer:
+def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=vae`."""
     model = CausalVAE(config.vae)
     geometry = Geometry(*model.geometry_strides, (1, 1, 1))
@@ -167,9 +168,13 @@ def build_vae(config: Config, run: Run, process: Process, after_first_step: Call
     packs = (
         [pack for packs in data.some_packs(config.task.statistics_clips) for pack in packs] if process.is_main else []
     )
+    loss = VAELoss(config.task.loss)
+    if loss.discriminator is not None:
+        initial_weights(run.store, process, loss.discriminator, "discriminator")
     task = VAETask(
         config=config.task,
         engine=engine,
+        loss=loss,
         twin=CausalVAE(config.vae).to(process.device),
         statistics_packs=packs,
         optim=config.optim,
@@ -194,7 +199,7 @@ def build_vae(config: Config, run: Run, process: Process, after_first_step: Call
         data,
         engine,
         manifest,
-        after_first_step,
+        unread_keys,
         strips,
         config.task.strips_every_steps,
     )
@@ -348,7 +353,7 @@ def assemble(
     data: Data,
     engine: Engine,
     manifest: dict[str, Any],
-    after_first_step: Callable[[], None],
+    unread_keys: Callable[[], str | None],
     make_samples: Any,
     sample_every_steps: int,
 ) -> Trainer:
@@ -379,7 +384,7 @@ def assemble(
         config_yaml=run.config_yaml,
         sample_every_steps=sample_every_steps,
         make_samples=make_samples,
-        after_first_step=after_first_step,
+        unread_keys=unread_keys,
         ledger=ledger,
     )
 

@@ -107,9 +107,26 @@ def register_schemas() -> None:
             store.store(group=group, name=f"schema_{name}", node=schema)
 
 
+def to_dataclass(composed: DictConfig) -> Any:
+    """The composed configuration as its dataclass; ValueError for keys that it has no field for (after a `+`)."""
+    whole = OmegaConf.to_object(composed)  # which would keep them, read by nobody
+    if added := _added_keys(whole):
+        known = OmegaConf.structured(whole)
+        near = [suggestion(key, known) for key in added]
+        raise ValueError(" ".join(filter(None, [f"{', '.join(added)}: there is no such key.", *near])))
+    return whole
+
+
+def _added_keys(node: Any, prefix: str = "") -> list[str]:
+    fields = {f.name for f in dataclasses.fields(node)}
+    added = [f"{prefix}{name}" for name in vars(node) if name not in fields]
+    inner = {name: vars(node)[name] for name in fields if dataclasses.is_dataclass(vars(node)[name])}
+    return added + [key for name, value in sorted(inner.items()) for key in _added_keys(value, f"{prefix}{name}.")]
+
+
 def to_config(composed: DictConfig) -> Config:
     """The composed configuration as dataclasses, checked as a whole, and watched for keys that nothing reads."""
-    config = OmegaConf.to_object(composed)
+    config = to_dataclass(composed)
     assert isinstance(config, Config)
     wanted = {DiTTaskConfig: ("model", "vae", "objective", "text"), VAETaskConfig: ("vae",)}
     if type(config.task) not in wanted:
@@ -120,7 +137,8 @@ def to_config(composed: DictConfig) -> Config:
             raise ValueError(f"{group} is missing; this task needs one of {group}={_choices(group)}.")
         if given and not needed:
             raise ValueError(
-                f"{group}={type(getattr(config, group)).__name__} is given, but task=vae reads none. Type {group}=null."
+                f"{group}={type(getattr(config, group)).__name__} is given, but task=vae reads none. "
+                f"Leave it out, or type ~{group}."
             )
     vae_class = VAECheckpoint if isinstance(config.task, DiTTaskConfig) else VAEConfig
     if not isinstance(config.vae, vae_class):
@@ -165,13 +183,14 @@ class Reads:
         """Keys that nothing has read so far."""
         return sorted(self._unread)
 
-    def check(self) -> None:
-        """Stop the run if a key was set that nothing reads."""
-        if unread := self.unread():
-            raise ValueError(
-                f"{', '.join(unread)}: nothing reads this configuration, so it would not do what it says. Remove it, "
-                f"or choose the option that it belongs to."
-            )
+    def problem(self) -> str | None:
+        """Why the run must stop, when a key was set that nothing reads."""
+        if not (unread := self.unread()):
+            return None
+        return (
+            f"{', '.join(unread)}: nothing reads this configuration, so it would not do what it says. Remove it, "
+            f"or choose the option that it belongs to."
+        )
 
     def _watch(self, node: Any, prefix: str) -> None:
         unread, names = self._unread, {f.name for f in dataclasses.fields(node)}

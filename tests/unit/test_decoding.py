@@ -106,6 +106,35 @@ def test_damage_is_an_error_with_a_countable_reason(decoder):
     assert len(reasons) <= 4
 
 
+class PaddingReader:
+    """decord's reader of a video whose padded rows it takes for more channels."""
+
+    def get_batch(self, numbers):
+        raise RuntimeError("[06:45:00] /project/x.cc:171: Check failed: from_size == to_size (18432 vs. 13824) DECORD")
+
+
+def test_a_width_that_decord_cannot_hand_over_is_an_error_that_says_what_to_type():
+    with pytest.raises(DecodeError, match=r"frames of this width.* Type data\.decoder=pyav\."):
+        decoding._read_decord(PaddingReader(), [0])
+
+
+@pytest.mark.parametrize("width", [16, 24, 32, 48, 64, 72, 80, 96, 144, 192])
+def test_decord_returns_the_right_pixels_of_any_width_or_names_the_other_decoder(width):
+    """Which widths it cannot hand over depends on the processor's vector length: 48 with 32 bytes and with 64."""
+    mp4, shape = encode_video(picture(32, width), 12), ClipShape(5, 32, width)
+    expected = decode_clip(mp4, shape, 8, 0.0, Decoder.pyav)
+    frames, refusal = None, ""
+    try:
+        frames = decode_clip(mp4, shape, 8, 0.0, Decoder.decord)
+    except DecodeError as error:
+        refusal = str(error)
+    if frames is None:
+        assert refusal.endswith("Type data.decoder=pyav.")
+        assert width % 64
+    else:
+        assert (frames.int() - expected.int()).abs().max() <= 3
+
+
 @BOTH
 def test_sound_alone_is_an_error(decoder):
     mp4 = encode_video(np.zeros((8, 32, 32, 3), np.uint8), 8, audio=np.zeros(16_000, np.float32))

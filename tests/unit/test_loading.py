@@ -163,6 +163,16 @@ def test_clips_that_cannot_be_used_are_counted_by_reason(tmp_path):
     assert lenient.kept == 11
 
 
+def test_max_clips_takes_the_first_usable_clips_and_counts_the_others(tmp_path):
+    index = build(tmp_path / "set", 8, caption=lambda i: "" if i == 1 else "a ball")
+    clips, report = plan_clips(index, SHAPES, 8, GEOMETRY, max_clips=3)
+    assert [clip.entry_index for clip in clips] == [0, 2, 3]
+    assert report.dropped == {"no caption": 1, "beyond data.max_clips": 4}
+    assert report.kept == 3
+    every, _ = plan_clips(index, SHAPES, 8, GEOMETRY, max_clips=99)
+    assert every == plan_clips(index, SHAPES, 8, GEOMETRY)[0]
+
+
 def test_keeping_nothing_is_an_error_that_says_why(index):
     with pytest.raises(ValueError, match=r"kept 0/30 .* too short 30.*needs 17 frames .* 2\.12 s; .* lasts 2\.00 s"):
         plan_clips(index, [ClipShape(17, 32, 32)], 8, GEOMETRY)

@@ -1,20 +1,30 @@
 """Starting a rank: launcher arguments, and build locks of killed runs."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from pathlib import Path
 
 from kinema.distributed.process import exclusive, load_cpu_communication_op, strip_launcher_arguments
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from kinema.distributed.process import exclusive
-with exclusive(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
-"""
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(folder: Path, held: Event, seconds: float) -> None:
+    with exclusive(folder):
+        held.set()
+        time.sleep(seconds)
+
+
+def holder(folder: Path, seconds: float) -> BaseProcess:
+    """Another process that holds the lock by now, and for so many seconds."""
+    held = FORK.Event()
+    other = FORK.Process(target=hold, args=(folder, held, seconds))
+    other.start()
+    assert held.wait(60)
+    return other
 
 
 def test_the_deepspeed_launchers_argument_is_taken_out_and_remembered(monkeypatch):
@@ -37,21 +47,18 @@ def test_a_lock_left_by_a_killed_build_is_removed_instead_of_waited_for(tmp_path
 
 
 def test_a_build_that_is_still_going_on_is_waited_for(tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path, "1.0"], stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None
-    assert other.stdout.readline() == "held\n"
+    other = holder(tmp_path, 0.5)
     began = time.monotonic()
     with exclusive(tmp_path):
         waited = time.monotonic() - began
-    other.wait()
-    assert waited > 0.5
+    other.join()
+    assert waited > 0.2
 
 
 def test_a_killed_owner_gives_its_lock_back(tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path, "60"], stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None
-    other.stdout.readline()
+    other = holder(tmp_path, 60.0)
     other.kill()
-    other.wait()
+    other.join()
+    began = time.monotonic()
     with exclusive(tmp_path):
-        pass
+        assert time.monotonic() - began < 30

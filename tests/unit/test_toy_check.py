@@ -31,7 +31,7 @@ BACKGROUND = (20, 22, 24)
 def clips():
     """Real held-out clips through their mp4: (caption, 17 frames at 8 fps by timestamp)."""
     sizes = [(64, 64), (80, 48), (48, 80)]
-    made = [toy.make_clip(toy.Job(number, 5, "heldout", sizes, 0.0, keep_frames=False)) for number in range(28)]
+    made = [toy.make_clip(toy.Job(number, 5, "heldout", sizes, 0.0, 0.3, keep_frames=False)) for number in range(28)]
     return [(record.caption, decode(mp4)) for record, mp4, _ in made]
 
 
@@ -208,7 +208,8 @@ def test_heldout_prompts_are_balanced_and_possible():
     counts = [sum(p[1:] == combo for p in prompts) for combo in combinations(heldout=True)]
     assert set(counts) <= {5, 6}
     trained = {
-        scene.caption for scene in (toy.draw_scene(np.random.default_rng(n), [(64, 64)], True, 0) for n in range(900))
+        scene.caption
+        for scene in (toy.draw_scene(np.random.default_rng(n), [(64, 64)], True, 0.0, 0.3) for n in range(900))
     }
     assert len({p.prompt for p in prompts} - trained) <= 2  # the generator makes such clips
     with pytest.raises(ValueError, match="n=73"):

@@ -13,6 +13,7 @@ from kinema.models.vae import (
     StreamState,
     TimePadding,
     VAEConfig,
+    psnr,
 )
 
 CHUNK_PLANS = [[1, 4, 4, 4], [1, 8, 4], [1, 12], [5, 8], [13]]
@@ -296,6 +297,19 @@ def test_every_parameter_of_a_new_vae_has_a_gradient(settings):
     ((reconstruction - clip()).abs().mean() + 1e-3 * posterior.kl().mean()).backward()
     dead = [name for name, p in vae.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert dead == []
+
+
+@torch.no_grad()
+def test_a_new_vae_passes_plain_colours_on():
+    """Whatever its widths, and as far as its small random branches let it: blocks of colour come back."""
+    blocks = torch.rand(1, 3, 2, 4, 5) * 2 - 1
+    video = blocks.repeat_interleave(8, dim=3).repeat_interleave(8, dim=4).repeat_interleave(4, dim=2)[:, :, 3:]
+    for settings in VARIANTS:
+        torch.manual_seed(0)
+        vae = CausalVAE(VAEConfig(latent_channels=5, width=8, decoder_width=12, **settings))
+        reconstruction, posterior = vae(video, torch.zeros(1, 5, 2, 4, 5))
+        assert psnr(reconstruction, video)[:, 1:].min() > 20  # zeros before frame 0 darken it in one variant
+        assert posterior.logvar.mean().round() == -5
 
 
 def test_convolutions_equal_plain_conv3d():

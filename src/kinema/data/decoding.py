@@ -124,9 +124,22 @@ def _read_decord(reader: Any, wanted: Sequence[int]) -> NDArray[np.uint8]:
     kept = []
     for first in range(0, wanted[-1] + 1, DECORD_BATCH):
         numbers = range(first, min(first + DECORD_BATCH, wanted[-1] + 1))
-        frames = reader.get_batch(numbers).asnumpy()
+        frames = _batch(reader, numbers)
         kept.append(frames[[number - first for number in wanted if number in numbers]])
     return np.concatenate(kept)
+
+
+def _batch(reader: Any, numbers: range) -> NDArray[np.uint8]:
+    try:
+        return reader.get_batch(numbers).asnumpy()
+    except Exception as error:
+        # decord2 3.4 counts channels as bytes of a padded row by width. Where the padding makes that a whole number
+        # above 3 it refuses its own frames: widths such as 16, 24, 48, 72 or 96, and which depends on the processor.
+        if "from_size == to_size" in str(error):
+            raise DecodeError(
+                "decord cannot hand over frames of this width (small, and no multiple of 64). Type data.decoder=pyav."
+            ) from error
+        raise
 
 
 def _open_pyav(mp4: bytes) -> OpenVideo:

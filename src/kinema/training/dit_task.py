@@ -19,6 +19,7 @@ from kinema.models.vae import CausalVAE, Posterior
 from kinema.sampling.pipeline import SamplingConfig
 from kinema.training.metrics import Clock
 
+
 class PosteriorDraw(enum.Enum):
     """Which latent of a clip's posterior the denoiser learns."""
 

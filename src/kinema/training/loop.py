@@ -129,7 +129,8 @@ class Trainer:
     config_yaml: str
     sample_every_steps: int
     make_samples: SampleMaker | None
-    after_first_step: Callable[[], None]
+    unread_keys: Callable[[], str | None]
+    """What is wrong with the configuration once the first step has read all it needs; the main rank's answer counts."""
 
     final_check: Callable[[dict[str, Tensor]], tuple[bool, str]] | None = None
     """EMA weights -> passed, verdict; runs on the main rank after the last step."""
@@ -162,7 +163,7 @@ class Trainer:
             bar.set_postfix_str(f"loss {totals['loss']:.4f}", refresh=False)
             first = window.first_of_run
             if first:
-                self.after_first_step()  # a key that nothing has read by now stops the run
+                self._check_configuration()
             if first or self.step % self.logging.every_steps == 0 or self.step == self.steps:
                 self._log(window, clock)
             if validation and due(self.step, self.validation.every_steps, self.steps):
@@ -179,6 +180,11 @@ class Trainer:
         passed = self._final_check()
         self._finish("finished")
         return 0 if passed else EXIT_FAILED_CHECK
+
+    def _check_configuration(self) -> None:
+        """Stop all ranks if a key was set that nothing has read by now."""
+        if problem := from_main(self.unread_keys()):
+            raise ValueError(problem)
 
     def _final_check(self) -> bool:
         weights = self.ema.full()
@@ -408,21 +414,26 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def initial_weights(store: CheckpointStore, process: Process, module: torch.nn.Module) -> None:
-    """Give `module` the weights of the newest whole checkpoint, if there is one, before the engine clones them."""
+def initial_weights(store: CheckpointStore, process: Process, module: torch.nn.Module, name: str = "model") -> None:
+    """Give `module` its weights of the newest whole checkpoint, if there is one, before an engine clones them.
+
+    `name` is the engine's: the model's weights have a file of their own, the others' lie with the optimiser.
+    """
     found = from_main(store.newest(report=lambda line: None) if process.is_main else None)
     if found is None:
         return
-    tensors, own = found.tensors("model"), dict(module.named_parameters())
+    tensors = found.tensors("model" if name == "model" else "optimizer")
+    prefix = "" if name == "model" else f"{name}/"
+    own = {f"{prefix}{key}": parameter for key, parameter in module.named_parameters()}
     if missing := sorted(own.keys() - tensors.keys()):
         raise ValueError(
-            f"{found.folder} lacks weights of this model, for example {missing[:3]}: it is another model's."
+            f"{found.folder} lacks weights of this {name}, for example {missing[:3]}: it is another model's."
         )
     with torch.no_grad():
-        for name, parameter in own.items():
-            if parameter.shape != tensors[name].shape:
+        for key, parameter in own.items():
+            if parameter.shape != tensors[key].shape:
                 raise ValueError(
-                    f"{found.folder} holds {name} of shape {list(tensors[name].shape)}, this configuration makes "
+                    f"{found.folder} holds {key} of shape {list(tensors[key].shape)}, this configuration makes "
                     f"{list(parameter.shape)}: it is another model's. Give the run another name."
                 )
-            parameter.copy_(tensors[name])
+            parameter.copy_(tensors[key])

@@ -42,7 +42,8 @@ def open_run_folder(run_dir: Path) -> TextIO:
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = (run_dir / ".lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A POSIX lock dies with this process; flock would live on in data workers that outlast a killed parent.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(
             f"name={run_dir.name}: another job is writing {run_dir}. Stop it, or choose another name."

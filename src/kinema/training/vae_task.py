@@ -46,6 +46,7 @@ class VAETask:
         *,
         config: VAETaskConfig,
         engine: Engine,
+        loss: VAELoss,
         twin: CausalVAE,
         statistics_packs: list[Pack],
         optim: AdamW,
@@ -60,7 +61,7 @@ class VAETask:
         self.seed = seed
         self.device = device
         self.crop = list(config.crop)
-        self.loss = VAELoss(config.loss).to(device)
+        self.loss = loss.to(device)
         self.discriminator: Engine | None = None
         if self.loss.discriminator is not None:
             # Replicated at any ZeRO stage: it is small, and the VAE's loss runs through its weights as they are.

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kinema.models.vae.initialisation import initialise_decoder, initialise_encoder
 from kinema.models.vae.layers import (
-    CausalConv,
     CausalSequential,
-    ChannelNorm,
     Convolution,
     FrameAttention,
     Norm,
+    Output,
     ResBlock,
     SpatialDown,
     SpatialUp,
@@ -28,11 +28,6 @@ from kinema.models.vae.layers import (
     space_to_depth,
 )
 from kinema.models.vae.posterior import LOGVAR_RANGE, Posterior
-
-INITIAL_LOGVAR = -5.0
-"""A posterior as wide as the prior would drown the untrained mean and collapse before it carries anything."""
-INITIAL_BRANCH_SCALE = 0.1
-"""Not zero, so that every weight has a gradient from the first step."""
 
 
 @dataclass
@@ -113,33 +108,6 @@ def _middle(config: VAEConfig, channels: int) -> list[nn.Module]:
     return [FrameAttention(channels, config.norm), *_res_blocks(config, channels, channels, 1)]
 
 
-class _Output(nn.Module):
-    """Norm, SiLU and the last convolution, beside a linear path for the amplitude which the norm removes."""
-
-    def __init__(self, config: VAEConfig, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm = ChannelNorm(in_channels, config.norm)
-        self.conv = conv3x3x3(in_channels, out_channels, config.convolution, config.time_padding)
-        self.linear = CausalConv(in_channels, out_channels, (1, 1, 1))
-
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        return self.linear(x, state) + self.conv(nn.functional.silu(self.norm(x)), state)
-
-
-def _initialise(module: nn.Module) -> None:
-    """Convolutions keep the variance of their input (PyTorch's default shrinks it to a third in each layer).
-
-    Branches beside an identity or a linear path start small, so that a new network is nearly linear.
-    """
-    if isinstance(module, nn.Conv3d):
-        nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-        nn.init.zeros_(module.bias)
-    if isinstance(module, ResBlock | _Output):
-        branch = module.conv2 if isinstance(module, ResBlock) else module.conv
-        last = [conv for conv in branch.modules() if isinstance(conv, nn.Conv3d)][-1]
-        last.weight.data.mul_(INITIAL_BRANCH_SCALE)
-
-
 class Encoder(CausalSequential):
     """Pixels (after space to depth) to the latents' mean and log-variance; levels of residual blocks."""
 
@@ -155,7 +123,7 @@ class Encoder(CausalSequential):
             layers += [TemporalDown(width, config.time_padding)] if halves_time else []
             previous = width
         super().__init__(*layers, *_middle(config, previous))
-        self.output = _Output(config, previous, 2 * config.latent_channels)
+        self.output = Output(previous, 2 * config.latent_channels, config.convolution, config.norm, config.time_padding)
 
 
 class Decoder(CausalSequential):
@@ -175,7 +143,7 @@ class Decoder(CausalSequential):
             layers += _res_blocks(config, previous, width, config.decoder_res_blocks)
             previous = width
         super().__init__(*layers)
-        self.output = _Output(config, previous, 3 * config.pixel_patch**2)
+        self.output = Output(previous, 3 * config.pixel_patch**2, config.convolution, config.norm, config.time_padding)
 
 
 class CausalVAE(nn.Module):
@@ -195,8 +163,8 @@ class CausalVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.apply(_initialise)  # a module's children before the module itself
-        self.encoder.output.linear.conv.bias.data[config.latent_channels :].fill_(INITIAL_LOGVAR)
+        initialise_encoder(self.encoder, self.encoder.output, config.pixel_patch)
+        initialise_decoder(self.decoder, self.decoder.output, config.pixel_patch)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 

@@ -162,6 +162,27 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + out
 
 
+class Output(nn.Module):
+    """Norm, SiLU and the last convolution, beside a linear path for the amplitude which the norm removes."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        convolution: Convolution,
+        norm: Norm,
+        time_padding: TimePadding,
+    ) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(in_channels, norm)
+        self.conv = conv3x3x3(in_channels, out_channels, convolution, time_padding)
+        self.linear = CausalConv(in_channels, out_channels, (1, 1, 1))
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """(B, in, T, H, W) -> (B, out, T, H, W)."""
+        return self.linear(x, state) + self.conv(F.silu(self.norm(x)), state)
+
+
 class FrameAttention(nn.Module):
     """Single-head self-attention among the pixels of each frame by itself."""
 
@@ -192,11 +213,13 @@ class SpatialDown(nn.Module):
 
 
 class SpatialUp(nn.Module):
-    """Doubles height and width: a 1 x 3 x 3 convolution to 4 C, then depth to space."""
+    """Doubles height and width: a product to 4 C in each pixel, then depth to space."""
+
+    copies = 4
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = CausalConv(channels, 4 * channels, (1, 3, 3))
+        self.conv = CausalConv(channels, 4 * channels, (1, 1, 1))
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """(B, C, T, H, W) -> (B, C, T, 2H, 2W)."""
@@ -220,6 +243,8 @@ class TemporalUp(nn.Module):
 
     The first latent frame stands for one frame and every later one for two, so k + 1 become 2k + 1.
     """
+
+    copies = 2
 
     def __init__(self, channels: int, time_padding: TimePadding) -> None:
         super().__init__()
