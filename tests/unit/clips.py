@@ -1,4 +1,7 @@
-"""Small data sets for the tests of the data room: every frame has its number painted in."""
+"""Small data sets for the tests of the data room: every frame has its number painted in.
+
+The videos are 64 pixels wide, a width that decord hands over on any processor.
+"""
 
 import hashlib
 import tempfile
@@ -21,7 +24,7 @@ TICKS = 90_000
 
 
 def numbered_video(
-    times: list[float], *, size: tuple[int, int] = (32, 32), b_frames: int = 0, container_format="mp4"
+    times: list[float], *, size: tuple[int, int] = (64, 64), b_frames: int = 0, container_format="mp4"
 ) -> bytes:
     """H.264 mp4 whose frame i appears at times[i] seconds, with i painted as eight bars (read it with
     `numbers`).
@@ -56,8 +59,8 @@ def record(key: str, mp4: bytes, **facts) -> ClipRecord:
         "caption": f"caption of {key}",
         "fps": 10.0,
         "num_frames": 20,
-        "width": 32,
-        "height": 32,
+        "width": 64,
+        "height": 64,
         "duration_seconds": 2.0,
         "source": "test",
         "license": "CC0-1.0",

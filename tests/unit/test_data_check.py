@@ -107,24 +107,24 @@ def test_a_truncated_tar_is_a_verdict_and_no_traceback(tmp_path, capsys):
 def test_the_record_is_held_to_the_picture_as_displayed(tmp_path):
     """Phones store upright clips lying, with a turn in the header; decord obeys it: the reference."""
     decord = pytest.importorskip("decord")
-    frames = np.zeros((3, 32, 48, 3), np.uint8)
-    frames[:, :10, :10] = (240, 40, 40)  # red marks one corner
+    frames = np.zeros((3, 64, 128, 3), np.uint8)  # 64 wide when upright, which decord can show
+    frames[:, :20, :20] = (240, 40, 40)  # red marks one corner
     mp4 = encode_video(frames, 8)
     header = mp4.index(b"tkhd") - 4
     matrix = header + 8 + 40
     assert struct.unpack(">9i", mp4[matrix : matrix + 36])[0] == 1 << 16
-    turned = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 64 << 16, 0, 1 << 30)
     mp4 = mp4[:matrix] + turned + mp4[matrix + 36 :]
     (tmp_path / "turned.mp4").write_bytes(mp4)
 
     ours, _ = _decode(mp4)
     reference = decord.VideoReader(str(tmp_path / "turned.mp4"))[0].asnumpy()
-    assert ours.shape == (3, 48, 32, 3) == (3, *reference.shape)
+    assert ours.shape == (3, 128, 64, 3) == (3, *reference.shape)
     np.testing.assert_allclose(ours[0].astype(int), reference, atol=6)
     record = {"num_frames": 3, "duration_seconds": 0.375}
-    upright = write_dataset(tmp_path / "upright", [make_clip(0, mp4=mp4, width=32, height=48, **record)])
+    upright = write_dataset(tmp_path / "upright", [make_clip(0, mp4=mp4, width=64, height=128, **record)])
     assert check_dataset(upright).ready
-    lying = write_dataset(tmp_path / "lying", [make_clip(0, mp4=mp4, **record)])
+    lying = write_dataset(tmp_path / "lying", [make_clip(0, mp4=mp4, width=128, height=64, **record)])
     assert not check_dataset(lying).ready
 
 

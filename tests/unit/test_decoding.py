@@ -114,14 +114,15 @@ class PaddingReader:
 
 
 def test_a_width_that_decord_cannot_hand_over_is_an_error_that_says_what_to_type():
-    with pytest.raises(DecodeError, match=r"frames of this width.* Type data\.decoder=pyav\."):
+    with pytest.raises(DecodeError, match=r"frames of this width.* Type data\.decoder=pyav"):
         decoding._read_decord(PaddingReader(), [0])
 
 
 @pytest.mark.parametrize("width", [16, 24, 32, 48, 64, 72, 80, 96, 144, 192])
-def test_decord_returns_the_right_pixels_of_any_width_or_names_the_other_decoder(width):
+@pytest.mark.parametrize("frames_asked", [1, 5])
+def test_decord_returns_the_right_pixels_of_any_width_or_names_the_other_decoder(width, frames_asked):
     """Which widths it cannot hand over depends on the processor's vector length: 48 with 32 bytes and with 64."""
-    mp4, shape = encode_video(picture(32, width), 12), ClipShape(5, 32, width)
+    mp4, shape = encode_video(picture(32, width), 12), ClipShape(frames_asked, 32, width)
     expected = decode_clip(mp4, shape, 8, 0.0, Decoder.pyav)
     frames, refusal = None, ""
     try:
@@ -129,7 +130,7 @@ def test_decord_returns_the_right_pixels_of_any_width_or_names_the_other_decoder
     except DecodeError as error:
         refusal = str(error)
     if frames is None:
-        assert refusal.endswith("Type data.decoder=pyav.")
+        assert "Type data.decoder=pyav" in refusal
         assert width % 64
     else:
         assert (frames.int() - expected.int()).abs().max() <= 3
@@ -171,17 +172,17 @@ def test_height_and_width_keep_their_places(decoder):
 
 def test_both_libraries_give_nearly_the_same_pixels():
     noise = torch.nn.functional.interpolate(
-        torch.rand(24, 3, 9, 12, generator=torch.manual_seed(0)), (72, 96), mode="bicubic"
+        torch.rand(24, 3, 9, 16, generator=torch.manual_seed(0)), (72, 128), mode="bicubic"
     )
     frames = (noise.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
     mp4 = encode_video(frames, 24)
-    for shape in (ClipShape(9, 72, 96), ClipShape(9, 48, 48), ClipShape(9, 96, 128)):
+    for shape in (ClipShape(9, 72, 128), ClipShape(9, 48, 48), ClipShape(9, 96, 160)):
         one, other = (decode_clip(mp4, shape, 8, 0.0, decoder).int() for decoder in Decoder)
         assert one.shape == other.shape == (*shape, 3)
         assert (one - other).abs().max() <= 3
         assert (one - other).abs().float().mean() < 0.5
     # And both are what was encoded.
-    direct = decode_clip(mp4, ClipShape(9, 72, 96), 8, 0.0, Decoder.pyav).int()
+    direct = decode_clip(mp4, ClipShape(9, 72, 128), 8, 0.0, Decoder.pyav).int()
     assert (direct - frames[[0, 3, 6, 9, 12, 15, 18, 21, 23]].int())[:8].abs().float().mean() < 10
 
 

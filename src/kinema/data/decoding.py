@@ -137,7 +137,8 @@ def _batch(reader: Any, numbers: range) -> NDArray[np.uint8]:
         # above 3 it refuses its own frames: widths such as 16, 24, 48, 72 or 96, and which depends on the processor.
         if "from_size == to_size" in str(error):
             raise DecodeError(
-                "decord cannot hand over frames of this width (small, and no multiple of 64). Type data.decoder=pyav."
+                "decord cannot hand over frames of this width (small, and no multiple of 64). "
+                "Type data.decoder=pyav (or --decoder pyav)."
             ) from error
         raise
 
