@@ -92,8 +92,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
 }
 """The classes of each group. `configs/GROUP/*.yaml` starts from `schema_NAME` and says what differs."""
 
-FREE_TO_CHANGE = ("parallel.", "logging.", "checkpoint.", "validation.", "task.samples.", "data.num_workers",
-                  "data.prefetch", "data.timeout_seconds", "run_root", "allow_config_change")  # fmt: skip
+FREE_TO_CHANGE = ("parallel.zero_stage", "parallel.timeout_seconds", "logging.", "checkpoint.", "validation.",
+                  "task.samples.", "data.num_workers", "data.prefetch", "data.timeout_seconds", "run_root",
+                  "allow_config_change")  # fmt: skip
 """Keys that may differ when a run continues: none of them changes what is computed."""
 
 

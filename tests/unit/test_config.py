@@ -197,3 +197,5 @@ def test_changes_are_listed_but_for_keys_that_change_no_number():
         compose("train", ["seed=3", "parallel.zero_stage=2", "data.num_workers=0", "checkpoint.keep=9"])
     )
     assert changed_keys(before, now) == ["seed: 0 -> 3"]
+    now = resolved_yaml(compose("train", ["parallel.precision=bfloat16", "data.prefetch=5"]))
+    assert changed_keys(before, now) == ["parallel.precision: float32 -> bfloat16"]

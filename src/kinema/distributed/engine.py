@@ -23,7 +23,7 @@ class Precision(enum.Enum):
 
 @dataclass
 class ParallelConfig:
-    """How one step is spread over ranks; none of it changes what is computed."""
+    """How one step is spread over ranks; of this, only precision changes what is computed."""
 
     zero_stage: int = 0
     """0 replicates; 1 shards the optimiser, 2 also gradients, 3 also weights (Rajbhandari et al. 2020, ZeRO)."""
