@@ -76,7 +76,8 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
         try:
             lock = open_run_folder(run_dir)
             stored = run_dir / "config.yaml"
-            differences = changed_keys(stored.read_text(), config_yaml) if stored.exists() else []
+            began = stored.exists() and bool(CheckpointStore(run_dir).steps())  # a failed start binds nobody
+            differences = changed_keys(stored.read_text(), config_yaml) if began else []
             for line in write_config(run_dir, config_yaml, differences, config.allow_config_change):
                 outputs.event(0, "configuration changed", line)
             outputs.tracker = WandbTracker(logging, run_dir, {"config": config_yaml})
