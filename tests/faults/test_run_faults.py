@@ -38,7 +38,10 @@ def test_a_mistake_is_named_with_what_to_type(folder, override, message):
 
 def test_a_checkpoint_of_another_model_is_refused_and_unharmed(folder):
     before = checkpoint(folder, "dit", 2)
-    answer = run(*dit_command(folder, "dit", 4, "model.width=48", "model.rope_axes=[12,6,6]", "allow_config_change=true"), expect=None)
+    answer = run(
+        *dit_command(folder, "dit", 4, "model.width=48", "model.rope_axes=[12,6,6]", "allow_config_change=true"),
+        expect=None,
+    )
     assert answer.returncode != 0
     assert "it is another model's" in answer.stderr
     assert verify(before) is None
