@@ -146,3 +146,8 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_newest_checkpoint(tmp_path
     assert exitcode == 0
     assert hit > 12  # S78
     assert found.step == 2
+
+
+def test_a_full_disk_is_an_oserror_for_tensors_too():
+    with pytest.raises(OSError, match="No space left"):
+        tensor_writer({"w": torch.zeros(100_000)})(Path("/dev/full"))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 FORMAT_VERSION = 1
@@ -178,8 +179,15 @@ def crc32(path: Path) -> int:
 
 
 def tensor_writer(tensors: dict[str, Tensor]) -> Writer:
-    """Writes tensors as safetensors."""
-    return lambda path: safetensors.torch.save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path)
+    """Writes tensors as safetensors; a disk that cannot take them is an OSError, as for any other file."""
+
+    def write(path: Path) -> None:
+        try:
+            safetensors.torch.save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path)
+        except SafetensorError as error:
+            raise OSError(f"{path.name}: {error}") from error
+
+    return write
 
 
 def json_writer(document: dict[str, Any]) -> Writer:

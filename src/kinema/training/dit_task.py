@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinema.conditioning.dropout import DropoutCount, drop_text
+from kinema.conditioning.dropout import drop_text
 from kinema.conditioning.text import TextEncoder
 from kinema.data.geometry import Geometry
 from kinema.data.loading import Pack
@@ -88,7 +88,6 @@ class DiTTask:
         self.posterior = posterior
         self.seed = seed
         self.device = device
-        self.dropout_count = DropoutCount()
 
     def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
         """One pack's share of the step: forward, backward, and the engine's step. Returns sums, to be reduced."""
@@ -98,7 +97,6 @@ class DiTTask:
             text = [embedding.to(self.device) for embedding in self.text_encoder.encode(pack.captions)]
             seeds = [keyed_seed(self.seed, "dropout", pack.step, pack.lane, i) for i in range(len(text))]
             text, dropped = drop_text(text, self.text_encoder.null().to(self.device), self.guidance_dropout, seeds)
-            self.dropout_count.add(dropped)
             tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]
             timesteps = torch.cat(
                 [self.objective.sample_timesteps(1, g, [count]) for g, count in zip(generators, tokens, strict=True)]
@@ -119,6 +117,7 @@ class DiTTask:
             "loss": float(loss.detach()),
             "clips": float((weights > 0).sum()),
             "tokens": float(sum(tokens)),
+            "captions_dropped": float(sum(dropped)),
             **by_noise_level(losses.detach().cpu(), timesteps.cpu(), pack.weights),
         }
 

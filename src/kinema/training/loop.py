@@ -324,7 +324,7 @@ class Trainer:
                     },
                 )
                 write_json(self.outputs.run_dir / "ledger.json", training["ledger"])
-            except (OSError, RuntimeError) as error:  # safetensors reports a full disk as RuntimeError-like
+            except OSError as error:
                 problem = f"{type(error).__name__}: {error}"
         self._after_save(from_main(problem))
 
@@ -375,8 +375,11 @@ class Trainer:
 
     def _finish(self, how: str) -> None:
         self.outputs.event(self.step, "end", how)
-        if self.outputs.tracker:
-            self.outputs.tracker.close()
+        if tracker := self.outputs.tracker:
+            tracker.close()
+            if tracker.problem or tracker.dropped:
+                detail = f"{tracker.problem or 'no error'}, {tracker.dropped} records dropped; metrics.jsonl has all"
+                self.outputs.event(self.step, "tracker", detail)
 
 
 class Window:
