@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -148,6 +149,15 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_newest_checkpoint(tmp_path
     assert found.step == 2
 
 
-def test_a_full_disk_is_an_oserror_for_tensors_too():
-    with pytest.raises(OSError, match="No space left"):
-        tensor_writer({"w": torch.zeros(100_000)})(Path("/dev/full"))
+def test_tensors_that_do_not_fit_are_an_oserror_and_harm_no_earlier_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # the kernel refuses, as a full disk does
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            store.publish(2, {"model.safetensors": tensor_writer({"w": torch.zeros(100_000)})})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert store.steps() == [1]
+    assert verify(tmp_path / "checkpoints/step-00000001") is None
