@@ -36,6 +36,7 @@ from data_prep.folder import (
     print_result,
 )
 from data_prep.source_video import decode_frames
+from kinema.console import explain_errors
 from kinema.data.shards import ShardWriter
 
 FOLDER = Path(__file__).parent / "film"
@@ -150,7 +151,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    explain_errors(main)()

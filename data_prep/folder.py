@@ -39,6 +39,7 @@ from data_prep.source_video import (
     read_facts,
     to_rgb,
 )
+from kinema.console import explain_errors
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.cuts import split_shots
 from kinema.data.encoding import encode_video
@@ -423,7 +424,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    explain_errors(main)()

@@ -11,7 +11,6 @@ holds are never in the train split; the held-out split has nothing else.
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from kinema.console import explain_errors
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.encoding import encode_video
 from kinema.data.sample import ClipRecord
@@ -468,7 +468,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--sizes",
         default="64x64,64x64,64x48,64x80",
-        help="WIDTHxHEIGHT list, drawn evenly (default %(default)s)",
+        help="WIDTHxHEIGHT list, drawn evenly; decord reads multiples of 64 as widths on every CPU "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--pairs", type=float, default=0.15, help="share of clips with two objects (default %(default)s)"
@@ -546,7 +547,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    explain_errors(main)()

@@ -21,7 +21,7 @@ def run_script(main: Callable[[], Any], config_name: str) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints errors of its own and hides the cause
     try:
         main()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises plain ValueErrors too
         fail(f"{first_cause(error)} {_suggestions(config_name)}".strip(), EXIT_CONFIG)
     except KeyboardInterrupt:
         fail("interrupted", 130)
@@ -67,14 +67,19 @@ def first_cause(error: BaseException) -> str:
 
 
 def _suggestions(config_name: str) -> str:
-    """`did you mean ...?` for each override whose key the composed configuration lacks."""
+    """What to type instead, for each override whose key does not exist or whose group is set to null."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     from kinema.config import suggestion
 
     GlobalHydra.instance().clear()
-    keys = [argument.lstrip("+~").split("=")[0] for argument in sys.argv[1:] if "=" in argument]
-    with initialize_config_dir(str(Path(sys.argv[0]).resolve().parent / "configs"), version_base="1.3"):
+    configs = Path(sys.argv[0]).resolve().parent / "configs"
+    overrides = [argument.lstrip("+~").split("=", 1) for argument in sys.argv[1:] if "=" in argument]
+    with initialize_config_dir(str(configs), version_base="1.3"):
         plain = compose(config_name)
-    return " ".join(filter(None, (suggestion(key, plain) for key in keys if "/" not in key)))
+    hints = [suggestion(key, plain) for key, _ in overrides if "/" not in key]
+    for key, value in overrides:
+        if value == "null" and (configs / key).is_dir():
+            hints.append(f"{key}=null: choose one of {', '.join(sorted(f.stem for f in (configs / key).iterdir()))}.")
+    return " ".join(filter(None, hints))

@@ -23,6 +23,7 @@ from kinema.config import (
     to_config,
     to_dataclass,
 )
+from kinema.console import run_script
 from kinema.training.optim import AdamW
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -183,6 +184,17 @@ def test_keys_that_nothing_reads_are_found_and_reading_clears_them():
     assert "optim.weight_decay: nothing reads" in (reads.problem() or "")
     assert config.optim.weight_decay == 0.5
     assert reads.problem() is None
+
+
+def test_a_group_set_to_null_names_the_choices(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [str(CONFIGS.with_name("train.py")), "task=null"])
+
+    def main():
+        compose("train", ["task=null"])
+
+    with pytest.raises(SystemExit):
+        run_script(main, "train")
+    assert "task=null: choose one of dit, vae." in capsys.readouterr().err
 
 
 def test_a_near_key_is_suggested():

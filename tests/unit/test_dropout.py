@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kinema.conditioning.dropout import DropoutCount, drop_text, uniform_from
+from kinema.conditioning.dropout import drop_text, uniform_from
 from kinema.conditioning.text import HashText, build_text_encoder
 
 NULL = torch.full((1, 4), 7.0)
@@ -14,15 +14,9 @@ def text(n: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_realised_rate_is_the_declared_one_and_is_counted(rate):
-    count = DropoutCount()
-    for step in range(100):
-        seeds = range(step * 100, step * 100 + 100)
-        count.add(drop_text(text(100), NULL, rate, seeds).dropped)
-    assert count.total == 10_000
-    assert abs(count.rate - rate) < 3 * (rate * (1 - rate) / 10_000) ** 0.5
-    assert count.agrees_with(rate)
-    assert not count.agrees_with(rate + 0.05)
+def test_realised_rate_is_the_declared_one(rate):
+    dropped = drop_text(text(10_000), NULL, rate, range(10_000)).dropped
+    assert abs(sum(dropped) / 10_000 - rate) < 3 * (rate * (1 - rate) / 10_000) ** 0.5
 
 
 def test_a_dropped_clip_has_the_null_text_and_the_others_are_untouched():

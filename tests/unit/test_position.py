@@ -5,7 +5,7 @@ import cmath
 import pytest
 import torch
 
-from kinema.models.position import apply_rope, check_rope_axes, grid_positions, rope_3d
+from kinema.models.position import apply_rope, check_rope_axes, grid_positions, rope_3d, sincos_3d
 
 SPLITS = [(16, [4, 6, 6], 10000.0), (12, [2, 4, 6], 100.0), (8, [0, 4, 4], 50.0), (32, [12, 10, 10], 256.0)]
 GRIDS = [(1, 2, 3), (5, 3, 2), (2, 7, 4), (4, 1, 9), (3, 5, 6), (7, 2, 1)]
@@ -57,6 +57,14 @@ def test_scores_depend_on_differences_only(head_dim, axes, theta):
     # Tokens (0, 0, 0) -> (1, 1, 1) and (1, 2, 3) -> (2, 3, 4) differ by the same step.
     torch.testing.assert_close(scores([0.0] * 3)[0, 26], scores([0.0] * 3)[33, 59])
     assert (scores([0.0] * 3)[0] - scores([0.0] * 3)[1]).abs().max() > 1e-3
+
+
+def test_channels_that_do_not_divide_stay_zero_and_no_two_places_are_alike():
+    waves = sincos_3d(grid_positions(3, 4, 5), 23, 100.0)
+    assert waves.shape == (60, 23)
+    assert (waves[:, 18:] == 0).all()
+    assert (waves[:, :18].abs().sum(0) > 0).all()
+    assert torch.cdist(waves, waves).fill_diagonal_(1).min() > 1e-2
 
 
 def test_each_axis_turns_its_own_channels():

@@ -1,7 +1,6 @@
 """Dropping captions in training, so that the network also learns the null text that guidance needs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -32,26 +31,3 @@ def uniform_from(seed: int | str) -> float:
     """A seed -> its own number in [0, 1), the same on every machine."""
     digest = blake2b(f"text dropout {seed}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
-
-
-@dataclass
-class DropoutCount:
-    """What was really dropped; sums over ranks by adding the two numbers."""
-
-    dropped: int = 0
-    total: int = 0
-
-    def add(self, dropped: Sequence[bool]) -> None:
-        """Count one pack."""
-        self.dropped += sum(dropped)
-        self.total += len(dropped)
-
-    @property
-    def rate(self) -> float:
-        """Realised share of dropped captions; 0 before the first clip."""
-        return self.dropped / self.total if self.total else 0.0
-
-    def agrees_with(self, rate: float, sigmas: float = 3.0) -> bool:
-        """Whether the realised rate lies within `sigmas` standard deviations of the declared one."""
-        tolerance = sigmas * (rate * (1 - rate) * self.total) ** 0.5
-        return abs(self.dropped - rate * self.total) <= tolerance

@@ -30,7 +30,7 @@ from kinema.data.shards import (
     MANIFEST,
     DamagedSample,
     DatasetIndex,
-    _index_name,
+    index_name,
     read_member,
     write_aside,
 )
@@ -552,7 +552,7 @@ def resolve_folder(path: str, cache_folder: str | Path) -> Path:
     try:
         shards = json.loads(content)["shards"]
         files = [(shard["file"], shard["sha256"]) for shard in shards]
-        files += [(_index_name(shard["file"]), shard["index_sha256"]) for shard in shards]
+        files += [(index_name(shard["file"]), shard["index_sha256"]) for shard in shards]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"data.path={path}: {MANIFEST} at that address is no manifest ({error!r}).") from error
     with open(folder / ".lock", "w") as lock:

@@ -280,7 +280,7 @@ def _check_shard_file(folder: Path, shard: dict[str, Any]) -> None:
 
 
 def _load_index(folder: Path, shard: dict[str, Any]) -> list[ClipEntry]:
-    path = folder / _index_name(shard["file"])
+    path = folder / index_name(shard["file"])
     if not path.is_file():
         raise ValueError(f"{path}, the index of {shard['file']}, is missing. Copy it, or build the data set again.")
     content = path.read_bytes()
@@ -296,7 +296,8 @@ def _load_index(folder: Path, shard: dict[str, Any]) -> list[ClipEntry]:
     ]
 
 
-def _index_name(shard: str) -> str:
+def index_name(shard: str) -> str:
+    """File name of the index beside a shard."""
     return f"{shard.removesuffix('.tar')}.index.json"
 
 
@@ -393,7 +394,7 @@ def _write_index(tar: Path, entries: list[ClipEntry]) -> dict[str, Any]:
         for entry in entries
     ]
     content = json.dumps({"shard": tar.name, "samples": samples}, ensure_ascii=False, indent=0).encode()
-    write_aside(tar.with_name(_index_name(tar.name)), content)
+    write_aside(tar.with_name(index_name(tar.name)), content)
     return {
         "file": tar.name,
         "bytes": tar.stat().st_size,

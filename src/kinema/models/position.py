@@ -1,4 +1,4 @@
-"""Where a token lies in its clip, and the rotary embedding that tells attention: one for everyone."""
+"""Where a token lies in its clip, and the embeddings that tell the model: one for everyone."""
 
 from collections.abc import Sequence
 
@@ -40,6 +40,18 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turn = torch.complex(cos, sin).view(len(cos), *[1] * (x.ndim - 2), -1)
     pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+
+def sincos_3d(positions: Tensor, width: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sines and cosines of where a token lies, to be added to it: positions (N, 3) -> (N, width).
+
+    Vaswani et al. 2017, section 3.5, once for each axis: a third of the channels each for t, h and w, of
+    which the first half are sines; up to five channels that do not divide by six stay zero. Float64 inside.
+    """
+    size = width // 6 * 2
+    angles = positions[:, :, None] * _frequencies(size, theta, positions.device)  # (N, 3, size / 2)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
+    return torch.nn.functional.pad(waves, (0, width - 3 * size)).to(dtype)
 
 
 def check_rope_axes(axes: Sequence[int], head_dim: int) -> None:

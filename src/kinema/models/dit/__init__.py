@@ -2,6 +2,14 @@
 
 from kinema.models.dit.conditioning import TIMESTEP_SCALE
 from kinema.models.dit.layers import Activation
-from kinema.models.dit.model import AttentionPattern, DiT, DiTConfig, ModulationSource
+from kinema.models.dit.model import AttentionPattern, DiT, DiTConfig, ModulationSource, PositionEmbedding
 
-__all__ = ["TIMESTEP_SCALE", "Activation", "AttentionPattern", "DiT", "DiTConfig", "ModulationSource"]
+__all__ = [
+    "TIMESTEP_SCALE",
+    "Activation",
+    "AttentionPattern",
+    "DiT",
+    "DiTConfig",
+    "ModulationSource",
+    "PositionEmbedding",
+]
