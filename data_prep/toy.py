@@ -39,7 +39,7 @@ from kinema.evaluation.toy_check import (
 
 WINDOW_SECONDS = 2.125
 """The caption is exactly true this long."""
-HIT_SECONDS = (0.7, 1.5)
+HIT_SECONDS = (0.85, 1.25)
 """When a bounce or collision that the caption names happens: late enough to see where from, early enough to
 see it.
 """

@@ -109,6 +109,11 @@ def write_run(folder: Path, task="dit", factor=1.0) -> Path:
                 }
             )
         )
+        (folder / "evaluation").mkdir()
+        Image.new("RGB", (40, 30), (9, 9, 9)).save(folder / "evaluation/captions.png")
+        measured = {"step": STEPS, "weights": "ema", "prompts": 64, "rates": {"colour": 1.0, "shape": 0.9, "all": 0.75}}
+        measured["settings"] = {"at_least": 0.8, "solver": "heun", "steps": 20, "guidance": 3.0}
+        (folder / "evaluation/captions.json").write_text(json.dumps(measured))
     else:
         (folder / "vae_strips").mkdir()
         for step in (200, 400):
@@ -235,6 +240,8 @@ def test_page_says_what_the_run_did(built):
     assert "finished, 400 of 400 steps" in text
     assert "inside demo" in text  # found by experiment=demo in the command
     assert "1 in quarantine" in text
+    assert "75% of 64 followed, 80% needed" in text
+    assert "colour shape all at once 100 % 90 % 75 %" in text
     assert "toy 1,599 1 1,200 3 3.39 k CC0-1.0 (1,599)" in text
     assert "not recorded" not in text.split("Environment")[0].replace("Validation PSNR not recorded", "")
     seconds = [sum(record["seconds"].values()) for record in train_records()]

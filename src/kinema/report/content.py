@@ -295,6 +295,20 @@ def samples(run: RunRecord, shelf: MediaShelf) -> dict[str, Any] | None:
     }
 
 
+def captions(run: RunRecord, shelf: MediaShelf) -> dict[str, Any] | None:
+    """What `kinema evaluate` measured, and its sheet; None before it ran."""
+    if run.captions is None:
+        return None
+    record = run.captions
+    settings = record["settings"]
+    return {
+        "rates": list(record["rates"].items()),
+        "how": f"{record['prompts']} captions, {record['weights']} weights of step {record['step']:,}, "
+        f"{settings['solver']} in {settings['steps']} steps, guidance {settings['guidance']}",
+        "sheet": shelf.embed("evaluation/captions.png"),
+    }
+
+
 # Data and events
 
 

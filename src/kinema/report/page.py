@@ -74,7 +74,7 @@ def _build(folder: Path, out: Path | None, band_name: str | None) -> tuple[Path,
         raise ValueError(f"band={band_name} does not ship; choose among {shipped_bands()} or give a .json path.")
     shelf = MediaShelf(folder)
     judgements = _judgements(run, band)
-    checks = [_finished(run), _band_check(judgements, title), _failures(run)]
+    checks = [_finished(run), _band_check(judgements, title), *_captions(run), _failures(run)]
     context = {
         "run": run,
         "checks": checks,
@@ -87,6 +87,7 @@ def _build(folder: Path, out: Path | None, band_name: str | None) -> tuple[Path,
         "timesteps": content.timesteps(run),
         # Embedded newest first, so that a full page lacks the old ones.
         "reconstructions": content.reconstructions(run, shelf),
+        "captions": content.captions(run, shelf),
         "samples": content.samples(run, shelf),
         "ledger": content.ledger_tables(run.ledger),
         "quarantine": content.quarantine(run),
@@ -155,6 +156,15 @@ def _judgements(run: RunRecord, band: Record | None) -> dict[str, Judgement]:
         if name in band["by_noise"]:
             found[f"timesteps {name}"] = judge(series(run.train, "loss_by_noise", name), band, name)
     return found
+
+
+def _captions(run: RunRecord) -> list[Check]:
+    """How many held-out captions the samples follow, once `kinema evaluate` has measured it."""
+    if run.captions is None:
+        return []
+    share, needed = run.captions["rates"]["all"], run.captions["settings"]["at_least"]
+    text = f"{share:.0%} of {run.captions['prompts']} followed, {needed:.0%} needed"
+    return [Check("Held-out captions", "good" if share >= needed else "bad", text)]
 
 
 def _failures(run: RunRecord) -> Check:

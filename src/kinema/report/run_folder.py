@@ -34,6 +34,8 @@ class RunRecord:
     ledger: Record | None = None
     quarantine: list[Record] | None = None
     timesteps: Record | None = None
+    captions: Record | None = None
+    """evaluation/captions.json, of the last `kinema evaluate`."""
     notes: list[str] = field(default_factory=list)
     """What was odd about the files, in words for the reader of the page."""
 
@@ -51,7 +53,7 @@ class RunRecord:
     def experiment(self) -> str:
         """The experiment that was asked for, by which the reference band is found; else the run's name."""
         found = re.search(r"(?:^|\s)\+?experiment=([\w./-]+)", str(self.info.get("command", "")))
-        return str(self.info.get("experiment") or (found[1] if found else self.name))
+        return found[1] if found else self.name
 
     @property
     def planned_steps(self) -> int | None:
@@ -82,6 +84,7 @@ def read_run(folder: Path) -> RunRecord:
     run.info = _read_json(folder / "run.json", run.notes) or {}
     run.ledger = _read_json(folder / "ledger.json", run.notes)
     run.timesteps = _read_json(folder / "timesteps.json", run.notes)
+    run.captions = _read_json(folder / "evaluation" / "captions.json", run.notes)
     if (folder / "config.yaml").exists():
         run.config_text = (folder / "config.yaml").read_text(encoding="utf-8")
         run.config = _parse_config(run.config_text, run.notes)
