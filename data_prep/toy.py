@@ -1,6 +1,6 @@
 """The toy data set: moving, bouncing, colliding shapes; exact captions, ground truth, a tone on each hit.
 
-    python data_prep/toy.py --out data/toy --clips 1200 --seed 0
+    python data_prep/toy.py --out data/toy --clips 1800 --seed 0
 
 Deterministic: the same arguments give the same bytes, whatever the number of workers. Every clip shows one
 object (or two, in about 15 % of the train clips) that moves along one axis. The caption is exactly true for
@@ -462,7 +462,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, e.g. data/toy")
-    parser.add_argument("--clips", type=int, default=1200, help="clips of the train split (default %(default)s)")
+    parser.add_argument("--clips", type=int, default=1800, help="clips of the train split (default %(default)s)")
     parser.add_argument("--heldout", type=int, default=96, help="clips of the held-out split (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other clips (default %(default)s)")
     parser.add_argument(

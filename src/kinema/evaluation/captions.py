@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=[w.value for w in Weights], default="ema")
     parser.add_argument("--solver", choices=[s.value for s in Solver], default="heun")
     parser.add_argument("--steps", type=int, default=20, help="solver steps (default %(default)s)")
-    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale (default %(default)s)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32, help="clips denoised together (default %(default)s)")
     parser.add_argument("--at-least", type=float, default=0.8, help="share that passes (default %(default)s)")
