@@ -1,0 +1,176 @@
+"""Tensor names and layouts of another project to ours and back: one invertible table for each naming."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Layout(Protocol):
+    """How the tensors of one rule are laid out differently; moves numbers about and never computes with them."""
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Their tensors of one rule, in its order -> ours."""
+        ...
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse."""
+        ...
+
+
+@dataclass(frozen=True)
+class Same:
+    """The very tensors."""
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """As they are."""
+        return list(tensors)
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """As they are."""
+        return list(tensors)
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """Other axes over the same numbers: theirs has shape `theirs`, ours has shape `ours`; -1 is the rest."""
+
+    theirs: tuple[int, ...]
+    ours: tuple[int, ...]
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """(theirs) -> (ours)"""
+        return [tensor.reshape(self.ours) for tensor in tensors]
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """(ours) -> (theirs)"""
+        return [tensor.reshape(self.theirs) for tensor in tensors]
+
+
+@dataclass(frozen=True)
+class PermutedRows:
+    """The first axis is a product of `sizes` in their order; ours counts the same axes in the order `axes`.
+
+    `PermutedRows((1, 2, 2, 16), (3, 0, 1, 2))` turns rows (t, h, w, c) into rows (c, t, h, w).
+    """
+
+    sizes: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Rows in the order of `sizes` -> rows in the order of `axes`."""
+        return [_permute_rows(tensor, self.sizes, self.axes) for tensor in tensors]
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse."""
+        sizes = tuple(self.sizes[axis] for axis in self.axes)
+        back = tuple(self.axes.index(axis) for axis in range(len(self.axes)))
+        return [_permute_rows(tensor, sizes, back) for tensor in tensors]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One tensor of theirs holds several of ours, `sizes` rows each, one after the other along the first axis."""
+
+    sizes: tuple[int, ...]
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """[(sum of sizes, ...)] -> one tensor for each size."""
+        (fused,) = tensors
+        return list(fused.split(self.sizes))
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse."""
+        return [torch.cat(list(tensors))]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Layouts one after the other, from theirs to ours."""
+
+    layouts: tuple[Layout, ...]
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Through all, first to last."""
+        found = list(tensors)
+        for layout in self.layouts:
+            found = layout.to_ours(found)
+        return found
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Through all, last to first."""
+        found = list(tensors)
+        for layout in reversed(self.layouts):
+            found = layout.to_theirs(found)
+        return found
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Names of theirs, names of ours, and how the layout differs.
+
+    A name may hold placeholders such as `{i}`, which stand for one part without a dot and must be the same on both
+    sides: `Rule("blocks.{i}.attn1.to_q.{p}", "blocks.{i}.sublayers.0.operation.query.{p}")`.
+    """
+
+    theirs: str | tuple[str, ...]
+    ours: str | tuple[str, ...]
+    layout: Layout = field(default_factory=Same)
+
+
+class KeyMap:
+    """A table of rules that names every tensor of a model exactly once, in both directions."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self.rules = list(rules)
+
+    def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Their state dict -> ours; ValueError lists keys that no rule, or more than one, names."""
+        return self._apply(tensors, [(_names(r.theirs), _names(r.ours), r.layout.to_ours) for r in self.rules])
+
+    def to_theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our state dict -> theirs; the inverse of `to_ours`, bit for bit."""
+        return self._apply(tensors, [(_names(r.ours), _names(r.theirs), r.layout.to_theirs) for r in self.rules])
+
+    def _apply(self, tensors: Mapping[str, Tensor], table: "list[Direction]") -> dict[str, Tensor]:
+        left, found = dict(tensors), dict[str, Tensor]()
+        problems: list[str] = []
+        for sources, targets, move in table:
+            pattern = _pattern(sources[0])
+            for key in [key for key in left if pattern.fullmatch(key)]:
+                parts = pattern.fullmatch(key).groupdict()  # type: ignore[union-attr]  # filtered above
+                keys = [name.format(**parts) for name in sources]
+                if missing := [name for name in keys if name not in left]:
+                    problems.append(f"{', '.join(missing)} missing beside {key}")
+                    continue
+                moved = move([left.pop(name) for name in keys])
+                found |= zip([name.format(**parts) for name in targets], moved, strict=True)
+        problems += [f"{key} {tuple(tensor.shape)} is named by no rule" for key, tensor in left.items()]
+        if problems:
+            more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise ValueError(f"{len(problems)} tensors do not fit this model: {'; '.join(problems[:20])}{more}.")
+        return found
+
+
+Direction = tuple[tuple[str, ...], tuple[str, ...], Callable[[Sequence[Tensor]], list[Tensor]]]
+
+
+def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """`a.{i}.b` -> a regular expression with a named group for each placeholder."""
+    pieces = re.split(r"\{(\w+)\}", name)
+    text = "".join(re.escape(piece) if n % 2 == 0 else f"(?P<{piece}>[^.]+)" for n, piece in enumerate(pieces))
+    return re.compile(text)
+
+
+def _permute_rows(tensor: Tensor, sizes: tuple[int, ...], axes: tuple[int, ...]) -> Tensor:
+    rest = tensor.shape[1:]
+    parts = tensor.reshape(*sizes, *rest)
+    order = (*axes, *range(len(sizes), parts.ndim))
+    return parts.permute(order).reshape(-1, *rest).contiguous()
