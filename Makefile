@@ -27,10 +27,11 @@ $(READY): pyproject.toml constraints.txt
 
 # Every line continues where it was stopped: `make demo` again does only what is missing.
 demo: $(READY)
-	test -f data/toy/dataset.json || $(BIN)/python data_prep/toy.py --out data/toy --pairs 0
+	test -f data/toy/dataset.json || $(BIN)/python data_prep/toy.py --out data/toy --pairs 0 \
+		--sizes 64x64,64x64,64x64,64x80
 	$(BIN)/python train.py experiment=demo_vae
 	test -f data/toy_latents/latents.json || $(BIN)/kinema data encode data/toy --vae runs/demo_vae \
-		--shape 13x64x64 --shape 13x48x64 --shape 13x80x64 --out data/toy_latents
+		--shape 13x64x64 --shape 13x80x64 --out data/toy_latents
 	$(BIN)/python train.py experiment=demo_dit
 	$(BIN)/python sample.py run=runs/demo prompt="a large purple circle moves slowly left"
 	$(BIN)/kinema evaluate runs/demo; status=$$?; $(BIN)/kinema report runs/demo && exit $$status

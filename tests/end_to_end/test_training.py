@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,6 +88,17 @@ def test_two_ranks_then_one_then_two_follow_the_same_trajectory(whole):
         sum(account[field] for account in ledger["shards"].values()) for field in ("decoded", "failed", "repeated")
     ]
     assert totals == [24, 0, 0]
+
+
+def test_the_deepspeed_launcher_gives_the_losses_of_one_rank(whole):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(port)]
+    answer = run(*launcher, *dit_command(whole, "launched", 2, *SAMPLES))  # it adds --local_rank to the command
+    assert "2 rank(s)" in answer.stdout
+    expected = losses(whole, "whole")
+    assert losses(whole, "launched") == {step: pytest.approx(expected[step], rel=1e-4) for step in (1, 2)}
 
 
 def test_sigterm_saves_and_the_same_command_continues(whole):
