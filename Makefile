@@ -34,7 +34,7 @@ demo: $(READY)
 		--shape 13x64x64 --shape 13x80x64 --out data/toy_latents
 	$(BIN)/python train.py experiment=demo_dit
 	$(BIN)/python sample.py run=runs/demo prompt="a large purple circle moves slowly left"
-	$(BIN)/kinema evaluate runs/demo; status=$$?; $(BIN)/kinema report runs/demo && exit $$status
+	$(BIN)/kinema evaluate runs/demo; status=$$?; $(BIN)/kinema report runs/demo_vae runs/demo && exit $$status
 
 test: $(READY)
 	$(BIN)/python -m pytest
