@@ -135,6 +135,10 @@ class KeyMap:
         """Our state dict -> theirs; the inverse of `to_ours`, bit for bit."""
         return self._apply(tensors, [(_names(r.ours), _names(r.theirs), r.layout.to_theirs) for r in self.rules])
 
+    def names_ours(self, key: str) -> bool:
+        """Whether a rule has this name of ours; the reference keeps the others elsewhere, in its config."""
+        return any(_pattern(name).fullmatch(key) for rule in self.rules for name in _names(rule.ours))
+
     def _apply(self, tensors: Mapping[str, Tensor], table: "list[Direction]") -> dict[str, Tensor]:
         left, found = dict(tensors), dict[str, Tensor]()
         problems: list[str] = []
