@@ -44,6 +44,8 @@ class Segment:
     """One modality of a pack: where its clips begin and end, its cuts, and its rotary table."""
 
     lengths: Lengths
+    rows: Lengths
+    """Tokens of each row of the condition: one row a clip, or one a frame of tokens."""
     cuts: dict[Span, Cut]
     rope: tuple[Tensor, Tensor] | None = None
     """cos and sin, (N, d / 2) each; none for text, whose encoder has placed the words."""
@@ -52,15 +54,15 @@ class Segment:
 Segments = dict[str, Segment]
 
 
-def video_segment(grids: Sequence[Grid], rope: tuple[Tensor, Tensor], spans: Iterable[Span]) -> Segment:
+def video_segment(grids: Sequence[Grid], rows: Lengths, rope: tuple[Tensor, Tensor], spans: Iterable[Span]) -> Segment:
     """The segment of clips with these token grids, with only the cuts that the model asks for."""
     cuts = {span: _cut(span, grids, rope[0].device) for span in spans}
-    return Segment(tuple(t * h * w for t, h, w in grids), cuts, rope)
+    return Segment(tuple(t * h * w for t, h, w in grids), rows, cuts, rope)
 
 
-def text_segment(lengths: Lengths) -> Segment:
-    """The segment of captions with these numbers of tokens."""
-    return Segment(lengths, {Span.clip: Cut(lengths)})
+def clip_segment(lengths: Lengths) -> Segment:
+    """The segment of captions or images with these numbers of tokens, which have no grid."""
+    return Segment(lengths, lengths, {Span.clip: Cut(lengths)})
 
 
 def _cut(span: Span, grids: Sequence[Grid], device: torch.device) -> Cut:

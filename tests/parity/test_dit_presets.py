@@ -1,0 +1,229 @@
+"""Published transformers: `diffusers`' own classes, every parameter random, against ours with the same weights."""
+
+import dataclasses
+
+import diffusers
+import pytest
+import torch
+
+from kinema.interop.presets import PRESETS
+from kinema.models.dit import Extras
+
+TOLERANCE = 1e-5  # largest difference over largest value
+BY_NAME = {preset.name: preset for preset in PRESETS}
+
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 12,
+    "freq_dim": 16,
+    "ffn_dim": 40,
+    "num_layers": 2,
+}
+WAN_IMAGE = WAN | {"in_channels": 9, "image_dim": 10, "added_kv_proj_dim": 32}
+
+
+@dataclasses.dataclass
+class Case:
+    """A small model of a preset and the released sizes whose every tensor must find its place."""
+
+    preset: str
+    config: dict
+    released: dict = dataclasses.field(default_factory=dict)
+    """Name of the release -> its config."""
+    frame_times: bool = False
+    """A timestep for each latent frame, the first one 0."""
+
+
+WAN_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}
+WAN_I2V = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+CASES = {
+    "wan": Case("wan", WAN, {"1.3B": WAN_1B, "14B": {}}),
+    "wan, a timestep for each frame": Case("wan", WAN, {"2.2 TI2V 5B": WAN_5B}, frame_times=True),
+    "wan, given channels": Case("wan", WAN | {"in_channels": 9}, {"2.2 I2V A14B": {"in_channels": 36}}),
+    "wan, image tokens": Case("wan", WAN_IMAGE, {"I2V 14B": WAN_I2V}),
+    "wan without cross norm": Case("wan", WAN | {"cross_attn_norm": False, "patch_size": (2, 1, 2), "eps": 1e-5}),
+}
+
+
+def reference(case, seed=0):
+    """A float32 model of the reference's class, every parameter random: zeros and ones would hide mistakes."""
+    torch.manual_seed(seed)
+    model = getattr(diffusers, BY_NAME[case.preset].reference)(**case.config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 0.8 / parameter[0].numel() ** 0.5)
+    return model.eval()
+
+
+def record(model):
+    return dict(model.config)
+
+
+@pytest.fixture(params=CASES, name="case")
+def any_case(request):
+    return CASES[request.param]
+
+
+def ours(case, theirs):
+    preset = BY_NAME[case.preset]
+    assert preset.accepts(record(theirs))
+    model = preset.build(record(theirs))
+    model.load_state_dict(preset.key_map(record(theirs)).to_ours(theirs.state_dict()), strict=True)
+    return model
+
+
+@dataclasses.dataclass
+class Given:
+    """A batch of two: odd grids, two timesteps, as both projects take them."""
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    text: torch.Tensor
+    channels: torch.Tensor | None = None
+    image: torch.Tensor | None = None
+
+    def extras(self):
+        return Extras(channels=parts(self.channels), image=parts(self.image))
+
+
+def parts(batch):
+    return None if batch is None else list(batch)
+
+
+def inputs(case, model):
+    g = torch.Generator().manual_seed(1)
+    config = model.config
+    grid = [count * patch for count, patch in zip((3, 5, 3), config.patch_size, strict=True)]
+
+    def draw(*shape):
+        return torch.randn(2, *shape, generator=g)
+
+    timesteps = torch.tensor([0.81, 0.237])
+    if case.frame_times:
+        timesteps = torch.stack([torch.zeros(2), timesteps, timesteps], dim=1)
+    return Given(
+        draw(model.latent_channels, *grid),
+        timesteps,
+        draw(512 if config.image_width else 7, model.text_width),
+        draw(config.condition_channels, *grid) if config.condition_channels else None,
+        draw(6, config.image_width) if config.image_width else None,
+    )
+
+
+def run_wan(theirs, given):
+    latents = given.latents if given.channels is None else torch.cat([given.latents, given.channels], dim=1)
+    timesteps = given.timesteps * 1000
+    if timesteps.ndim == 2:  # one for each token
+        tokens = latents.shape[-2] // 2 * latents.shape[-1] // 2
+        timesteps = timesteps.repeat_interleave(tokens, dim=1)
+    return theirs(latents, timesteps, given.text, given.image).sample
+
+
+RUN = {"wan": run_wan}
+
+
+def run_ours(model, given):
+    timesteps = given.timesteps if given.timesteps.ndim == 1 else list(given.timesteps)
+    return torch.stack(model(list(given.latents), timesteps, list(given.text), given.extras()))
+
+
+def meta_record(case, config):
+    """The whole config of a released size, and the reference's tensors without memory."""
+    with torch.device("meta"):
+        theirs = getattr(diffusers, BY_NAME[case.preset].reference)(**config)
+    return record(theirs), theirs.state_dict()
+
+
+def close(ours, theirs):
+    return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
+
+
+def gradients_agree(case, theirs, model):
+    preset = BY_NAME[case.preset]
+    expected = preset.key_map(record(theirs)).to_ours({n: p.grad for n, p in theirs.named_parameters()})
+    actual = {name: p.grad for name, p in model.named_parameters()}
+    assert set(actual) == set(expected)
+    return {name: close(grad, expected[name]) for name, grad in actual.items()}
+
+
+def test_outputs_and_gradients_equal_the_reference(case):
+    theirs = reference(case)
+    model = ours(case, theirs)
+    given = inputs(case, model)
+    expected = RUN[case.preset](theirs, given)
+    actual = run_ours(model, given)
+    assert close(actual, expected) <= TOLERANCE
+
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    (expected * weights).sum().backward()
+    (actual * weights).sum().backward()
+    worst = gradients_agree(case, theirs, model)
+    assert {name: difference for name, difference in worst.items() if difference > TOLERANCE} == {}
+
+
+def test_weights_come_back_bit_for_bit(case):
+    preset, theirs = BY_NAME[case.preset], reference(case)
+    maps = [preset.key_map(record(theirs))]
+    if preset.original_key_map:
+        maps.append(preset.original_key_map(record(theirs)))
+    mine = ours(case, theirs).state_dict()
+    for key_map in maps:
+        there = key_map.to_theirs(mine)
+        back = key_map.to_ours(there)
+        assert set(back) == set(mine)
+        assert all(torch.equal(back[name], mine[name]) for name in mine)
+    there = maps[0].to_theirs(mine)
+    assert {name: x.shape for name, x in there.items()} == {n: x.shape for n, x in theirs.state_dict().items()}
+    assert all(torch.equal(there[name], x) for name, x in theirs.state_dict().items())
+
+
+def test_a_model_describes_itself_as_the_reference_does(case):
+    preset, theirs = BY_NAME[case.preset], reference(case)
+    described = preset.describe(ours(case, theirs))
+    public = {key: value for key, value in record(theirs).items() if not key.startswith("_")}
+    assert plain(described) == plain(public)
+
+
+def plain(value):
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+RELEASED = [(case, name) for case, entry in CASES.items() for name in entry.released]
+
+
+@pytest.mark.parametrize(("case_name", "release"), RELEASED)
+def test_every_tensor_of_a_release_has_its_place(case_name, release):
+    case = CASES[case_name]
+    preset = BY_NAME[case.preset]
+    whole, tensors = meta_record(case, case.released[release])
+    with torch.device("meta"):
+        model = preset.build(whole)
+    mapped = preset.key_map(whole).to_ours(tensors)
+    assert {n: x.shape for n, x in mapped.items()} == {n: x.shape for n, x in model.state_dict().items()}
+    back = preset.key_map(whole).to_theirs(model.state_dict())
+    assert {n: x.shape for n, x in back.items()} == {n: x.shape for n, x in tensors.items()}
+
+
+def test_wans_own_names_are_those_that_diffusers_converts():
+    """Through `diffusers`' conversion of original files: one fact, two independent tables."""
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    for name in (name for name in CASES if name.startswith("wan")):
+        theirs = reference(CASES[name])
+        preset = BY_NAME["wan"]
+        original = preset.original_key_map(record(theirs)).to_theirs(ours(CASES[name], theirs).state_dict())
+        converted = convert_wan_transformer_to_diffusers(dict(original))
+        assert set(converted) == set(theirs.state_dict())
+        assert all(torch.equal(converted[key], x) for key, x in theirs.state_dict().items())
+
+
+def test_a_choice_that_the_reference_lacks_is_named():
+    model = BY_NAME["wan"].build(record(reference(CASES["wan"])))
+    model.config.pooled_text = True
+    with pytest.raises(ValueError, match=r"WanTransformer3DModel cannot be model\.pooled_text=True"):
+        BY_NAME["wan"].describe(model)
