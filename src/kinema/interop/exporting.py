@@ -168,7 +168,7 @@ def write_component(folder: Path, model: Described) -> None:
     folder.mkdir(exist_ok=True)
     header = {"_class_name": model.preset.reference, "_diffusers_version": version("diffusers")}
     write_json(folder / "config.json", {**header, **{k: v for k, v in model.config.items() if not k.startswith("_")}})
-    shards = split_shards(model.theirs)
+    shards = split_shards(model.theirs, MAX_SHARD_BYTES)
     if len(shards) == 1:
         save(shards[0], folder / f"{WEIGHTS_NAME}.safetensors")
         return
@@ -181,7 +181,7 @@ def write_component(folder: Path, model: Described) -> None:
     write_json(folder / f"{WEIGHTS_NAME}.safetensors.index.json", index)
 
 
-def split_shards(tensors: dict[str, Tensor], limit: int = MAX_SHARD_BYTES) -> list[dict[str, Tensor]]:
+def split_shards(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
     """Tensors in their order, in as few pieces as stay below the limit; one tensor is never cut."""
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0

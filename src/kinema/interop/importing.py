@@ -54,12 +54,8 @@ class Found:
     name: str
     dit: Recognised | None
     vae: Recognised | None
-    release: Release
-
-    @property
-    def kind(self) -> str:
-        """For errors."""
-        return "pipeline" if self.dit and self.vae else "transformer" if self.dit else "VAE"
+    release: Release | None
+    """None for parts: only a pipeline's folder says how it is sampled."""
 
 
 def recognise_all(path: Path, vae: Path | None = None, prefix: str | None = None) -> Found:
@@ -70,13 +66,13 @@ def recognise_all(path: Path, vae: Path | None = None, prefix: str | None = None
         if isinstance(first.skeleton, CausalVAE):
             if vae is not None:
                 raise ValueError(f"--vae {vae}: {path} is itself a VAE ({first.preset.name}). Leave --vae out.")
-            return Found(name, None, first, release_of(None, None))
+            return Found(name, None, first, None)
         second = recognise(vae) if vae is not None else None
         if second is not None and not isinstance(second.skeleton, CausalVAE):
             raise ValueError(f"--vae {vae} is a {second.preset.name}, which is no VAE.")
-        return Found(name, first, second, release_of(first, None))
-    dit = recognise(path / "transformer")
-    return Found(name, dit, recognise(vae or path / "vae"), release_of(dit, path))
+        return Found(name, first, second, None)
+    release = release_of(path)
+    return Found(name, recognise(path / "transformer"), recognise(vae or path / "vae"), release)
 
 
 def _import_vae(found: Found, aside: Path) -> list[str]:
@@ -116,10 +112,7 @@ def dit_manifest(found: Found) -> dict[str, Any]:
     manifest: dict[str, Any] = {
         "task": "dit",
         "model": model_record(found.dit.skeleton),
-        "objective": to_plain(found.release.objective),
-        "fps": found.release.fps,
-        "shapes": [list(shape) for shape in found.release.shapes],
-        "guidance_dropout": found.release.guidance_dropout,
+        **(found.release.manifest() if found.release else {}),
     }
     if found.vae is not None:
         config, mark = _vae_config(found.vae), fingerprint(found.vae.tensors())
@@ -166,20 +159,16 @@ def _write_configs(found: Found, aside: Path, to: Path) -> None:
     assert found.dit is not None
     assert isinstance(found.dit.skeleton, DiT)
     groups = aside / "configs"
+    choices = [{"override /task": "dit"}, {"override /model": "imported"}]
+    experiment: dict[str, Any] = {"defaults": choices, "init_from": str(to)}
     model = {"defaults": ["schema_dit"], **_without_type(to_plain(found.dit.skeleton.config))}
-    objective = {"defaults": [found.release.objective_schema], **_without_type(to_plain(found.release.objective))}
-    experiment: dict[str, Any] = {
-        "defaults": [
-            {"override /task": "dit"},
-            {"override /model": "imported"},
-            {"override /objective": "imported"},
-        ],
-        "init_from": str(to),
-    }
+    write_yaml(groups / "model" / "imported.yaml", model, "The imported model; any key of it can be overridden.")
+    if found.release is not None:
+        choices.append({"override /objective": "imported"})
+        objective = {"defaults": ["schema_rectified_flow"], **_without_type(to_plain(found.release.objective))}
+        write_yaml(groups / "objective" / "imported.yaml", objective, "The shift that the release is sampled with.")
     if found.vae is not None:
         experiment["vae"] = {"path": str(to / "vae")}
-    write_yaml(groups / "model" / "imported.yaml", model, "The imported model; any key of it can be overridden.")
-    write_yaml(groups / "objective" / "imported.yaml", objective, "The objective that the release was trained with.")
     write_yaml(
         groups / "experiment" / "imported.yaml",
         experiment,

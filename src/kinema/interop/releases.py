@@ -1,42 +1,62 @@
 """What a release says beside its weights: schedule and shift, frame rate, and the shapes that it was made for."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from kinema.diffusion.objective import RectifiedFlow
-from kinema.interop.reading import Record, read_json
-
-if TYPE_CHECKING:
-    from kinema.interop.recognising import Recognised
+from kinema.identity import to_plain
+from kinema.interop.preset import Record
+from kinema.interop.reading import read_json
 
 
 @dataclass(frozen=True)
 class Release:
-    """How published weights are meant to be sampled."""
+    """How a published pipeline is meant to be sampled."""
 
-    objective: RectifiedFlow = field(default_factory=RectifiedFlow)
-    fps: float = 16.0
-    shapes: tuple[tuple[int, int, int], ...] = ()
-    guidance_dropout: float = 0.1
+    objective: RectifiedFlow
+    fps: float
+    shapes: tuple[tuple[int, int, int], ...]
+    guidance_dropout: float
 
-    @property
-    def objective_schema(self) -> str:
-        """The schema of its Hydra group."""
-        return "schema_rectified_flow"
+    def manifest(self) -> dict[str, Any]:
+        """Its part of a manifest."""
+        return {
+            "objective": to_plain(self.objective),
+            "fps": self.fps,
+            "shapes": [list(shape) for shape in self.shapes],
+            "guidance_dropout": self.guidance_dropout,
+        }
 
 
-SHIFTS = {"wan": 3.0, "hunyuan_video": 7.0, "hunyuan_video15": 5.0, "cosmos": 5.0, "kandinsky": 5.0}
+@dataclass(frozen=True)
+class Habits:
+    """What no file of a pipeline says: these are facts of its paper or its model card."""
+
+    fps: float
+    shapes: tuple[tuple[int, int, int], ...]
 
 
-def release_of(dit: "Recognised | None", pipeline: Path | None) -> Release:
-    """The release of a transformer; the pipeline's own scheduler decides where there is one."""
-    shift = 1.0
-    if pipeline is not None:
-        shift = scheduler_shift(read_json(pipeline / "scheduler" / "scheduler_config.json"))
-    return Release(RectifiedFlow(timestep_shift=shift))
+HABITS = {"WanPipeline": Habits(fps=16.0, shapes=((81, 480, 832), (81, 720, 1280)))}
+"""Pipeline class of the reference -> its habits."""
+
+
+def release_of(pipeline: Path) -> Release:
+    """The release of a pipeline's folder: its own scheduler decides the shift."""
+    name = read_json(pipeline / "model_index.json").get("_class_name")
+    if name not in HABITS:
+        raise ValueError(
+            f"{pipeline} is a {name}; Kinema samples {', '.join(HABITS)}. Import its parts one by one: "
+            f"kinema import {pipeline}/transformer --vae {pipeline}/vae"
+        )
+    habits = HABITS[name]
+    shift = scheduler_shift(read_json(pipeline / "scheduler" / "scheduler_config.json"))
+    return Release(RectifiedFlow(timestep_shift=shift), habits.fps, habits.shapes, guidance_dropout=0.1)
 
 
 def scheduler_shift(config: Record) -> float:
     """The shift of a flow-matching scheduler's config, whichever of its classes it names."""
-    return float(config.get("flow_shift", config.get("shift", 1.0)))
+    if config.get("use_dynamic_shifting"):
+        raise ValueError("scheduler_config.json: use_dynamic_shifting=true, a shift that depends on the clip's size.")
+    given = config.get("flow_shift", config.get("shift"))
+    return 1.0 if given is None else float(given)

@@ -1,0 +1,117 @@
+"""Published weights in, out again, and through `diffusers`: bit-equal tensors and the same outputs."""
+
+import json
+
+import diffusers
+import pytest
+import safetensors.torch
+import torch
+
+import kinema
+from kinema.interop import comparing
+from kinema.interop.exporting import export, split_shards
+from kinema.interop.importing import import_model
+from kinema.interop.recognising import recognise
+from kinema.models.dit import DiT, DiTConfig
+
+WAN = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 12,
+    "freq_dim": 16, "ffn_dim": 40, "num_layers": 2,
+}  # fmt: skip
+
+
+def randomise(model):
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 0.8 / parameter[0].numel() ** 0.5)
+    return model.eval()
+
+
+@pytest.fixture(name="published")
+def published_folder(tmp_path):
+    randomise(diffusers.WanTransformer3DModel(**WAN)).save_pretrained(tmp_path / "published")
+    return tmp_path / "published"
+
+
+def tensors_in(folder):
+    return safetensors.torch.load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def assert_bit_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    assert all(actual[name].dtype == tensor.dtype for name, tensor in expected.items())
+
+
+def public(folder):
+    config = json.loads((folder / "config.json").read_text())
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def test_published_in_and_out_is_bit_equal(tmp_path, published):
+    import_model(published, tmp_path / "run")
+    lines = export(tmp_path / "run", tmp_path / "out")
+    assert_bit_equal(tensors_in(tmp_path / "out"), tensors_in(published))
+    assert public(tmp_path / "out") == public(published)
+    difference = float(lines[-1].rsplit(" ", 1)[1])
+    assert 0 < difference < 1e-5
+
+
+def test_a_module_is_exported_as_it_is(tmp_path, published):
+    module = kinema.load(published)
+    kinema.export(module, tmp_path / "out")
+    assert_bit_equal(tensors_in(tmp_path / "out"), tensors_in(published))
+
+
+def test_the_card_and_the_manifest_go_with_the_weights(tmp_path, published):
+    import_model(published, tmp_path / "run")
+    lines = export(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert card.startswith("---\nlicense: other\nlibrary_name: diffusers\n")
+    assert manifest["fingerprints"]["ema"] in card
+    assert lines[-1] in card
+
+
+def test_a_single_file_comes_back(tmp_path, published):
+    module = kinema.load(published)
+    kinema.export(module, tmp_path / "out", format="single-file")
+    names = safetensors.torch.load_file(tmp_path / "out" / "transformer.safetensors").keys()
+    assert "model.diffusion_model.blocks.0.self_attn.q.weight" in names
+
+
+def test_what_diffusers_computes_otherwise_is_not_written(tmp_path, published, monkeypatch):
+    module = kinema.load(published)
+
+    def wrong(reference, config, sample):
+        return comparing.wan(reference, config, sample) * 1.001
+
+    monkeypatch.setitem(comparing.CALLS, "WanTransformer3DModel", wrong)
+    with pytest.raises(ValueError, match=r"largest difference 1\.0e-03 \(relative\) is above 1e-04: nothing was"):
+        kinema.export(module, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+def test_a_model_that_nobody_published_is_refused_by_the_axis(tmp_path, published):
+    module = kinema.load(published)
+    config = DiTConfig(**{**vars(module.config), "rope_theta": 100.0})
+    own = DiT(config, module.latent_channels, module.text_width)
+    with pytest.raises(ValueError, match=r"no published model is built like this one.*model\.rope_theta=100\.0"):
+        kinema.export(own, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+def test_shards_are_read_back_and_by_diffusers(tmp_path, published, monkeypatch):
+    import kinema.interop.exporting as exporting
+
+    monkeypatch.setattr(exporting, "MAX_SHARD_BYTES", 50_000)
+    module = kinema.load(published)
+    kinema.export(module, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert_bit_equal(recognise(tmp_path / "out").published.tensors(), tensors_in(published))
+
+
+def test_no_tensor_is_cut_or_reordered_between_shards():
+    tensors = {str(n): torch.zeros(n) for n in (5, 1, 9, 2)}
+    shards = split_shards(tensors, limit=24)
+    assert [list(shard) for shard in shards] == [["5", "1"], ["9"], ["2"]]
