@@ -75,7 +75,8 @@ def test_the_card_and_the_manifest_go_with_the_weights(tmp_path, published):
 
 def test_a_single_file_comes_back(tmp_path, published):
     module = kinema.load(published)
-    kinema.export(module, tmp_path / "out", format="single-file")
+    lines = kinema.export(module, tmp_path / "out", format="single-file")
+    assert "largest difference" in lines[-1]
     names = safetensors.torch.load_file(tmp_path / "out" / "transformer.safetensors").keys()
     assert "model.diffusion_model.blocks.0.self_attn.q.weight" in names
 

@@ -16,6 +16,7 @@ from kinema.interop.folders import published_folder
 from kinema.interop.reading import is_pipeline
 from kinema.interop.recognising import Recognised, recognise
 from kinema.interop.releases import Release, release_of
+from kinema.interop.texts import carry_text, has_text
 from kinema.models.dit import DiT
 from kinema.models.vae import CausalVAE
 from kinema.training.checkpoint import CheckpointStore, Writer, json_writer, tensor_writer
@@ -51,7 +52,7 @@ def import_model(path: Path, to: Path, vae: Path | None = None, prefix: str | No
 class Found:
     """What a path holds: a transformer, a VAE, or both."""
 
-    name: str
+    path: Path
     dit: Recognised | None
     vae: Recognised | None
     release: Release | None
@@ -60,19 +61,18 @@ class Found:
 
 def recognise_all(path: Path, vae: Path | None = None, prefix: str | None = None) -> Found:
     """Recognise the models of a pipeline folder, or of a component and the VAE beside it."""
-    name = path.resolve().stem if path.is_file() else path.resolve().name
     if not is_pipeline(path):
         first = recognise(path, prefix)
         if isinstance(first.skeleton, CausalVAE):
             if vae is not None:
                 raise ValueError(f"--vae {vae}: {path} is itself a VAE ({first.preset.name}). Leave --vae out.")
-            return Found(name, None, first, None)
+            return Found(path, None, first, None)
         second = recognise(vae) if vae is not None else None
         if second is not None and not isinstance(second.skeleton, CausalVAE):
             raise ValueError(f"--vae {vae} is a {second.preset.name}, which is no VAE.")
-        return Found(name, first, second, None)
+        return Found(path, first, second, None)
     release = release_of(path)
-    return Found(name, recognise(path / "transformer"), recognise(vae or path / "vae"), release)
+    return Found(path, recognise(path / "transformer"), recognise(vae or path / "vae"), release)
 
 
 def _import_vae(found: Found, aside: Path) -> list[str]:
@@ -90,8 +90,10 @@ def _import_dit(found: Found, aside: Path, to: Path) -> list[str]:
         return []
     tensors = found.dit.tensors()
     manifest = {**dit_manifest(found), **_common(found, found.dit, tensors)}
+    if found.release and has_text(found.path):
+        manifest["text"] = carry_text(found.path, aside, to, found.release.text)
     publish(aside, tensors, manifest)
-    _write_configs(found, aside, to)
+    _write_configs(found, aside, to, manifest.get("text"))
     return [_line(found.dit, tensors)]
 
 
@@ -140,7 +142,7 @@ def _common(found: Found, part: Recognised, tensors: dict[str, Tensor]) -> dict[
     return {
         "format_version": 1,
         "kinema": version("kinema"),
-        "name": found.name,
+        "name": found.path.resolve().stem,
         "step": 0,
         "fingerprints": {"raw": mark, "ema": mark},
         "published": {
@@ -154,7 +156,7 @@ def _common(found: Found, part: Recognised, tensors: dict[str, Tensor]) -> dict[
     }
 
 
-def _write_configs(found: Found, aside: Path, to: Path) -> None:
+def _write_configs(found: Found, aside: Path, to: Path, text: dict[str, Any] | None) -> None:
     """Hydra groups of this model, for `python train.py --config-dir DIR/configs experiment=imported`."""
     assert found.dit is not None
     assert isinstance(found.dit.skeleton, DiT)
@@ -167,6 +169,10 @@ def _write_configs(found: Found, aside: Path, to: Path) -> None:
         choices.append({"override /objective": "imported"})
         objective = {"defaults": ["schema_rectified_flow"], **_without_type(to_plain(found.release.objective))}
         write_yaml(groups / "objective" / "imported.yaml", objective, "The shift that the release is sampled with.")
+    if text is not None:
+        choices.append({"override /text": "imported"})
+        encoder = {"defaults": ["schema_pretrained"], **_without_type(text["config"])}
+        write_yaml(groups / "text" / "imported.yaml", encoder, "The text encoder of the release, by its own policy.")
     if found.vae is not None:
         experiment["vae"] = {"path": str(to / "vae")}
     write_yaml(

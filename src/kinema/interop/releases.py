@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kinema.conditioning.text import PretrainedText, TextDtype, TextFamily, TextPadding
 from kinema.diffusion.objective import RectifiedFlow
 from kinema.identity import to_plain
 from kinema.interop.preset import Record
@@ -18,6 +19,7 @@ class Release:
     fps: float
     shapes: tuple[tuple[int, int, int], ...]
     guidance_dropout: float
+    text: PretrainedText
 
     def manifest(self) -> dict[str, Any]:
         """Its part of a manifest."""
@@ -35,9 +37,23 @@ class Habits:
 
     fps: float
     shapes: tuple[tuple[int, int, int], ...]
+    text: PretrainedText
+    """How captions are encoded; `path` is where the release lies on the hub."""
 
 
-HABITS = {"WanPipeline": Habits(fps=16.0, shapes=((81, 480, 832), (81, 720, 1280)))}
+HABITS = {
+    "WanPipeline": Habits(
+        fps=16.0,
+        shapes=((81, 480, 832), (81, 720, 1280)),
+        text=PretrainedText(
+            path="google/umt5-xxl",
+            family=TextFamily.umt5,
+            max_tokens=512,
+            padding=TextPadding.zeros,
+            dtype=TextDtype.bfloat16,
+        ),
+    ),
+}
 """Pipeline class of the reference -> its habits."""
 
 
@@ -51,7 +67,7 @@ def release_of(pipeline: Path) -> Release:
         )
     habits = HABITS[name]
     shift = scheduler_shift(read_json(pipeline / "scheduler" / "scheduler_config.json"))
-    return Release(RectifiedFlow(timestep_shift=shift), habits.fps, habits.shapes, guidance_dropout=0.1)
+    return Release(RectifiedFlow(timestep_shift=shift), habits.fps, habits.shapes, 0.1, habits.text)
 
 
 def scheduler_shift(config: Record) -> float:
