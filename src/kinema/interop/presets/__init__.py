@@ -1,5 +1,9 @@
 """The published models, one file for each family."""
 
 from kinema.interop.preset import Preset
+from kinema.interop.presets.wan_vae import WAN_22_VAE, WAN_VAE
 
-PRESETS: list[Preset] = []
+PRESETS: list[Preset] = [
+    WAN_VAE,
+    WAN_22_VAE,
+]
