@@ -22,7 +22,7 @@ from kinema.interop.loading import Held, held_of
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets import PRESETS
 from kinema.interop.reading import read_published
-from kinema.interop.recognising import build_on_meta, named, shapes_of
+from kinema.interop.recognising import build_on_meta, shapes_of
 from kinema.interop.reference import is_installed, reference_class
 from kinema.models.vae import CausalVAE
 from kinema.training.checkpoint import write_json
@@ -118,9 +118,9 @@ class Described:
         preset, config = find_preset(model, wanted if name != "vae" else None, held.published_preset(name))
         skeleton = build_on_meta(preset, config, Path(name))
         assert shapes_of(skeleton.state_dict()) == shapes_of(tensors), f"{preset.name}: describe is not build's inverse"
-        theirs = named(preset.key_map(config), tensors)
+        theirs = preset.key_map(config).to_theirs(tensors)
         table = preset.original_key_map
-        return cls(model, preset, config, theirs, named(table(config), tensors) if table else theirs)
+        return cls(model, preset, config, theirs, table(config).to_theirs(tensors) if table else theirs)
 
 
 def find_preset(model: nn.Module, wanted: str | None, imported_as: str | None) -> tuple[Preset, Record]:

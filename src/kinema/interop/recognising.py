@@ -39,7 +39,6 @@ class Recognised:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of our module, in the type that it was stored in."""
         ours = self.key_map.to_ours(self.published.tensors())
-        ours |= self._from_config(self.skeleton.state_dict().keys() - ours.keys())
         return {name: ours[name] for name in self.skeleton.state_dict()}
 
     def module(self) -> nn.Module:
@@ -47,13 +46,6 @@ class Recognised:
         module = self.preset.build(self.config)
         module.load_state_dict(self.tensors())
         return module.eval()
-
-    def _from_config(self, names: "set[str]") -> dict[str, Tensor]:
-        """Buffers that the reference keeps in its config instead, such as a VAE's latent statistics."""
-        if not names:
-            return {}
-        state = self.preset.build(self.config).state_dict()
-        return {name: state[name] for name in names}
 
 
 def recognise(path: Path, prefix: str | None = None) -> Recognised:
@@ -64,7 +56,7 @@ def recognise(path: Path, prefix: str | None = None) -> Recognised:
     preset = preset_of(class_name, config)
     skeleton = build_on_meta(preset, config, published.path)
     tables, tensors = key_maps(preset, config), skeleton.state_dict()
-    expected = {naming: shapes_of(named(table, tensors)) for naming, table in tables.items()}
+    expected = {naming: shapes_of(table.to_theirs(tensors)) for naming, table in tables.items()}
     naming = max(expected, key=lambda name: len(expected[name].keys() & published.shapes.keys()))
     _compare(published, preset, expected[naming])
     for stored in published.stored.values():
@@ -104,11 +96,6 @@ def build_on_meta(preset: Preset, config: Record, path: Path) -> nn.Module:
             f"{path}: config.json has no {error} and does not say which default it means. Install diffusers, which "
             f"knows them (pip install diffusers), or add the key."
         ) from None
-
-
-def named(table: KeyMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of ours under the names of a table, without those that the reference keeps in its config."""
-    return table.to_theirs({name: tensor for name, tensor in tensors.items() if table.names_ours(name)})
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:

@@ -2,7 +2,10 @@
 
 from kinema.interop.preset import Preset
 from kinema.interop.presets.wan import WAN
+from kinema.interop.presets.wan_vae import WAN_22_VAE, WAN_VAE
 
 PRESETS: list[Preset] = [
     WAN,
+    WAN_VAE,
+    WAN_22_VAE,
 ]
