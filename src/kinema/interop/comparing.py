@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema.interop.preset import Record
-from kinema.models.dit import DiT
+from kinema.models.dit import DiT, Extras
 from kinema.models.vae import CausalVAE
 
 LIMIT = 1e-4
@@ -17,7 +17,7 @@ LIMIT = 1e-4
 
 @dataclass(frozen=True)
 class Sample:
-    """Fixed inputs of a denoiser: two clips with different timesteps."""
+    """Fixed inputs of a denoiser: two clips with different timesteps; what a model does not read is None."""
 
     latents: Tensor
     """(2, C, T, H, W)"""
@@ -25,23 +25,50 @@ class Sample:
     """(2,) in [0, 1]"""
     text: Tensor
     """(2, L, D)"""
+    channels: Tensor | None = None
+    """(2, condition_channels, T, H, W)"""
+    image: Tensor | None = None
+    """(2, L, image_width)"""
 
     @classmethod
     def of(cls, model: DiT, seed: int = 0) -> "Sample":
-        """A small odd grid of patches, in the sizes that a model takes."""
-        generator = torch.Generator().manual_seed(seed)
-        sides = [patch * count for patch, count in zip(model.config.patch_size, (3, 3, 5), strict=True)]
-        latents = torch.randn(2, model.latent_channels, *sides, generator=generator)
-        text = torch.randn(2, 7, model.text_width, generator=generator)
-        return cls(latents, torch.tensor([0.3, 0.9]), text)
+        """A small odd grid of patches, and all conditions that the model reads."""
+        generator, config = torch.Generator().manual_seed(seed), model.config
+        grid = [patch * count for patch, count in zip(config.patch_size, (3, 3, 5), strict=True)]
 
+        def draw(width: int, *rest: int) -> Tensor:
+            return torch.randn(2, *rest, width, generator=generator)
+
+        return cls(
+            latents=draw(grid[-1], model.latent_channels, *grid[:-1]),
+            timesteps=torch.tensor([0.3, 0.9]),
+            text=draw(model.text_width, TEXT_BESIDE_IMAGE if config.image_width else 7),
+            channels=draw(grid[-1], config.condition_channels, *grid[:-1]) if config.condition_channels else None,
+            image=draw(config.image_width, 6) if config.image_width else None,
+        )
+
+    def extras(self) -> Extras:
+        """The conditions as our model takes them."""
+        return Extras(**{name: _rows(getattr(self, name)) for name in ("channels", "image")})
+
+    def given(self) -> Tensor:
+        """Noisy latents and given channels together, as references take them."""
+        return self.latents if self.channels is None else torch.cat([self.latents, self.channels], dim=1)
+
+
+def _rows(values: Tensor | None) -> list[Tensor] | None:
+    return None if values is None else list(values)
+
+
+TEXT_BESIDE_IMAGE = 512
+"""The reference of Wan finds the image's tokens by counting captions as this long."""
 
 Call = Callable[[Any, Record, Sample], Tensor]
 
 
 def wan(reference: Any, config: Record, sample: Sample) -> Tensor:
     """Wan 2.1 and 2.2: timesteps count to 1000."""
-    return reference(sample.latents, sample.timesteps * 1000, sample.text).sample
+    return reference(sample.given(), sample.timesteps * 1000, sample.text, sample.image).sample
 
 
 CALLS: dict[str, Call] = {"WanTransformer3DModel": wan}
@@ -61,7 +88,8 @@ def difference(ours: nn.Module, reference: Any, config: Record) -> float:
         raise ValueError(f"{name}: Kinema cannot run this class for a comparison yet; it has calls for {list(CALLS)}.")
     sample = Sample.of(ours)
     expected = CALLS[name](reference, config, sample)
-    return relative(torch.stack(ours(list(sample.latents), sample.timesteps, list(sample.text))), expected)
+    actual = ours(list(sample.latents), sample.timesteps, list(sample.text), sample.extras())
+    return relative(torch.stack(actual), expected)
 
 
 def _vae_difference(ours: CausalVAE, reference: Any) -> float:

@@ -37,6 +37,9 @@ PIPELINES: dict[str, tuple[str, list[str]]] = {
 }
 """Transformer -> the reference's pipeline, and its parts that an export does not hold."""
 
+SINGLE_FILE = {"WanTransformer3DModel", "WanVACETransformer3DModel"}
+"""Classes of which the reference reads the maker's files of any size; of others it knows the released size or none."""
+
 
 class Format(enum.Enum):
     """What is written."""
@@ -275,10 +278,17 @@ def write_single_file(folder: Path, held: Held, models: dict[str, Described]) ->
 
 
 def reload_single_file(path: Path, model: Described) -> Any:
-    """The file through the reference library, which converts the maker's names by a table of its own."""
-    with TemporaryDirectory() as folder:
-        write_config(Path(folder), model)
-        return reference_class(model.preset.reference).from_single_file(str(path), config=folder)
+    """The file through the reference library: by its own table of the maker's names where that fits any size."""
+    target = reference_class(model.preset.reference)
+    if model.preset.reference in SINGLE_FILE:
+        with TemporaryDirectory() as folder:
+            write_config(Path(folder), model)
+            return target.from_single_file(str(path), config=folder)
+    table = model.preset.original_key_map or model.preset.key_map
+    ours = table(model.config).to_ours(read_published(path).tensors())
+    reference = target(**model.config)
+    reference.load_state_dict(model.preset.key_map(model.config).to_theirs(ours))
+    return reference
 
 
 def write_kinema(folder: Path, held: Held) -> list[str]:

@@ -61,7 +61,19 @@ def wan_original(shapes: Shapes, vendor: Record) -> tuple[str, Record]:
     return "WanVACETransformer3DModel", config
 
 
+def wan_vae_original(shapes: Shapes, vendor: Record) -> tuple[str, Record]:
+    """The VAE of Wan 2.1 in the vendor's names; its latent statistics are those of the only release."""
+    width, latent_channels = shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
+    if (width, latent_channels) != (96, 16):
+        raise ValueError(
+            f"this VAE has {width} channels and {latent_channels} latent channels, Wan 2.1's has 96 and 16: latent "
+            "statistics of others are in no tensor. Put the config.json of the diffusers folder beside it."
+        )
+    return "AutoencoderKLWan", {"base_dim": width, "z_dim": latent_channels}
+
+
 KNOWN: dict[str, Callable[[Shapes, Record], tuple[str, Record]]] = {
     "blocks.0.self_attn.q.weight": wan_original,
+    "decoder.upsamples.0.residual.0.gamma": wan_vae_original,
 }
 """Tensor that only this naming has -> the reader of its shapes."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kinema.conditioning.text import PretrainedText, TextDtype, TextFamily, TextPadding
+from kinema.conditioning.text import PretrainedText, TextFamily, TextPadding
 from kinema.diffusion.objective import RectifiedFlow
 from kinema.identity import to_plain
 from kinema.interop.preset import Record
@@ -45,13 +45,7 @@ HABITS = {
     "WanPipeline": Habits(
         fps=16.0,
         shapes=((81, 480, 832), (81, 720, 1280)),
-        text=PretrainedText(
-            path="google/umt5-xxl",
-            family=TextFamily.umt5,
-            max_tokens=512,
-            padding=TextPadding.zeros,
-            dtype=TextDtype.bfloat16,
-        ),
+        text=PretrainedText(path="google/umt5-xxl", family=TextFamily.umt5, max_tokens=512, padding=TextPadding.zeros),
     ),
 }
 """Pipeline class of the reference -> its habits."""
