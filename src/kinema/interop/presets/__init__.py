@@ -1,8 +1,14 @@
 """The published models, one file for each family."""
 
 from kinema.interop.preset import Preset
+from kinema.interop.presets.cogvideox import COGVIDEOX
+from kinema.interop.presets.hunyuan import HUNYUAN
+from kinema.interop.presets.ltx import LTX
 from kinema.interop.presets.wan import WAN
 
 PRESETS: list[Preset] = [
+    COGVIDEOX,
+    HUNYUAN,
+    LTX,
     WAN,
 ]
