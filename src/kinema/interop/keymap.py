@@ -137,6 +137,40 @@ class Inverse:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Several tensors of theirs, `sizes` rows each, lie one after the other in one of ours."""
+
+    sizes: tuple[int, ...]
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor for each size -> [(sum of sizes, ...)]."""
+        return Fused(self.sizes).to_theirs(tensors)
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse."""
+        return Fused(self.sizes).to_ours(tensors)
+
+
+@dataclass(frozen=True)
+class ReorderedRows:
+    """The first axis is cut into `len(order)` equal parts; ours holds their part `order[i]` at place i.
+
+    `ReorderedRows((1, 0))` turns (scale, shift) into (shift, scale).
+    """
+
+    order: tuple[int, ...]
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Parts in their order -> parts in ours."""
+        return [_reorder(tensor, self.order) for tensor in tensors]
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse."""
+        back = tuple(self.order.index(place) for place in range(len(self.order)))
+        return [_reorder(tensor, back) for tensor in tensors]
+
+
+@dataclass(frozen=True)
 class Chain:
     """Layouts one after the other, from theirs to ours."""
 
@@ -239,3 +273,8 @@ def _permute_rows(tensor: Tensor, sizes: tuple[int, ...], axes: tuple[int, ...])
     parts = tensor.reshape(*sizes, *rest)
     order = (*axes, *range(len(sizes), parts.ndim))
     return parts.permute(order).reshape(-1, *rest).contiguous()
+
+
+def _reorder(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
+    parts = tensor.chunk(len(order))
+    return torch.cat([parts[place] for place in order])

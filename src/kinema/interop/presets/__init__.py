@@ -1,10 +1,16 @@
 """The published models, one file for each family."""
 
 from kinema.interop.preset import Preset
+from kinema.interop.presets.cogvideox import COGVIDEOX
+from kinema.interop.presets.hunyuan import HUNYUAN
+from kinema.interop.presets.ltx import LTX
 from kinema.interop.presets.wan import WAN
 from kinema.interop.presets.wan_vae import WAN_22_VAE, WAN_VAE
 
 PRESETS: list[Preset] = [
+    COGVIDEOX,
+    HUNYUAN,
+    LTX,
     WAN,
     WAN_VAE,
     WAN_22_VAE,

@@ -11,6 +11,9 @@ from kinema.models.dit.config import (
     NormKind,
     PositionEmbedding,
     QKNorm,
+    Rope,
+    TextEdge,
+    TextEmbedding,
 )
 from kinema.models.dit.extras import Extras
 from kinema.models.dit.model import DiT
@@ -28,4 +31,7 @@ __all__ = [
     "NormKind",
     "PositionEmbedding",
     "QKNorm",
+    "Rope",
+    "TextEdge",
+    "TextEmbedding",
 ]

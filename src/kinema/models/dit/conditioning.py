@@ -52,6 +52,19 @@ class TimestepEmbedding(nn.Module):
         return self.project(F.silu(self.expand(sinusoids(timesteps, self.channels))))
 
 
+class PooledEmbedding(nn.Module):
+    """One vector a caption to the timestep's width: two linear layers, in float32 throughout."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.expand = ExactLinear(channels, width)
+        self.project = ExactLinear(width, width)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """pooled (B, channels) -> (B, D)"""
+        return self.project(F.silu(self.expand(pooled)))
+
+
 class Condition(NamedTuple):
     """What every block reads; one row a clip, or one a latent frame where frames have timesteps of their own. Float32.
 
@@ -86,9 +99,9 @@ class TableModulation(nn.Module):
 class LinearModulation(nn.Module):
     """A linear layer of the block's own: adaLN-Zero (Peebles and Xie 2023, section 3.2)."""
 
-    def __init__(self, width: int, slots: int) -> None:
+    def __init__(self, condition_width: int, width: int, slots: int) -> None:
         super().__init__()
-        self.linear = ExactLinear(width, slots * width)
+        self.linear = ExactLinear(condition_width, slots * width)
 
     def forward(self, condition: Condition) -> Tensor:
         """-> (R, slots * D)"""
@@ -135,3 +148,8 @@ def _by_rows(
 def _broadcast(function: Callable[..., Tensor], tokens: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
     batched = [x.unflatten(0, (len(rows[0]), -1)) for x in tokens]
     return function(*batched, *(row[:, None] for row in rows)).flatten(0, 1)
+
+
+def means(words: Tensor, lengths: Lengths) -> Tensor:
+    """Mean over each caption's tokens: (M, K) -> (B, K)"""
+    return torch.stack([caption.mean(0) for caption in words.split(list(lengths))])

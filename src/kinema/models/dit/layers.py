@@ -3,15 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kinema.models.attention import Attention
+from kinema.models.attention import Attention, Lengths
 from kinema.models.dit.conditioning import Condition, LinearModulation, TableModulation, gated_sum, modulated
 from kinema.models.dit.config import Activation, NormKind, QKNorm
 from kinema.models.dit.norms import Norm
-from kinema.models.dit.segments import Segments, Span, Tokens
+from kinema.models.dit.segments import Rope, Segments, Span, Tokens
 from kinema.models.position import apply_rope
 
 SLOTS = 3  # shift, scale and gate: the modulation of one segment in one sublayer
@@ -54,7 +55,7 @@ class FeedForward(nn.Module):
         return self.project(activate(self.expand(x), self.activation))
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
-        """Multiplications on one clip."""
+        """Multiplications on one clip, for these segments."""
         layers = 2 if self.gate is None else 3
         return layers * self.expand.weight.numel() * sum(counts.tokens[name] for name in asks)
 
@@ -166,27 +167,154 @@ class SegmentAttention(nn.Module):
         """Multiplications on one clip."""
         asking, square = counts.tokens[self.asks], self.shape.width**2
         if self.answers == self.asks:
-            return asking * (4 * square + 2 * counts.seen[self.span] * self.shape.width)
+            seen = counts.seen[self.span] if self.asks == "video" else asking
+            return asking * (4 * square + 2 * seen * self.shape.width)
         answering = sum(counts.tokens[name] for name in (self.answers, *self.others))
         return 2 * (asking + answering) * square + 2 * asking * answering * self.shape.width
+
+
+class Stream(nn.Module):
+    """Queries, keys and values of tokens that share weights; without `asks` they only answer."""
+
+    def __init__(self, shape: HeadShape, *, asks: bool) -> None:
+        super().__init__()
+        self.shape = shape
+        self.query = shape.linear() if asks else None
+        self.key, self.value = shape.linear(), shape.linear()
+        self.query_norm = shape.norm() if asks else None
+        self.key_norm = shape.norm()
+        self.project = shape.linear() if asks else None
+
+    def forward(self, x: Tensor, rope: Rope | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """x (N, D) -> queries, keys and values (N, h, d)"""
+        k, v = self.shape.normed_heads(self.key(x), self.key_norm), self.shape.heads(self.value(x))
+        k = k if rope is None else apply_rope(k, *rope)
+        if self.query is None or self.query_norm is None:
+            return None, k.to(v.dtype), v
+        q = self.shape.normed_heads(self.query(x), self.query_norm)
+        return (q if rope is None else apply_rope(q, *rope)).to(v.dtype), k.to(v.dtype), v
+
+
+class JointAttention(nn.Module):
+    """One softmax over the tokens of several segments of a clip: MMDiT (Esser et al. 2024, section 4).
+
+    Each segment has weights of its own, or all share those of the first; the `silent` ones answer but do not ask.
+    """
+
+    def __init__(
+        self, shape: HeadShape, names: Sequence[str], attention: Attention, *, shared: bool, silent: Sequence[str] = ()
+    ) -> None:
+        super().__init__()
+        self.shape, self.attention, self.silent = shape, attention, tuple(silent)
+        own = names[:1] if shared else names
+        self.streams = nn.ModuleDict({name: Stream(shape, asks=name not in silent) for name in own})
+        self.stream_of = {name: names[0] if shared else name for name in names}
+
+    def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
+        """asking (N, D) of every segment, already normalised -> updates (N, D) of those not silent"""
+        triples = {name: self.streams[self.stream_of[name]](x, segments[name].rope) for name, x in asking.items()}
+        mixed = attend_jointly(triples, segments, self.attention)
+        return {name: self.streams[self.stream_of[name]].project(x) for name, x in mixed.items()}
+
+    def products(self, counts: Counts, asks: Sequence[str]) -> int:
+        """Multiplications on one clip, for these segments."""
+        asking = sum(counts.tokens[name] for name in asks if name not in self.silent)
+        answering = sum(counts.tokens[name] for name in asks)
+        return 2 * (asking + answering) * self.shape.width**2 + 2 * asking * answering * self.shape.width
+
+
+class SingleStream(nn.Module):
+    """Joint attention and an MLP side by side, with one set of weights and one way back for all segments.
+
+    The parallel block of Dehghani et al. 2023 (ViT-22B, section 2), as in FLUX and HunyuanVideo.
+    """
+
+    def __init__(self, shape: HeadShape, hidden: int, activation: Activation, attention: Attention) -> None:
+        super().__init__()
+        self.shape, self.attention, self.activation = shape, attention, activation
+        self.query, self.key, self.value = (shape.linear() for _ in range(3))
+        self.query_norm, self.key_norm = shape.norm(), shape.norm()
+        self.expand = Linear(shape.width, hidden, shape.bias)
+        self.gate = Linear(shape.width, hidden, shape.bias) if activation is Activation.swiglu else None
+        self.project = Linear(shape.width + hidden, shape.width, shape.bias)
+
+    def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
+        """asking (N, D) of every segment, already normalised -> updates (N, D)"""
+        triples = {name: self._heads(x, segments[name].rope) for name, x in asking.items()}
+        mixed = attend_jointly(triples, segments, self.attention)
+        return {name: self.project(torch.cat([mixed[name], self._hidden(x)], dim=-1)) for name, x in asking.items()}
+
+    def _heads(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.shape.normed_heads(self.query(x), self.query_norm)
+        k = self.shape.normed_heads(self.key(x), self.key_norm)
+        v = self.shape.heads(self.value(x))
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        if self.gate is not None:
+            return F.silu(self.gate(x)) * self.expand(x)
+        return activate(self.expand(x), self.activation)
+
+    def products(self, counts: Counts, asks: Sequence[str]) -> int:
+        """Multiplications on one clip, for these segments."""
+        count, width = sum(counts.tokens[name] for name in asks), self.shape.width
+        gate = 0 if self.gate is None else self.gate.weight.numel()
+        layers = 3 * width**2 + self.expand.weight.numel() + self.project.weight.numel() + gate
+        return count * (layers + 2 * count * width)
+
+
+def attend_jointly(
+    triples: Mapping[str, tuple[Tensor | None, Tensor, Tensor]], segments: Segments, attention: Attention
+) -> Tokens:
+    """Queries, keys and values (N, h, d) of some segments, one softmax for each clip -> mixed (N, D) of those that ask.
+
+    Packed segments lie one after the other; here the segments of each clip lie together.
+    """
+    asking = {name: q for name, (q, _, _) in triples.items() if q is not None}
+    q_lengths = [segments[name].lengths for name in asking]
+    k_lengths = [segments[name].lengths for name in triples]
+    q = _join(list(asking.values()), q_lengths)
+    k = _join([key for _, key, _ in triples.values()], k_lengths)
+    v = _join([value for _, _, value in triples.values()], k_lengths)
+    mixed = attention(q, k, v, _totals(q_lengths), _totals(k_lengths)).flatten(1)
+    pieces = mixed.split([length for clip in zip(*q_lengths, strict=True) for length in clip])
+    return {name: torch.cat(pieces[place :: len(asking)]) for place, name in enumerate(asking)}
+
+
+def _join(parts: Sequence[Tensor], lengths: Sequence[Lengths]) -> Tensor:
+    """Tokens of several segments, clip after clip in each -> clip after clip, segment after segment in each."""
+    clips = zip(*(part.split(list(n)) for part, n in zip(parts, lengths, strict=True)), strict=True)
+    return torch.cat([piece for clip in clips for piece in clip])
+
+
+def _totals(lengths: Sequence[Lengths]) -> Lengths:
+    return tuple(sum(clip) for clip in zip(*lengths, strict=True))
 
 
 class Sublayer(nn.Module):
     """tokens + gate * operation(modulated norm of tokens), for some segments; the others pass through.
 
-    `slots` says for each of them whether the condition modulates it (3) or its norm stands alone (0).
+    `slots` says how many vectors of the condition modulate a group of segments: shift, scale and gate (3), shift
+    and scale of segments that are only read (2), a gate (1), or none (0).
     """
 
-    def __init__(self, slots: Mapping[str, int], operation: nn.Module, norm: nn.Module) -> None:
+    def __init__(self, slots: Mapping[tuple[str, ...], int], operation: nn.Module, norm: nn.Module) -> None:
         super().__init__()
-        self.segments_slots = dict(slots)
+        self.groups = dict(slots)
         self.norm = norm
         self.operation = operation
 
     @property
     def slots(self) -> int:
         """Vectors of modulation that it takes."""
-        return sum(self.segments_slots.values())
+        return sum(self.groups.values())
+
+    @property
+    def asks(self) -> list[str]:
+        """The segments that it reads through its norm."""
+        return [name for group in self.groups for name in group]
 
     def forward(self, tokens: Tokens, segments: Segments, modulation: Sequence[Tensor]) -> Tokens:
         """Tokens of all segments and the modulation, `slots` times (R, D) -> tokens of all segments."""
@@ -198,16 +326,20 @@ class Sublayer(nn.Module):
 
     def _parts(self, modulation: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
         parts, start = dict[str, Sequence[Tensor]](), 0
-        for name, slots in self.segments_slots.items():
-            parts[name] = modulation[start : start + slots]
+        for group, slots in self.groups.items():
+            parts |= dict.fromkeys(group, modulation[start : start + slots])
             start += slots
         return parts
 
-    def _input(self, x: Tensor, rows: tuple[int, ...], part: Sequence[Tensor]) -> Tensor:
-        return modulated(self.norm(x), part[0], part[1], rows) if part else self.norm(x)
+    def _input(self, x: Tensor, rows: Lengths, part: Sequence[Tensor]) -> Tensor:
+        return modulated(self.norm(x), part[0], part[1], rows) if len(part) > 1 else self.norm(x)
 
-    def _sum(self, x: Tensor, update: Tensor, rows: tuple[int, ...], part: Sequence[Tensor]) -> Tensor:
-        return gated_sum(x, part[2], update, rows) if part else x + update
+    def _sum(self, x: Tensor, update: Tensor, rows: Lengths, part: Sequence[Tensor]) -> Tensor:
+        return gated_sum(x, part[-1], update, rows) if part else x + update
+
+    def products(self, counts: Counts) -> int:
+        """Multiplications on one clip."""
+        return self.operation.products(counts, self.asks)
 
 
 class Block(nn.Module):

@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.attention import Attention, Lengths
-from kinema.models.dit.blocks import block
+from kinema.models.dit.blocks import blocks, slots_of
 from kinema.models.dit.conditioning import (
     Condition,
     ExactLinear,
     HeadTable,
     LinearModulation,
+    PooledEmbedding,
     TimestepEmbedding,
+    means,
     modulated,
 )
 from kinema.models.dit.config import (
@@ -25,13 +27,25 @@ from kinema.models.dit.config import (
     ModulationSource,
     NormKind,
     PositionEmbedding,
+    Rope,
+    TextEdge,
+    TextEmbedding,
 )
 from kinema.models.dit.extras import Extras
-from kinema.models.dit.layers import Activate, Counts, Linear, SegmentAttention, Sublayer
+from kinema.models.dit.layers import (
+    Activate,
+    Counts,
+    JointAttention,
+    Linear,
+    SegmentAttention,
+    SingleStream,
+    Sublayer,
+)
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.patches import patchify, token_grid, unpatchify
+from kinema.models.dit.refiner import TextRefiner
 from kinema.models.dit.segments import Grid, Segments, Span, Tokens, clip_segment, video_segment
-from kinema.models.position import grid_positions, rope_3d, sincos_3d
+from kinema.models.position import fractional_rope, grid_positions, rope_3d, sincos_3d, sincos_quarters
 
 Timesteps: TypeAlias = Tensor | Sequence[Tensor]
 """(B,), or for each clip one of every frame of tokens (T / patch_size[0],); in [0, 1]."""
@@ -57,21 +71,29 @@ class DiT(nn.Module):
         patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
 
         self.patch_embedding = Linear((latent_channels + config.condition_channels) * patch, width)
-        activation = Activate(config.text_activation)
-        self.text_embedding = nn.Sequential(Linear(text_width, width), activation, Linear(width, width))
+        self.text_embedding = _text_embedding(config, text_width)
         self.image_embedding = _image_embedding(config) if config.image_width else None
-        self.timestep_embedding = TimestepEmbedding(config.timestep_channels, width)
-        self.pooled_text = ExactLinear(text_width, width) if config.pooled_text else None
+        self.timestep_embedding = TimestepEmbedding(config.timestep_channels, config.condition_width)
+        self.pooled_text = ExactLinear(text_width, config.condition_width) if config.pooled_text else None
+        self.pooled_embedding = (
+            PooledEmbedding(config.pooled_width, config.condition_width) if config.pooled_width else None
+        )
+        self.guidance_embedding = (
+            TimestepEmbedding(config.timestep_channels, config.condition_width) if config.guidance else None
+        )
 
-        blocks = [block(config) for _ in range(config.depth)]
-        slots = sum(sublayer.slots for sublayer in blocks[0].sublayers)
+        made = blocks(config)
         table = config.modulation is ModulationSource.table
-        self.shared_modulation = ExactLinear(width, slots * width) if table else None
-        self.blocks = nn.ModuleList(blocks)
+        self.shared_modulation = ExactLinear(config.condition_width, slots_of(made[0]) * width) if table else None
+        self.blocks = nn.ModuleList(made)
 
+        def norm() -> Norm:
+            return Norm(NormKind.layer, width, config.norm_eps, affine=config.norm_affine)
+
+        self.final_norm = norm() if config.final_norm else None
+        self.head_norm = norm()
         linear = config.head_modulation is HeadModulation.linear
-        self.head_norm = Norm(NormKind.layer, width, config.norm_eps, affine=False)
-        self.head_modulation = ExactLinear(width, 2 * width) if linear else HeadTable(width)
+        self.head_modulation = ExactLinear(config.condition_width, 2 * width) if linear else HeadTable(width)
         self.head = Linear(width, latent_channels * patch)
         self._initialise()
 
@@ -101,21 +123,24 @@ class DiT(nn.Module):
     ) -> list[Tensor]:
         grids = [token_grid(clip.shape, self.config.patch_size) for clip in latents]
         words = torch.cat(list(text))
-        condition = self._condition(timesteps, words, tuple(len(caption) for caption in text))
+        lengths = tuple(len(caption) for caption in text)
+        condition = self._condition(timesteps, words, lengths, extras)
         segments = self._segments(grids, text, extras, condition)
 
         given = (
             latents if extras.channels is None else [torch.cat(x) for x in zip(latents, extras.channels, strict=True)]
         )
         video = self.patch_embedding(patchify(given, self.config.patch_size)).to(condition.embedding.dtype)
-        if self.config.position_embedding is PositionEmbedding.sincos:
+        if self.config.position_embedding is not PositionEmbedding.none:
             video = video + self._places(grids, video)
-        tokens: Tokens = {"video": video, "text": self.text_embedding(words)}
+        tokens: Tokens = {"video": video, "text": self._captions(words, lengths, timesteps)}
         if self.image_embedding is not None and extras.image is not None:
             tokens["image"] = self.image_embedding(torch.cat(list(extras.image)))
         for each in self.blocks:
             tokens = each(tokens, segments, condition)
 
+        if self.final_norm is not None:
+            tokens["video"] = self.final_norm(tokens["video"])
         patches = self._head(tokens["video"], segments["video"].rows, condition)
         return unpatchify(patches.to(latents[0].dtype), grids, self.config.patch_size)
 
@@ -125,15 +150,27 @@ class DiT(nn.Module):
         shift, scale = both.chunk(2, dim=-1)
         return self.head(modulated(self.head_norm(video), shift, scale, rows))
 
-    def _condition(self, timesteps: Timesteps, words: Tensor, lengths: Lengths) -> Condition:
+    def _captions(self, words: Tensor, lengths: Lengths, timesteps: Timesteps) -> Tensor:
+        if not isinstance(self.text_embedding, TextRefiner):
+            embedded = self.text_embedding(words)
+            if self.config.text is TextEdge.cross:
+                return embedded
+            return embedded.to(torch.promote_types(embedded.dtype, torch.float32))  # a residual stream, like the video
+        assert isinstance(timesteps, Tensor)
+        return self.text_embedding(words, lengths, timesteps)
+
+    def _condition(self, timesteps: Timesteps, words: Tensor, lengths: Lengths, extras: Extras) -> Condition:
         rows = timesteps if isinstance(timesteps, Tensor) else torch.cat(list(timesteps))
         embedding = self.timestep_embedding(rows)
+        clips = []  # what is the same for all frames of a clip
         if self.pooled_text is not None:
-            pooled = self.pooled_text(_means(words.to(embedding.dtype), lengths))
-            if not isinstance(timesteps, Tensor):  # the caption of each clip for all its frames
-                frames = torch.tensor([len(frames) for frames in timesteps], device=pooled.device)
-                pooled = pooled.repeat_interleave(frames, dim=0, output_size=len(rows))
-            embedding = embedding + pooled
+            clips.append(self.pooled_text(means(words.to(embedding.dtype), lengths)))
+        if self.pooled_embedding is not None and extras.pooled is not None:
+            clips.append(self.pooled_embedding(torch.stack(list(extras.pooled))))
+        if self.guidance_embedding is not None and extras.guidance is not None:
+            clips.append(self.guidance_embedding(rows.new_tensor(list(extras.guidance))))
+        for clip in clips:
+            embedding = embedding + (clip if isinstance(timesteps, Tensor) else _for_frames(clip, timesteps))
         active = F.silu(embedding)
         shared = None if self.shared_modulation is None else self.shared_modulation(active)
         return Condition(embedding, active, shared)
@@ -142,25 +179,47 @@ class DiT(nn.Module):
         self, grids: Sequence[Grid], text: Sequence[Tensor], extras: Extras, condition: Condition
     ) -> Segments:
         """Angles (dtype and device of the condition), cuts and orders, made once; blocks only read them."""
-        config, like = self.config, condition.embedding
-        tables = []
-        for positions, clips in _runs(grids, like.device):
-            table = rope_3d(positions, config.head_dim, config.rope_axes, config.rope_theta, like.dtype)
-            tables.append([part.repeat(clips, 1) for part in table])
-        cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
+        like = condition.embedding
+        spans = {*self.config.spans, Span.clip}
         segments = {
-            "video": video_segment(grids, _rows(grids, len(like)), (cos, sin), {*config.spans, Span.clip}),
+            "video": video_segment(grids, _rows(grids, len(like)), self._rope(grids, like), spans, like.device),
             "text": clip_segment(tuple(len(caption) for caption in text)),
         }
         if extras.image is not None:
             segments["image"] = clip_segment(tuple(len(image) for image in extras.image))
         return segments
 
+    def _rope(self, grids: Sequence[Grid], like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The rotary table of every token."""
+        if self.config.rope is Rope.none:
+            return None
+        tables = []
+        for positions, clips in _runs(grids, like.device):
+            table = self._angles(positions, like.dtype)
+            tables.append([part.repeat(clips, *[1] * (part.ndim - 1)) for part in table])
+        cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
+        return cos, sin
+
+    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        config = self.config
+        if config.rope is Rope.axes:
+            return rope_3d(positions, config.head_dim, config.rope_axes, config.rope_theta, dtype)
+        units, patch, extent = (
+            positions.new_tensor(x) for x in (config.rope_units, config.patch_size, config.rope_extent)
+        )
+        fractions = positions * units * patch / extent
+        return fractional_rope(fractions, config.width, config.num_heads, config.rope_theta, dtype)
+
     def _places(self, grids: Sequence[Grid], like: Tensor) -> Tensor:
         """The sine and cosine embedding of every token, (N, width)."""
-        width, theta = self.config.width, self.config.rope_theta
-        runs = _runs(grids, like.device)
-        return torch.cat([sincos_3d(positions, width, theta, like.dtype).repeat(clips, 1) for positions, clips in runs])
+        config = self.config
+        waves = sincos_3d if config.position_embedding is PositionEmbedding.sincos else sincos_quarters
+        scale = torch.tensor(config.position_scale, device=like.device)
+        parts = [
+            waves(positions / scale, config.width, config.rope_theta, like.dtype).repeat(clips, 1)
+            for positions, clips in _runs(grids, like.device)
+        ]
+        return torch.cat(parts)
 
     def _check(self, latents: Sequence[Tensor], timesteps: Timesteps, text: Sequence[Tensor]) -> None:
         if not len(latents) == len(timesteps) == len(text) > 0:
@@ -178,6 +237,11 @@ class DiT(nn.Module):
             if times.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"timesteps have dtype {times.dtype}: keep them float32, half precision merges some.")
         if not isinstance(timesteps, Tensor):
+            if self.config.text is not TextEdge.cross or self.config.text_embedding is TextEmbedding.refiner:
+                raise ValueError(
+                    f"a timestep for each frame leaves captions without one, which model.text={self.config.text.name} "
+                    f"with model.text_embedding={self.config.text_embedding.name} needs. Give one timestep a clip."
+                )
             for clip, times in zip(latents, timesteps, strict=True):
                 frames = clip.shape[1] // self.config.patch_size[0]
                 if times.shape != (frames,):
@@ -193,7 +257,7 @@ class DiT(nn.Module):
                 )
 
     def _check_extras(self, latents: Sequence[Tensor], extras: Extras) -> None:
-        for key, name in (("condition_channels", "channels"), ("image_width", "image")):
+        for key, name in EXTRAS.items():
             built, given = getattr(self.config, key), getattr(extras, name)
             if bool(built) != (given is not None):
                 raise ValueError(
@@ -230,7 +294,7 @@ class DiT(nn.Module):
     def replace_attention(self, replace: Callable[[Attention], Attention]) -> None:
         """Put `replace(present)` behind the door of every attention; sequence parallelism wraps it so."""
         for module in self.modules():
-            if isinstance(module, SegmentAttention):
+            if isinstance(module, SegmentAttention | JointAttention | SingleStream):
                 module.attention = replace(module.attention)
 
     def flops(self, tokens: int, text_tokens: int, frames: int | None = None, image_tokens: int = 0) -> float:
@@ -245,20 +309,30 @@ class DiT(nn.Module):
         else:
             seen = {Span.frame: tokens // frames, Span.place: frames}
         counts = Counts({"video": tokens, "text": text_tokens, "image": image_tokens}, seen)
-        products = sum(
-            sublayer.operation.products(counts, list(sublayer.segments_slots))
-            for each in self.blocks
-            for sublayer in each.sublayers
-        )
+        products = sum(module.products(counts) for module in self.modules() if isinstance(module, Sublayer))
         for name, module in self.named_modules():  # layers outside the blocks see each token, or each clip, once
             if isinstance(module, nn.Linear) and ".operation." not in name:
-                kind = EDGES.get(name.split(".")[0])
+                part = name.split(".")[0]
+                kind = None if isinstance(module, ExactLinear) else EDGES.get(part)
                 products += module.weight.numel() * (counts.tokens[kind] if kind else 1)
         return 2.0 * products
 
 
 EDGES = {"patch_embedding": "video", "head": "video", "text_embedding": "text", "image_embedding": "image"}
 """Parts outside the blocks that see every token of a segment; the others see one row a clip."""
+
+EXTRAS = {"condition_channels": "channels", "image_width": "image", "pooled_width": "pooled", "guidance": "guidance"}
+"""Key of the config -> what it makes the model demand."""
+
+
+def _text_embedding(config: DiTConfig, text_width: int) -> nn.Module:
+    """Captions to the model's width."""
+    if config.text_embedding is TextEmbedding.refiner:
+        return TextRefiner(config, text_width)
+    first = Linear(text_width, config.width)
+    if config.text_embedding is TextEmbedding.linear:
+        return first
+    return nn.Sequential(first, Activate(config.text_activation), Linear(config.width, config.width))
 
 
 def _image_embedding(config: DiTConfig) -> nn.Sequential:
@@ -281,6 +355,7 @@ def _rows(grids: Sequence[Grid], rows: int) -> Lengths:
     return tuple(h * w for t, h, w in grids for _ in range(t))
 
 
-def _means(words: Tensor, lengths: Lengths) -> Tensor:
-    """Mean over each caption's tokens: (M, K) -> (B, K)"""
-    return torch.stack([caption.mean(0) for caption in words.split(lengths)])
+def _for_frames(clips: Tensor, timesteps: Sequence[Tensor]) -> Tensor:
+    """One row a clip -> one row for each of its frames."""
+    frames = torch.tensor([len(times) for times in timesteps], device=clips.device)
+    return clips.repeat_interleave(frames, dim=0)

@@ -18,6 +18,10 @@ Tokens = dict[str, Tensor]
 """Tokens of each segment by its name: `video` (N, D), `text` (M, D), clip after clip."""
 
 
+Rope = tuple[Tensor, Tensor]
+"""cos and sin of every token: (N, d / 2) each, or (N, h, d / 2) where heads differ."""
+
+
 class Span(Enum):
     """Which tokens of a clip attend to one another."""
 
@@ -47,16 +51,18 @@ class Segment:
     rows: Lengths
     """Tokens of each row of the condition: one row a clip, or one a frame of tokens."""
     cuts: dict[Span, Cut]
-    rope: tuple[Tensor, Tensor] | None = None
-    """cos and sin, (N, d / 2) each; none for text, whose encoder has placed the words."""
+    rope: Rope | None = None
+    """None for text, whose encoder has placed the words."""
 
 
 Segments = dict[str, Segment]
 
 
-def video_segment(grids: Sequence[Grid], rows: Lengths, rope: tuple[Tensor, Tensor], spans: Iterable[Span]) -> Segment:
+def video_segment(
+    grids: Sequence[Grid], rows: Lengths, rope: Rope | None, spans: Iterable[Span], device: torch.device
+) -> Segment:
     """The segment of clips with these token grids, with only the cuts that the model asks for."""
-    cuts = {span: _cut(span, grids, rope[0].device) for span in spans}
+    cuts = {span: _cut(span, grids, device) for span in spans}
     return Segment(tuple(t * h * w for t, h, w in grids), rows, cuts, rope)
 
 
