@@ -1,9 +1,14 @@
 """The published models, one file for each family."""
 
 from kinema.interop.preset import Preset
+from kinema.interop.presets.hunyuan_vae import HUNYUAN_15_VAE, HUNYUAN_VAE
+from kinema.interop.presets.ltx_vae import LTX2_VAE
 from kinema.interop.presets.wan_vae import WAN_22_VAE, WAN_VAE
 
 PRESETS: list[Preset] = [
     WAN_VAE,
     WAN_22_VAE,
+    HUNYUAN_15_VAE,
+    HUNYUAN_VAE,
+    LTX2_VAE,
 ]
