@@ -133,7 +133,7 @@ def randomise(model: nn.Module) -> None:
     torch.manual_seed(0)
     for name, tensor in model.state_dict().items():
         fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
-        gain = "gamma" in name or "norm" in name and name.endswith("weight") or name.endswith("latents_std")
+        gain = "gamma" in name or ("norm" in name and name.endswith("weight")) or name.endswith("latents_std")
         centre, scale = (1.0, 0.3) if gain else (0.0, 0.1 if fan_in == 1 else 1.3 * fan_in**-0.5)
         tensor.copy_((centre + scale * torch.randn(tensor.shape)).abs() if gain else scale * torch.randn(tensor.shape))
 

@@ -193,16 +193,14 @@ def _key_map(config: Record) -> KeyMap:
     return KeyMap(rules, _statistics(config))
 
 
-def _coder(
-    side: str, coder: CoderNames, norm: tuple[str, str, Layout], shortcut: str, last_norm: str
-) -> list[Rule]:
+def _coder(side: str, coder: CoderNames, norm: tuple[str, str, Layout], shortcut: str, last_norm: str) -> list[Rule]:
     """All but the middle attention, and the decoder's first layers."""
     theirs_norm, ours_norm, layout = norm
     blocks = [(f"{side}.mid_block.resnets.{i}", block) for i, block in enumerate(coder.middle_blocks)]
     rules = [Rule("encoder.conv_in.conv.{p}", f"{coder.first[0]}.conv.{{p}}")] if side == "encoder" else []
     step = "down_blocks.{i}.downsamplers.0" if side == "encoder" else "up_blocks.{i}.upsamplers.0"
     for i, level in enumerate(coder.levels):
-        place = step.split(".")[0]
+        place = step.split(".", maxsplit=1)[0]
         blocks += [(f"{side}.{place}.{i}.resnets.{j}", block) for j, block in enumerate(level.blocks)]
         rules += [
             Rule(f"{side}.{step.format(i=i)}.conv.conv.{{p}}", f"{name}.conv.conv.{{p}}") for name, _ in level.steps

@@ -78,6 +78,15 @@ def starts_clip(layer: nn.Module, state: StreamState | None) -> bool:
     return first
 
 
+def group_means(x: Tensor, groups: int) -> Tensor:
+    """(B, C, ...) -> (B, groups, ...): means of neighbouring channels.
+
+    Added one by one, because the order in which `mean` adds depends on the strides, and with it the last bits.
+    """
+    members = x.unflatten(1, (groups, -1)).unbind(2)
+    return sum(members[1:], members[0]) / len(members)
+
+
 class CausalConv(nn.Module):
     """3D convolution padded in front of the first frame only; kernel and stride are (time, height, width).
 
@@ -341,7 +350,7 @@ class Output(nn.Module):
         """(B, in, T, H, W) -> (B, out, T, H, W)."""
         out = self.conv(F.silu(self.norm(x)), state)
         if self.groups is not None:
-            out = out + x.unflatten(1, (self.groups, -1)).mean(2)
+            out = out + group_means(x, self.groups)
         return out if self.linear is None else self.linear(x, state) + out
 
 
