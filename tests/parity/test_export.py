@@ -191,3 +191,43 @@ def test_a_vae_comes_in_and_out_with_its_statistics(tmp_path):
         lines = export(tmp_path / "run", tmp_path / form, format=form)
         assert float(lines[-1].rsplit(" ", 1)[1]) < 1e-5
     assert_bit_equal(tensors_in(tmp_path / "diffusers"), tensors_in(tmp_path / "published"))
+
+
+FAMILIES = {
+    "wan, image tokens": ("WanTransformer3DModel", WAN | {"in_channels": 9, "image_dim": 10, "added_kv_proj_dim": 32}),
+    "ltx": (
+        "LTXVideoTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 20, "in_channels": 6, "out_channels": 6,
+         "cross_attention_dim": 40, "num_layers": 2, "caption_channels": 12},
+    ),
+    "hunyuan": (
+        "HunyuanVideoTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 2,
+         "num_single_layers": 2, "text_embed_dim": 10, "pooled_projection_dim": 6, "rope_axes_dim": (4, 4, 4)},
+    ),
+    "cogvideox": (
+        "CogVideoXTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
+         "time_embed_dim": 14, "text_embed_dim": 12, "num_layers": 2, "use_rotary_positional_embeddings": True},
+    ),
+    "hunyuan vae": (
+        "AutoencoderKLHunyuanVideo",
+        {"latent_channels": 4, "block_out_channels": (8, 16, 24, 24), "layers_per_block": 1, "norm_num_groups": 4},
+    ),
+    "ltx2 vae": (
+        "AutoencoderKLLTX2Video",
+        {"latent_channels": 8, "block_out_channels": (16, 16, 32, 64), "decoder_block_out_channels": (16, 32, 64),
+         "layers_per_block": (2, 1, 1, 1, 2), "decoder_layers_per_block": (1, 2, 1, 1), "decoder_causal": False,
+         "spatial_compression_ratio": 32, "temporal_compression_ratio": 8},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_comes_in_and_out(tmp_path, family):
+    name, config = FAMILIES[family]
+    randomise(getattr(diffusers, name)(**config)).save_pretrained(tmp_path / "published")
+    import_model(tmp_path / "published", tmp_path / "run")
+    lines = export(tmp_path / "run", tmp_path / "out")
+    assert_bit_equal(tensors_in(tmp_path / "out"), tensors_in(tmp_path / "published"))
+    assert float(lines[-1].rsplit(" ", 1)[1]) < 2e-5

@@ -1,5 +1,6 @@
 """Published autoencoders: the same numbers and gradients as `diffusers`, whole and streamed, and every tensor named."""
 
+import copy
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -39,6 +40,74 @@ CASES = [
             "latents_std": [0.5, 1.5, 2.0, 0.7, 1.0],
         },
         millions=126.9,
+    ),
+    Case(
+        "wan_22_vae",
+        {
+            "base_dim": 8,
+            "decoder_base_dim": 12,
+            "z_dim": 4,
+            "dim_mult": [1, 2, 4, 4],
+            "num_res_blocks": 1,
+            "patch_size": 2,
+            "in_channels": 12,
+            "out_channels": 12,
+            "is_residual": True,
+            "temperal_downsample": [False, True, True],
+            "scale_factor_spatial": 16,
+            "latents_mean": [0.1, -0.2, 0.3, 0.4],
+            "latents_std": [0.5, 1.5, 2.0, 0.7],
+        },
+        released={
+            "base_dim": 160,
+            "decoder_base_dim": 256,
+            "z_dim": 48,
+            "patch_size": 2,
+            "in_channels": 12,
+            "out_channels": 12,
+            "is_residual": True,
+            "scale_factor_spatial": 16,
+            "latents_mean": [0.0] * 48,
+            "latents_std": [1.0] * 48,
+        },
+        millions=704.7,
+    ),
+    Case(
+        "hunyuan_15_vae",
+        {
+            "latent_channels": 4,
+            "block_out_channels": [8, 16, 16, 32, 32],
+            "layers_per_block": 1,
+            "scaling_factor": 0.8,
+        },
+        millions=1260.6,
+    ),
+    Case(
+        "hunyuan_vae",
+        {
+            "latent_channels": 4,
+            "block_out_channels": [8, 16, 24, 24],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "scaling_factor": 0.8,
+        },
+        millions=246.5,
+    ),
+    Case(
+        "ltx2_vae",
+        {
+            "latent_channels": 8,
+            "block_out_channels": [16, 16, 32, 64],
+            "decoder_block_out_channels": [16, 32, 64],
+            "layers_per_block": [2, 1, 1, 1, 2],
+            "decoder_layers_per_block": [1, 2, 1, 1],
+            "decoder_causal": False,
+            "spatial_compression_ratio": 32,
+            "temporal_compression_ratio": 8,
+        },
+        released={"decoder_causal": False},
+        millions=1222.0,
+        sides=(64, 96),
     ),
 ]
 
@@ -95,8 +164,14 @@ def their_statistics(ours: CausalVAE) -> tuple[Tensor, Tensor]:
 def their_latents(reference: nn.Module, ours: CausalVAE, video: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variance as the reference's pipelines normalise them."""
     mean, std = their_statistics(ours)
-    posterior = reference.encode(video).latent_dist
-    return (posterior.mean - mean) / std, posterior.logvar - 2 * std.log()
+    posteriors = [reference.encode(one).latent_dist for one in video.split(1)]  # one of them takes no batches
+    logvar = torch.cat([posterior.logvar for posterior in posteriors])
+    return (torch.cat([posterior.mean for posterior in posteriors]) - mean) / std, logvar - 2 * std.log()
+
+
+def their_video(reference: nn.Module, ours: CausalVAE, latents: Tensor) -> Tensor:
+    mean, std = their_statistics(ours)
+    return torch.cat([reference.decode(one).sample for one in (latents * std + mean).split(1)])
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
@@ -114,8 +189,7 @@ def test_latents_and_videos_are_those_of_the_reference(case, frames):
     posterior = ours.encode(video)
     assert difference(posterior.mean, mean) <= TOLERANCE
     assert difference(posterior.logvar, logvar) <= TOLERANCE
-    shift, scale = their_statistics(ours)
-    expected = reference.decode(mean * scale + shift).sample
+    expected = their_video(reference, ours, mean)
     assert expected.std() > 0.05
     assert (expected.abs() < 1).float().mean() > 0.5  # where the output is clamped, little is compared
     assert difference(ours.decode(mean), expected) <= TOLERANCE
@@ -123,9 +197,13 @@ def test_latents_and_videos_are_those_of_the_reference(case, frames):
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_gradients_are_those_of_the_reference(case):
-    """Of decode(encode(x)) and the log-variance, for each parameter under its name there."""
+    """Of decode(encode(x)) and the log-variance, for each parameter under its name there.
+
+    In float64: sums of small numbers of either sign have few digits left in float32.
+    """
     reference, ours, config = pair(case.preset)
-    video = clip(case, 1 + ours.config.temporal_stride)
+    reference, ours = (copy.deepcopy(model).double() for model in (reference, ours))
+    video = clip(case, 1 + ours.config.temporal_stride, torch.float64)
     torch.manual_seed(2)
     with torch.no_grad():
         upstream, other = torch.randn_like(video), torch.randn_like(ours.encode(video).logvar)
@@ -136,14 +214,16 @@ def test_gradients_are_those_of_the_reference(case):
         return dict(zip(dict(model.named_parameters()), grads, strict=True))
 
     mean, logvar = their_latents(reference, ours, video)
-    shift, scale = their_statistics(ours)
-    expected = gradients(reference, reference.decode(mean * scale + shift).sample, logvar)
+    expected = gradients(reference, their_video(reference, ours, mean), logvar)
     posterior = ours.encode(video)
     found = gradients(ours, ours.decode(posterior.mean), posterior.logvar)
-    buffers = dict(ours.named_buffers())
-    actual = preset_of(case).key_map(config).to_theirs(found | buffers)
+    constants = preset_of(case).key_map(config).constants
+    actual = preset_of(case).key_map(config).to_theirs(found | constants)
     for name, gradient in expected.items():
-        assert gradient.abs().max() > 0, name
+        if name.endswith("to_k.bias"):  # the same number in every score of a softmax: no gradient but rounding
+            assert max(gradient.abs().max(), actual[name].abs().max()) < 1e-15
+            continue
+        assert gradient.abs().max() > 1e-9, name
         assert difference(actual[name], gradient) <= TOLERANCE, name
 
 
@@ -189,7 +269,7 @@ def test_every_released_tensor_is_named(case):
     assert {k: tuple(v.shape) for k, v in named.items()} == {k: tuple(v.shape) for k, v in ours.state_dict().items()}
     numel = sum(p.numel() for p in ours.parameters())
     assert numel == sum(p.numel() for p in reference.parameters())
-    assert numel / 1e6 == pytest.approx(case.millions, abs=0.06)
+    assert numel / 1e6 == pytest.approx(case.millions, rel=2e-3)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)

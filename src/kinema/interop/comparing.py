@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,27 +30,34 @@ class Sample:
     """(2, condition_channels, T, H, W)"""
     image: Tensor | None = None
     """(2, L, image_width)"""
+    pooled: Tensor | None = None
+    """(2, pooled_width)"""
+    guidance: Tensor | None = None
+    """(2,)"""
 
     @classmethod
-    def of(cls, model: DiT, seed: int = 0) -> "Sample":
-        """A small odd grid of patches, and all conditions that the model reads."""
+    def of(cls, model: DiT, words: int, seed: int = 0) -> "Sample":
+        """A small odd grid of patches, captions of `words` tokens, and all conditions that the model reads."""
         generator, config = torch.Generator().manual_seed(seed), model.config
         grid = [patch * count for patch, count in zip(config.patch_size, (3, 3, 5), strict=True)]
 
-        def draw(width: int, *rest: int) -> Tensor:
-            return torch.randn(2, *rest, width, generator=generator)
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(2, *shape, generator=generator)
 
         return cls(
-            latents=draw(grid[-1], model.latent_channels, *grid[:-1]),
+            latents=draw(model.latent_channels, *grid),
             timesteps=torch.tensor([0.3, 0.9]),
-            text=draw(model.text_width, TEXT_BESIDE_IMAGE if config.image_width else 7),
-            channels=draw(grid[-1], config.condition_channels, *grid[:-1]) if config.condition_channels else None,
-            image=draw(config.image_width, 6) if config.image_width else None,
+            text=draw(words, model.text_width),
+            channels=draw(config.condition_channels, *grid) if config.condition_channels else None,
+            image=draw(6, config.image_width) if config.image_width else None,
+            pooled=draw(config.pooled_width) if config.pooled_width else None,
+            guidance=torch.tensor([6.0, 1.5]) if config.guidance else None,
         )
 
     def extras(self) -> Extras:
         """The conditions as our model takes them."""
-        return Extras(**{name: _rows(getattr(self, name)) for name in ("channels", "image")})
+        guidance = None if self.guidance is None else self.guidance.tolist()
+        return Extras(_rows(self.channels), _rows(self.image), _rows(self.pooled), guidance)
 
     def given(self) -> Tensor:
         """Noisy latents and given channels together, as references take them."""
@@ -60,9 +68,6 @@ def _rows(values: Tensor | None) -> list[Tensor] | None:
     return None if values is None else list(values)
 
 
-TEXT_BESIDE_IMAGE = 512
-"""The reference of Wan finds the image's tokens by counting captions as this long."""
-
 Call = Callable[[Any, Record, Sample], Tensor]
 
 
@@ -71,8 +76,56 @@ def wan(reference: Any, config: Record, sample: Sample) -> Tensor:
     return reference(sample.given(), sample.timesteps * 1000, sample.text, sample.image).sample
 
 
-CALLS: dict[str, Call] = {"WanTransformer3DModel": wan}
+def ltx_video(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """LTX-Video: tokens in a row; positions in seconds at 25 frames a second and in pixels, 8 x 32 x 32 a latent."""
+    _, _, frames, height, width = sample.latents.shape
+    tokens = sample.latents.permute(0, 2, 3, 4, 1).flatten(1, 3)
+    timesteps = (sample.timesteps * 1000)[:, None].expand(tokens.shape[:2])
+    mask = torch.ones(sample.text.shape[:2])
+    found = reference(tokens, sample.text, timesteps, mask, frames, height, width, (8 / 25, 32, 32)).sample
+    return found.unflatten(1, (frames, height, width)).permute(0, 4, 1, 2, 3)
+
+
+def hunyuan_video(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """HunyuanVideo: timesteps and guidance count to 1000."""
+    mask = torch.ones(sample.text.shape[:2], dtype=torch.long)
+    guidance = None if sample.guidance is None else sample.guidance * 1000
+    return reference(sample.given(), sample.timesteps * 1000, sample.text, mask, sample.pooled, guidance).sample
+
+
+def cogvideox(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """CogVideoX: frames before channels, and rotary positions from outside."""
+    rope = None
+    if config["use_rotary_positional_embeddings"]:
+        frames, height, width = (
+            side // (patch or 1)
+            for side, patch in zip(
+                sample.latents.shape[2:],
+                (config["patch_size_t"], config["patch_size"], config["patch_size"]),
+                strict=True,
+            )
+        )
+        angles = import_module("diffusers.models.embeddings").get_3d_rotary_pos_embed
+        rope = angles(config["attention_head_dim"], ((0, 0), (height, width)), (height, width), frames)
+    latents = sample.given().transpose(1, 2)
+    found = reference(latents, sample.text, sample.timesteps * 1000, image_rotary_emb=rope).sample
+    return found.transpose(1, 2)
+
+
+CALLS: dict[str, Call] = {
+    "WanTransformer3DModel": wan,
+    "LTXVideoTransformer3DModel": ltx_video,
+    "HunyuanVideoTransformer3DModel": hunyuan_video,
+    "CogVideoXTransformer3DModel": cogvideox,
+}
 """How the forward of each class of the reference takes a sample."""
+
+
+def words_of(config: Record) -> int:
+    """Tokens of a caption, where the reference demands a number: Wan finds an image's tokens behind 512 of text."""
+    if config.get("image_dim") is not None:
+        return 512
+    return config.get("max_text_seq_length", 7)
 
 
 @torch.no_grad()
@@ -86,7 +139,7 @@ def difference(ours: nn.Module, reference: Any, config: Record) -> float:
     name = type(reference).__name__
     if name not in CALLS:
         raise ValueError(f"{name}: Kinema cannot run this class for a comparison yet; it has calls for {list(CALLS)}.")
-    sample = Sample.of(ours)
+    sample = Sample.of(ours, words_of(config))
     expected = CALLS[name](reference, config, sample)
     actual = ours(list(sample.latents), sample.timesteps, list(sample.text), sample.extras())
     return relative(torch.stack(actual), expected)

@@ -1,10 +1,13 @@
 """Where the layers of a VAE stand in its state dict: what the tables of all published VAEs begin from."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import nn
 
+from kinema.interop.preset import Record
 from kinema.models.vae import CausalVAE, VAEConfig
 from kinema.models.vae.layers import CausalSequential, FrameAttention, ResBlock
 
@@ -40,6 +43,20 @@ def decoder_names(config: VAEConfig) -> CoderNames:
     first = 2 if config.latent_convolution else 1
     levels = first + _middle_size(config)
     return _names(layers[:first], layers[first:levels], layers[levels:])
+
+
+def fixed_choices(config: Record, **choices: object) -> None:
+    """ValueError when a config of the reference has another value than the only one that is implemented here."""
+    for name, value in choices.items():
+        found = list(config[name]) if isinstance(config[name], tuple) else config[name]
+        if found != value:
+            raise ValueError(f"{name}={found}: only {value} is implemented")
+
+
+def multiples(widths: Sequence[int]) -> tuple[int, list[int]]:
+    """Widths of levels as one width and its multiples."""
+    width = math.gcd(*widths)
+    return width, [each // width for each in widths]
 
 
 def refuse_difference(ours: VAEConfig, theirs: VAEConfig, reference: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kinema.interop.keymap import Along, KeyMap, Layout, PermutedRows, Reshaped, Rule, Same, Unsqueezed
 from kinema.interop.preset import Preset, Record
-from kinema.interop.presets.vae_layers import CoderNames, decoder_names, encoder_names, refuse_difference
+from kinema.interop.presets.vae_layers import CoderNames, decoder_names, encoder_names, fixed_choices, refuse_difference
 from kinema.models.vae import CausalVAE, Convolution, Halving, Norm, Resampling, TimePadding, VAEConfig
 from kinema.models.vae.resampling import FirstAloneDown, FirstAloneUp
 
@@ -18,10 +18,8 @@ IMAGE_GAIN = Reshaped((-1, 1, 1), (-1,))
 
 def vae_config(config: Record) -> VAEConfig:
     """Their config -> ours. ValueError where their class has a choice that ours lacks."""
-    fixed = {"attn_scales": [], "in_channels": 3 * _patch(config) ** 2, "out_channels": 3 * _patch(config) ** 2}
-    for name, value in fixed.items():
-        if config[name] != value:
-            raise ValueError(f"{name}={config[name]}: the causal VAE has {value} here; no other is implemented")
+    colours = 3 * _patch(config) ** 2
+    fixed_choices(config, attn_scales=[], in_channels=colours, out_channels=colours)
     residual = config["is_residual"]
     temporal = [bool(halves) for halves in config["temperal_downsample"]]
     return VAEConfig(

@@ -4,6 +4,7 @@ Every layer is called as `layer(x, state)` with x (B, C, T, H, W). `state=None` 
 a `StreamState` means that x continues the frames which earlier calls with the same state have seen.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -77,6 +78,15 @@ def starts_clip(layer: nn.Module, state: StreamState | None) -> bool:
     return first
 
 
+def group_means(x: Tensor, groups: int) -> Tensor:
+    """(B, C, ...) -> (B, groups, ...): means of neighbouring channels.
+
+    Added one by one, because the order in which `mean` adds depends on the strides, and with it the last bits.
+    """
+    members = x.unflatten(1, (groups, -1)).unbind(2)
+    return sum(members[1:], members[0]) / len(members)
+
+
 class CausalConv(nn.Module):
     """3D convolution padded in front of the first frame only; kernel and stride are (time, height, width).
 
@@ -130,7 +140,9 @@ class CausalConv(nn.Module):
             x = F.pad(x, (columns, columns, rows, rows, 0, 0), mode=self.space_padding.value)
         if time == 1:  # frames are a batch of images
             frames = x.movedim(1, -1).flatten(0, 1).movedim(-1, 1)  # stays channels last where this copies
-            images = frames.split(1) if self.frame_by_frame else [frames]
+            images: Sequence[Tensor] = [frames]
+            if self.frame_by_frame:  # and in one memory format, which a single frame else would not have
+                images = frames.contiguous(memory_format=torch.channels_last).split(1)
             stride, padding = self.conv.stride[1:], tuple(self.conv.padding)[1:]
             out = torch.cat([F.conv2d(part, weight[:, :, 0], bias, stride, padding) for part in images])
             return out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
@@ -165,7 +177,7 @@ class LengthNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> the same shape; lengths are taken in float32 at least."""
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = _wide(x)
         return F.normalize(wide, dim=-1).to(x.dtype) * len(self.weight) ** 0.5 * self.weight
 
 
@@ -176,8 +188,13 @@ class PixelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> the same shape; the mean is taken in float32 at least."""
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = _wide(x)
         return (wide / (wide.square().mean(-1, keepdim=True) + self.epsilon).sqrt()).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least; contiguous, because sums over other strides would add in another order."""
+    return (x if x.dtype == torch.float64 else x.float()).contiguous()
 
 
 class ChannelNorm(nn.Module):
@@ -333,7 +350,7 @@ class Output(nn.Module):
         """(B, in, T, H, W) -> (B, out, T, H, W)."""
         out = self.conv(F.silu(self.norm(x)), state)
         if self.groups is not None:
-            out = out + x.unflatten(1, (self.groups, -1)).mean(2)
+            out = out + group_means(x, self.groups)
         return out if self.linear is None else self.linear(x, state) + out
 
 

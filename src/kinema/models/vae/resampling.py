@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from kinema.models.vae.layers import CausalConv, CausalSequential, LayerChoices, StreamState, starts_clip
+from kinema.models.vae.layers import CausalConv, CausalSequential, LayerChoices, StreamState, group_means, starts_clip
 
 
 class Halving(Enum):
@@ -235,18 +235,15 @@ class PackedDown(nn.Module):
         first = starts_clip(self, state) and self.factors[0] > 1
         if not self.alone:
             x = torch.cat([x[:, :, :1], x], dim=2) if first else x
-            return pack(self.conv(x, state), self.factors) + self._mean(pack(x, self.factors))
+            return pack(self.conv(x, state), self.factors) + group_means(pack(x, self.factors), self.out_channels)
         out = self.conv(x, state)
         heads, tails = zip(*(part.tensor_split([1 if first else 0], dim=2) for part in (out, x)), strict=True)
-        later = pack_outer(tails[0], self.factors) + self._mean(pack_outer(tails[1], self.factors))
+        later = pack_outer(tails[0], self.factors) + group_means(pack_outer(tails[1], self.factors), self.out_channels)
         if not first:
             return later
         in_space = (1, self.factors[1])
-        head = pack_outer(heads[0], in_space).repeat(1, 2, 1, 1, 1) + self._mean(pack_outer(heads[1], in_space))
-        return torch.cat([head, later], dim=2)
-
-    def _mean(self, packed: Tensor) -> Tensor:
-        return packed.unflatten(1, (self.out_channels, -1)).mean(2)
+        means = group_means(pack_outer(heads[1], in_space), self.out_channels)
+        return torch.cat([pack_outer(heads[0], in_space).repeat(1, 2, 1, 1, 1) + means, later], dim=2)
 
 
 class PackedUp(nn.Module):
@@ -293,8 +290,7 @@ class AveragingStage(CausalSequential):
         """(B, in, T, H, W) -> (B, out, ceil(T/time), H/space, W/space)."""
         alone = starts_clip(self, state) and self.factors[0] > 1
         whole = torch.cat([torch.zeros_like(x[:, :, :1]), x], dim=2) if alone else x
-        means = pack(whole, self.factors).unflatten(1, (self.out_channels, -1)).mean(2)
-        return super().forward(x, state) + means
+        return super().forward(x, state) + group_means(pack(whole, self.factors), self.out_channels)
 
 
 class CopyingStage(CausalSequential):
