@@ -152,7 +152,7 @@ def test_a_pipeline_comes_in_and_out(tmp_path, pipeline):
     whole, published = pipeline
     import_model(published, tmp_path / "run")
     lines = export(tmp_path / "run", tmp_path / "out")
-    assert [line.split(":")[0] for line in lines] == ["vae", "transformer"]
+    assert [line.split(":")[0] for line in lines] == ["model_index.json", "vae", "transformer"]
     for part in ("transformer", "vae"):
         assert_bit_equal(tensors_in(tmp_path / "out" / part), tensors_in(published / part))
     index, expected = (json.loads((f / "model_index.json").read_text()) for f in (tmp_path / "out", published))

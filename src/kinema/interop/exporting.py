@@ -32,10 +32,19 @@ WEIGHTS_NAME = "diffusion_pytorch_model"
 MAX_SHARD_BYTES = 10 * 10**9
 COMFY_PREFIX = "model.diffusion_model."
 
-PIPELINES: dict[str, tuple[str, list[str]]] = {
-    "WanTransformer3DModel": ("WanPipeline", ["text_encoder", "tokenizer", "transformer_2"]),
+TEXT = ("text_encoder", "tokenizer")
+PIPELINES: dict[tuple[str, str, bool], tuple[str, tuple[str, ...]]] = {
+    ("WanTransformer3DModel", "AutoencoderKLWan", False): ("WanPipeline", (*TEXT, "transformer_2")),
+    ("WanTransformer3DModel", "AutoencoderKLWan", True): (
+        "WanImageToVideoPipeline",
+        (*TEXT, "transformer_2", "image_encoder", "image_processor"),
+    ),
+    ("HunyuanVideoTransformer3DModel", "AutoencoderKLHunyuanVideo", False): (
+        "HunyuanVideoPipeline",
+        (*TEXT, "text_encoder_2", "tokenizer_2"),
+    ),
 }
-"""Transformer -> the reference's pipeline, and its parts that an export does not hold."""
+"""Transformer, VAE, whether channels are given -> the reference's pipeline, and its parts that an export lacks."""
 
 SINGLE_FILE = {"WanTransformer3DModel", "WanVACETransformer3DModel"}
 """Classes of which the reference reads the maker's files of any size; of others it knows the released size or none."""
@@ -162,9 +171,7 @@ def write_diffusers(folder: Path, held: Held, models: dict[str, Described]) -> l
         where = folder / name if whole else folder
         write_component(where, model)
         lines.append(check_difference(name, model, reload(where, model)))
-    if whole:
-        write_pipeline(folder, held, models)
-    return lines
+    return [write_pipeline(folder, held, models), *lines] if whole else lines
 
 
 def write_component(folder: Path, model: Described) -> None:
@@ -229,23 +236,25 @@ def check_difference(name: str, model: Described, reference: Any) -> str:
     return line
 
 
-def write_pipeline(folder: Path, held: Held, models: dict[str, Described]) -> None:
-    """The scheduler and model_index.json, where the reference has a pipeline of this transformer."""
-    transformer = models["transformer"].preset.reference
-    if transformer not in PIPELINES:
-        return
-    pipeline, absent = PIPELINES[transformer]
+def write_pipeline(folder: Path, held: Held, models: dict[str, Described]) -> str:
+    """The scheduler and model_index.json, where the reference has a pipeline of these models; the line that says so."""
+    transformer, vae = models["transformer"], models["vae"]
+    is_given = transformer.config["in_channels"] != transformer.config["out_channels"]
+    key = (transformer.preset.reference, vae.preset.reference, is_given)
+    if key not in PIPELINES:
+        return f"diffusers has no pipeline of {key[0]} with {key[1]}: its parts are in transformer/ and vae/"
+    pipeline, absent = PIPELINES[key]
     scheduler = reference_class("FlowMatchEulerDiscreteScheduler")(shift=flow_shift(held))
     scheduler.save_pretrained(folder / "scheduler")
-    parts = {name: ["diffusers", model.preset.reference] for name, model in models.items()}
     index = {
         "_class_name": pipeline,
         "_diffusers_version": version("diffusers"),
-        **parts,
+        **{name: ["diffusers", model.preset.reference] for name, model in models.items()},
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         **{name: [None, None] for name in absent},
     }
     write_json(folder / "model_index.json", index)
+    return f"model_index.json: {pipeline}, shift {flow_shift(held):g}; give it {', '.join(absent[:2])} when you load it"
 
 
 def flow_shift(held: Held) -> float:
