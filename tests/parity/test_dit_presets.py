@@ -311,17 +311,42 @@ def test_every_tensor_of_a_release_has_its_place(case_name, release):
     assert {n: x.shape for n, x in back.items()} == {n: x.shape for n, x in tensors.items()}
 
 
-def test_wans_own_names_are_those_that_diffusers_converts():
+@pytest.mark.parametrize("case_name", [name for name, case in CASES.items() if case.preset in ("wan", "ltx")])
+def test_a_vendors_own_names_are_those_that_diffusers_converts(case_name):
     """Through `diffusers`' conversion of original files: one fact, two independent tables."""
-    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+    from diffusers.loaders import single_file_utils as files
 
-    for name in (name for name in CASES if name.startswith("wan")):
-        theirs = reference(CASES[name])
-        preset = BY_NAME["wan"]
-        original = preset.original_key_map(record(theirs)).to_theirs(ours(CASES[name], theirs).state_dict())
-        converted = convert_wan_transformer_to_diffusers(dict(original))
-        assert set(converted) == set(theirs.state_dict())
-        assert all(torch.equal(converted[key], x) for key, x in theirs.state_dict().items())
+    case = CASES[case_name]
+    convert = {
+        "wan": files.convert_wan_transformer_to_diffusers,
+        "ltx": files.convert_ltx_transformer_checkpoint_to_diffusers,
+    }[case.preset]
+    theirs = reference(case)
+    original = BY_NAME[case.preset].original_key_map(record(theirs)).to_theirs(ours(case, theirs).state_dict())
+    converted = convert(dict(original))
+    assert set(converted) == set(theirs.state_dict())
+    assert all(torch.equal(converted[key], x) for key, x in theirs.state_dict().items())
+
+
+def test_hunyuans_own_names_and_shapes_are_those_that_diffusers_converts():
+    """At the released width, which that conversion has written into it: names and shapes, without memory."""
+    from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
+
+    preset = BY_NAME["hunyuan"]
+    whole, tensors = meta_record(CASES["hunyuan"], {"num_layers": 2, "num_single_layers": 2})
+    mine = preset.key_map(whole).to_ours(tensors)
+    converted = convert_hunyuan_video_transformer_to_diffusers(preset.original_key_map(whole).to_theirs(mine))
+    assert {name: x.shape for name, x in converted.items()} == {name: x.shape for name, x in tensors.items()}
+
+
+def test_two_original_tensors_that_swap_halves_differ():
+    """The head's shift and scale lie the other way round in the two namings; the numbers must say so."""
+    preset, theirs = BY_NAME["hunyuan"], reference(CASES["hunyuan"])
+    original = preset.original_key_map(record(theirs)).to_theirs(ours(CASES["hunyuan"], theirs).state_dict())
+    shift, scale = original["final_layer.adaLN_modulation.1.weight"].chunk(2)
+    assert torch.equal(torch.cat([scale, shift]), theirs.state_dict()["norm_out.linear.weight"])
+    q = theirs.state_dict()["single_transformer_blocks.1.attn.to_q.weight"]
+    assert torch.equal(original["single_blocks.1.linear1.weight"][: len(q)], q)
 
 
 def test_a_choice_that_the_reference_lacks_is_named():

@@ -118,10 +118,10 @@ def pack(shapes=SHAPES, words=WORDS, dtype=torch.float64, seed=0):
 
 def is_inert(name, model):
     """A constant added to all keys of a query changes no softmax; norms and rotations make it no constant."""
-    if model.config.qk_norm is QKNorm.layer_head:
-        return name.endswith("key_norm.bias")
     if name.startswith("text_embedding.blocks"):
         return name.endswith("key.bias")
+    if model.config.qk_norm is QKNorm.layer_head:
+        return name.endswith("key_norm.bias")
     return model.config.qk_norm is QKNorm.none and name.endswith("key.bias")
 
 
@@ -537,8 +537,7 @@ def test_random_points_of_the_product_of_the_axes_train():
         changes = {axis: draw.choice(options) for axis, options in AXES.items()}
         try:
             config = small(width=32, num_heads=2, rope_axes=[8, 4, 4], **changes)
-        except ValueError as refusal:
-            assert "model." in str(refusal), changes
+        except ValueError:
             continue
         legal += 1
         torch.manual_seed(legal)
@@ -549,17 +548,11 @@ def test_random_points_of_the_product_of_the_axes_train():
         predictions = model(latents, timesteps, text, extras_for(config, latents))
         sum(out.square().mean() for out in predictions).backward()
         for name, parameter in model.named_parameters():
-            if is_inert(name, model) or (config.rope is Rope.none and inert_without_rope(name, model)):
-                continue
-            if unread(name, config):
+            if is_inert(name, model) or unread(name, config):
                 continue
             assert parameter.grad is not None, (name, changes)
             assert parameter.grad.isfinite().all(), (name, changes)
             assert parameter.grad.abs().max() > 1e-14, (name, changes)
-
-
-def inert_without_rope(name, model):
-    return name.endswith("key.bias") and model.config.qk_norm is QKNorm.none
 
 
 def test_a_timestep_for_each_frame_equals_one_for_all_when_they_are_equal():
@@ -605,6 +598,7 @@ def test_a_frame_has_its_own_timestep():
         ({"text_activation": Activation.swiglu}, r"model\.text_activation=swiglu"),
         ({"timestep_channels": 7}, r"model\.timestep_channels=7"),
         ({"condition_channels": -1}, r"model\.condition_channels=-1"),
+        ({"position_scale": [1.0, 2.0, 2.0]}, r"model\.position_scale=.*position_embedding=none"),
         ({"position_scale": [1.0, 1.0]}, r"model\.position_scale=\[1\.0, 1\.0\]"),
     ],
 )

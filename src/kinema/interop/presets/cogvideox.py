@@ -26,6 +26,7 @@ TRAINED = {  # what the reference's tables start from; its own clips, captions a
     "temporal_compression_ratio": 4,
     "max_text_seq_length": 226,
 }
+UNREAD_SCALE = 1.875  # the default, which every release with rotary positions has and none reads
 FIXED = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -78,6 +79,7 @@ def describe(module: nn.Module) -> Record:
     model = cast(DiT, module)
     config = model.config
     pt, side, _ = config.patch_size
+    rotary = config.rope is Rope.axes
     record = {
         **FIXED,
         **TRAINED,
@@ -93,9 +95,9 @@ def describe(module: nn.Module) -> Record:
         "patch_size_t": None if pt == 1 else pt,
         "norm_elementwise_affine": config.norm_affine,
         "norm_eps": config.norm_eps,
-        "spatial_interpolation_scale": config.position_scale[1],
+        "spatial_interpolation_scale": UNREAD_SCALE if rotary else config.position_scale[1],
         "temporal_interpolation_scale": config.position_scale[0],
-        "use_rotary_positional_embeddings": config.rope is Rope.axes,
+        "use_rotary_positional_embeddings": rotary,
     }
     check_described("CogVideoXTransformer3DModel", config, _config(record))
     return record
@@ -139,7 +141,7 @@ def _config(record: Record) -> DiTConfig:
         rope=Rope.axes if rotary else Rope.none,
         rope_axes=[head // 4, head // 8 * 3, head // 8 * 3],
         position_embedding=PositionEmbedding.none if rotary else PositionEmbedding.sincos_quarters,
-        position_scale=[record["temporal_interpolation_scale"], space, space],
+        position_scale=[1.0, 1.0, 1.0] if rotary else [record["temporal_interpolation_scale"], space, space],
         timestep_channels=width,
         timestep_width=record["time_embed_dim"],
         text_embedding=TextEmbedding.linear,

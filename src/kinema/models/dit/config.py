@@ -231,6 +231,11 @@ class DiTConfig:
                 f"model.position_embedding=sincos_quarters cuts model.width={self.width} into quarters and eighths "
                 "of whole pairs: it must be a multiple of 16."
             )
+        if self.position_embedding is PositionEmbedding.none and any(scale != 1 for scale in self.position_scale):
+            raise ValueError(
+                f"model.position_scale={self.position_scale} changes nothing with model.position_embedding=none. Type "
+                "model.position_scale=[1,1,1]."
+            )
         if self.rope is Rope.none and self.position_embedding is PositionEmbedding.none:
             raise ValueError(
                 "model.rope=none with model.position_embedding=none: no token would know its place. Type "
