@@ -166,6 +166,25 @@ def test_a_pipeline_comes_in_and_out(tmp_path, pipeline):
     assert again.scheduler.config.shift == 3.0
 
 
+def test_a_pipeline_of_two_transformers_is_not_cut_in_half(tmp_path, pipeline):
+    _, published = pipeline
+    (published / "transformer").rename(published / "transformer_2")
+    with pytest.raises(ValueError, match="two transformers.*Import each"):
+        import_model(published, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_is_loaded_whole_or_in_parts(tmp_path, pipeline):
+    whole, published = pipeline
+    loaded = kinema.load(published)
+    assert loaded.objective.timestep_shift == 3.0
+    assert loaded.text_encoder.encode(["a red circle"])[0].shape == (512, 12)
+    (published / "tokenizer").rename(tmp_path / "elsewhere")
+    parts = kinema.load(published)
+    assert_bit_equal(parts.denoiser.state_dict(), loaded.denoiser.state_dict())
+    assert_bit_equal(parts.vae.state_dict(), loaded.vae.state_dict())
+
+
 def test_an_imported_pipeline_takes_the_published_ones_step(tmp_path, pipeline):
     """Captions, guidance, timestep and sign at once; several steps need the release's own spacing of timesteps."""
     whole, published = pipeline

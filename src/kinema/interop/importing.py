@@ -45,7 +45,7 @@ def import_model(path: Path, to: Path, vae: Path | None = None, prefix: str | No
     found = recognise_all(path, vae, prefix)
     with published_folder(to) as aside:
         lines = [line for part in (_import_vae(found, aside), _import_dit(found, aside, to)) for line in part]
-    return [*lines, f"READY {to}"]
+    return [*lines, *found.pipeline_lines(), f"READY {to}"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,19 @@ class Found:
     dit: Recognised | None
     vae: Recognised | None
     release: Release | None
-    """None for parts: only a pipeline's folder says how it is sampled."""
+    """None for parts, and for pipelines that Kinema cannot sample yet."""
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether all is there that `sample.py` needs."""
+        return self.release is not None and has_text(self.path)
+
+    def pipeline_lines(self) -> list[str]:
+        """What a whole pipeline lacks for sampling, for people."""
+        if not is_pipeline(self.path) or self.can_sample:
+            return []
+        missing = "a release that Kinema can sample" if self.release is None else "text_encoder/ and tokenizer/"
+        return [f"{self.path} lacks {missing}: its weights can be trained from, not sampled with sample.py"]
 
 
 def recognise_all(path: Path, vae: Path | None = None, prefix: str | None = None) -> Found:
@@ -90,7 +102,7 @@ def _import_dit(found: Found, aside: Path, to: Path) -> list[str]:
         return []
     tensors = found.dit.tensors()
     manifest = {**dit_manifest(found), **_common(found, found.dit, tensors)}
-    if found.release and has_text(found.path):
+    if found.release is not None and found.can_sample:
         manifest["text"] = carry_text(found.path, aside, to, found.release.text)
     publish(aside, tensors, manifest)
     _write_configs(found, aside, to, manifest.get("text"))

@@ -2,21 +2,33 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
 
 from kinema.diffusion.objective import DDPM, Objective, RectifiedFlow
 from kinema.identity import from_plain
-from kinema.interop.importing import recognise_all
+from kinema.interop.importing import import_model, recognise_all
+from kinema.interop.reading import is_pipeline
+from kinema.interop.recognising import recognise
 from kinema.models.dit import DiT, DiTConfig
 from kinema.models.vae import CausalVAE
+from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import load_pipeline
 from kinema.training.checkpoint import SEAL, Checkpoint, CheckpointStore
 from kinema.training.run_folder import Weights, checkpoint_of, load_vae, load_weights
 
 Model = tuple[nn.Module, dict[str, Tensor]]
 """A module in float32, and its tensors in the types that they were stored in."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The models of a pipeline that Kinema cannot sample."""
+
+    denoiser: nn.Module
+    vae: nn.Module
 
 
 @dataclass(frozen=True)
@@ -54,9 +66,10 @@ class Held:
 
 
 def load(path: "str | Path") -> Any:
-    """A module with published weights, or with a run's: `DiT`, `CausalVAE`, or a sampling `Pipeline` for a whole run.
+    """A module with published weights, or with a run's: a `DiT`, a `CausalVAE`, or for a whole pipeline or run both.
 
-    Takes a diffusers folder (a component's), the maker's own files, a single .safetensors file, or a run of Kinema.
+    Takes a diffusers folder, the maker's own files, a single .safetensors file, or a run of Kinema. A whole one becomes
+    a sampling `Pipeline`; a published pipeline without its text encoder becomes `Parts`, with `denoiser` and `vae`.
     Modules come in float32, in evaluation mode.
     """
     path = Path(path)
@@ -66,15 +79,18 @@ def load(path: "str | Path") -> Any:
             return load_pipeline(checkpoint).pipeline
         models = held_of(path, Weights.ema).models
         return models["transformer" if "transformer" in models else "vae"][0].eval()
-    found = recognise_all(path)
-    if found.dit and found.vae:
-        raise ValueError(
-            f"{path} is a whole pipeline: load its parts, {path}/transformer and {path}/vae, or import it "
-            f"(kinema import {path} --to DIR) and load DIR."
-        )
-    part = found.dit or found.vae
-    assert part is not None
-    return part.module()
+    if is_pipeline(path):
+        return load_published_pipeline(path)
+    return recognise(path).module()
+
+
+def load_published_pipeline(path: Path) -> "Pipeline | Parts":
+    """A pipeline's folder: ready to sample where it holds its text encoder, its denoiser and VAE otherwise."""
+    if not recognise_all(path).can_sample:
+        return Parts(recognise(path / "transformer").module(), recognise(path / "vae").module())
+    with TemporaryDirectory() as folder:
+        import_model(path, Path(folder) / "run")
+        return load_pipeline(checkpoint_of(f"{folder}/run", "path")).pipeline
 
 
 def is_run(path: Path) -> bool:

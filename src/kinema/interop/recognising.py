@@ -52,6 +52,7 @@ def recognise(path: Path, prefix: str | None = None) -> Recognised:
     """Read and recognise one model; ValueError lists all tensors that are missing, unknown or of another shape."""
     published = read_published(path, prefix)
     class_name, config = _described(published)
+    check_known(class_name)
     config = with_defaults(class_name, config)
     preset = preset_of(class_name, config)
     skeleton = build_on_meta(preset, config, published.path)
@@ -64,12 +65,16 @@ def recognise(path: Path, prefix: str | None = None) -> Recognised:
     return Recognised(published, preset, config, naming, skeleton)
 
 
-def preset_of(class_name: str, config: Record) -> Preset:
-    """The one preset that describes this config of that class; ValueError tells which there are."""
-    rows = [preset for preset in PRESETS if preset.reference == class_name]
-    if not rows:
-        known = sorted({preset.reference for preset in PRESETS})
+def check_known(class_name: str) -> None:
+    """Refuse a class that no preset is of."""
+    known = sorted({preset.reference for preset in PRESETS})
+    if class_name not in known:
         raise ValueError(f"{class_name} is a model of another kind: Kinema has presets of {', '.join(known)}.")
+
+
+def preset_of(class_name: str, config: Record) -> Preset:
+    """The one preset of that class that accepts this config; ValueError shows the config that none does."""
+    rows = [preset for preset in PRESETS if preset.reference == class_name]
     fitting = [preset for preset in rows if preset.accepts(config)]
     if not fitting:
         names = ", ".join(preset.name for preset in rows)
@@ -118,7 +123,7 @@ def _described(published: Published) -> tuple[str, Record]:
 
 def _is_vendors(published: Published) -> bool:
     """Wan's own config.json has a `_class_name` too, of a class in Wan's own code."""
-    return published.class_name == "WanModel"
+    return published.class_name in ("WanModel", "VaceWanModel")
 
 
 def _compare(published: Published, preset: Preset, expected: Mapping[str, Shape]) -> None:

@@ -51,15 +51,20 @@ HABITS = {
 """Pipeline class of the reference -> its habits."""
 
 
-def release_of(pipeline: Path) -> Release:
-    """The release of a pipeline's folder: its own scheduler decides the shift."""
-    name = read_json(pipeline / "model_index.json").get("_class_name")
-    if name not in HABITS:
+def release_of(pipeline: Path) -> Release | None:
+    """The release of a pipeline's folder: its own scheduler decides the shift. None for one that we cannot sample yet.
+
+    ValueError for a pipeline of two transformers, of which a checkpoint would hold only one.
+    """
+    index = read_json(pipeline / "model_index.json")
+    if (pipeline / "transformer_2").is_dir():
         raise ValueError(
-            f"{pipeline} is a {name}; Kinema samples {', '.join(HABITS)}. Import its parts one by one: "
-            f"kinema import {pipeline}/transformer --vae {pipeline}/vae"
+            f"{pipeline} has two transformers, one for high and one for low noise; a checkpoint holds one. Import each: "
+            f"kinema import {pipeline}/transformer --vae {pipeline}/vae --to DIR"
         )
-    habits = HABITS[name]
+    habits = HABITS.get(index.get("_class_name", ""))
+    if habits is None:
+        return None
     shift = scheduler_shift(read_json(pipeline / "scheduler" / "scheduler_config.json"))
     return Release(RectifiedFlow(timestep_shift=shift), habits.fps, habits.shapes, 0.1, habits.text)
 
