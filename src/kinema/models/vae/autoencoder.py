@@ -138,6 +138,7 @@ class VAEConfig:
         self._check_halvings("decoder_halvings", self.decoder_halvings_or_encoder)
         self._check_levels()
         self._check_steps()
+        self._check_divisible()
 
     @property
     def num_levels(self) -> int:
@@ -247,6 +248,28 @@ class VAEConfig:
             )
         if self.latent_shortcut and self.shared_logvar:
             raise ValueError("vae.latent_shortcut=true needs vae.shared_logvar=false: it has a mean for each output")
+
+    def _check_divisible(self) -> None:
+        """Channels that are split into groups, or repeated, come out even."""
+        encoder, decoder = self.encoder_levels(), self.decoder_levels()
+        for level in encoder + decoder if self.norm in (Norm.group, Norm.group_frame) else []:
+            _divides("norm_groups", self.norm_groups, level.width)
+        for level in encoder if self.down.changes_channels else []:
+            packed = math.prod((*level.step.factors, level.step.factors[1])) if level.step else 1
+            _divides("width_multipliers", level.next_width, level.width * packed)
+            _divides("width_multipliers", packed, level.next_width)
+        for level in decoder if self.up.changes_channels else []:
+            packed = math.prod((*level.step.factors, level.step.factors[1])) if level.step else 1
+            _divides("decoder_width", packed, level.width)
+            _divides("decoder_width", level.width, level.next_width * packed)
+        if self.latent_shortcut:
+            _divides("latent_channels", 2 * self.latent_channels, encoder[-1].width)
+            _divides("latent_channels", self.latent_channels, decoder[0].width)
+
+
+def _divides(name: str, part: int, whole: int) -> None:
+    if whole % part:
+        raise ValueError(f"vae.{name}: {part} channels or groups must divide {whole}; choose widths that they divide")
 
 
 class Level(NamedTuple):
