@@ -59,8 +59,8 @@ def release_of(pipeline: Path) -> Release | None:
     index = read_json(pipeline / "model_index.json")
     if (pipeline / "transformer_2").is_dir():
         raise ValueError(
-            f"{pipeline} has two transformers, one for high and one for low noise; a checkpoint holds one. Import each: "
-            f"kinema import {pipeline}/transformer --vae {pipeline}/vae --to DIR"
+            f"{pipeline} has two transformers, one for high and one for low noise; a checkpoint holds one. Import "
+            f"each: kinema import {pipeline}/transformer --vae {pipeline}/vae --to DIR"
         )
     habits = HABITS.get(index.get("_class_name", ""))
     if habits is None:
