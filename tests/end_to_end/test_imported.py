@@ -48,3 +48,13 @@ def test_an_imported_wan_is_trained_and_exported(tmp_path):
     kept = safetensors.torch.load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
     published = safetensors.torch.load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(kept[name], tensor) for name, tensor in published.items())
+
+
+def test_an_imported_vae_is_what_a_vae_training_starts_from(tmp_path):
+    randomise(diffusers.AutoencoderKLWan(**VAE)).save_pretrained(tmp_path / "published")
+    run("-m", "kinema.cli", "import", f"{tmp_path}/published", "--to", f"{tmp_path}/imported")
+    options = [f"{tmp_path}/imported/configs", "experiment=imported", "data.path=toy", "--cfg", "job"]
+    composed = run("train.py", "--config-dir", *options).stdout
+    assert f"init_from: {tmp_path}/imported" in composed
+    assert "up: first_alone" in composed
+    assert "model: null" in composed

@@ -44,7 +44,7 @@ def import_model(path: Path, to: Path, vae: Path | None = None, prefix: str | No
     """
     found = recognise_all(path, vae, prefix)
     with published_folder(to) as aside:
-        lines = [line for part in (_import_vae(found, aside), _import_dit(found, aside, to)) for line in part]
+        lines = [line for part in (_import_vae(found, aside, to), _import_dit(found, aside, to)) for line in part]
     return [*lines, *found.pipeline_lines(), f"READY {to}"]
 
 
@@ -87,13 +87,17 @@ def recognise_all(path: Path, vae: Path | None = None, prefix: str | None = None
     return Found(path, recognise(path / "transformer"), recognise(vae or path / "vae"), release)
 
 
-def _import_vae(found: Found, aside: Path) -> list[str]:
+def _import_vae(found: Found, aside: Path, to: Path) -> list[str]:
     """Publish the VAE: as the folder itself when it comes alone, in `vae/` beside a transformer otherwise."""
     if found.vae is None:
         return []
-    tensors = found.vae.tensors()
-    manifest = {"task": "vae", "vae": {"config": _vae_config(found.vae)}, **_common(found, found.vae, tensors)}
+    tensors, config = found.vae.tensors(), _vae_config(found.vae)
+    manifest = {"task": "vae", "vae": {"config": config}, **_common(found, found.vae, tensors)}
     publish(aside / "vae" if found.dit else aside, tensors, manifest)
+    if found.dit is None:
+        choices = [{"override /task": "vae"}, {"override /vae": "imported"}]
+        write_group(aside, "vae", "causal", config, "The imported VAE; any key of it can be overridden.")
+        write_experiment(aside, {"defaults": choices, "init_from": str(to)})
     return [_line(found.vae, tensors)]
 
 
@@ -172,36 +176,39 @@ def _write_configs(found: Found, aside: Path, to: Path, text: dict[str, Any] | N
     """Hydra groups of this model, for `python train.py --config-dir DIR/configs experiment=imported`."""
     assert found.dit is not None
     assert isinstance(found.dit.skeleton, DiT)
-    groups = aside / "configs"
     choices = [{"override /task": "dit"}, {"override /model": "imported"}]
     experiment: dict[str, Any] = {"defaults": choices, "init_from": str(to)}
-    model = {"defaults": ["schema_dit"], **_without_type(to_plain(found.dit.skeleton.config))}
-    write_yaml(groups / "model" / "imported.yaml", model, "The imported model; any key of it can be overridden.")
+    model = to_plain(found.dit.skeleton.config)
+    write_group(aside, "model", "dit", model, "The imported model; any key of it can be overridden.")
     if found.release is not None:
         choices.append({"override /objective": "imported"})
-        objective = {"defaults": ["schema_rectified_flow"], **_without_type(to_plain(found.release.objective))}
-        write_yaml(groups / "objective" / "imported.yaml", objective, "The shift that the release is sampled with.")
+        objective = to_plain(found.release.objective)
+        write_group(aside, "objective", "rectified_flow", objective, "The shift that the release is sampled with.")
     if text is not None:
         choices.append({"override /text": "imported"})
-        encoder = {"defaults": ["schema_pretrained"], **_without_type(text["config"])}
-        write_yaml(groups / "text" / "imported.yaml", encoder, "The text encoder of the release, by its own policy.")
+        write_group(aside, "text", "pretrained", text["config"], "The text encoder of the release, by its own policy.")
     if found.vae is not None:
         experiment["vae"] = {"path": str(to / "vae")}
-    write_yaml(
-        groups / "experiment" / "imported.yaml",
-        experiment,
-        "@package _global_\n# Training from the imported weights: give name, text, data and steps.",
-    )
+    write_experiment(aside, experiment)
+
+
+def write_group(aside: Path, group: str, schema: str, plain: dict[str, Any], comment: str) -> None:
+    """`GROUP=imported` for `train.py --config-dir DIR/configs`."""
+    fields = {name: value for name, value in plain.items() if name != "type"}
+    path = aside / "configs" / group / "imported.yaml"
+    write_yaml(path, {"defaults": [f"schema_{schema}"], **fields}, comment)
+
+
+def write_experiment(aside: Path, content: dict[str, Any]) -> None:
+    """`experiment=imported`: everything that the import knows of a training."""
+    comment = "@package _global_\n# Training from the imported weights: give name, data and steps."
+    write_yaml(aside / "configs" / "experiment" / "imported.yaml", content, comment)
 
 
 def write_yaml(path: Path, content: dict[str, Any], comment: str) -> None:
     """One Hydra file with a comment line on top."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"# {comment}\n{OmegaConf.to_yaml(OmegaConf.create(content))}")
-
-
-def _without_type(plain: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in plain.items() if name != "type"}
 
 
 def _line(part: Recognised, tensors: dict[str, Tensor]) -> str:
