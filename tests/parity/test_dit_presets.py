@@ -69,6 +69,8 @@ class Case:
     """A timestep for each latent frame, the first one 0."""
     words: int = 7
     """Tokens of a caption; some references know one number only."""
+    padded: bool = False
+    """The second caption has three tokens less: masked there, absent here."""
 
 
 WAN_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}
@@ -79,9 +81,9 @@ LTX_13B = {"num_attention_heads": 32, "attention_head_dim": 128, "num_layers": 4
 COG_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 COG_15 = COG_5B | {"patch_size_t": 2}
 CASES = {
-    "ltx": Case("ltx", LTX, {"2B": {}, "13B": LTX_13B}),
+    "ltx": Case("ltx", LTX, {"2B": {}, "13B": LTX_13B}, padded=True),
     "ltx, a timestep for each frame": Case("ltx", LTX, frame_times=True),
-    "hunyuan": Case("hunyuan", HUNYUAN, {"13B": {}}),
+    "hunyuan": Case("hunyuan", HUNYUAN, {"13B": {}}, padded=True),
     "hunyuan, given channels": Case(
         "hunyuan",
         HUNYUAN | {"in_channels": 9, "image_condition_type": "latent_concat", "guidance_embeds": False},
@@ -138,6 +140,16 @@ class Given:
     image: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
     guidance: list[float] | None = None
+    padding: int = 0
+
+    def captions(self):
+        whole, second = self.text
+        return [whole, second[: len(second) - self.padding]]
+
+    def mask(self):
+        mask = torch.ones(self.text.shape[:2], dtype=torch.long)
+        mask[1, self.text.shape[1] - self.padding :] = 0
+        return mask
 
     def extras(self):
         return Extras(
@@ -168,6 +180,7 @@ def inputs(case, model):
         draw(6, config.image_width) if config.image_width else None,
         draw(config.pooled_width) if config.pooled_width else None,
         [6.0, 1.5] if config.guidance else None,
+        3 if case.padded else 0,
     )
 
 
@@ -195,16 +208,14 @@ def run_ltx(theirs, given):
     else:
         timesteps = timesteps[:, None].expand(b, t * h * w)
     tokens = given.latents.permute(0, 2, 3, 4, 1).flatten(1, 3)
-    mask = torch.ones(given.text.shape[:2])
     scale = (8 / 25, 32, 32)
-    out = theirs(tokens, given.text, timesteps, mask, t, h, w, scale).sample
+    out = theirs(tokens, given.text, timesteps, given.mask(), t, h, w, scale).sample
     return out.unflatten(1, (t, h, w)).permute(0, 4, 1, 2, 3)
 
 
 def run_hunyuan(theirs, given):
-    mask = torch.ones(given.text.shape[:2], dtype=torch.long)
     guidance = None if given.guidance is None else torch.tensor(given.guidance) * 1000
-    return theirs(together(given), given.timesteps * 1000, given.text, mask, given.pooled, guidance).sample
+    return theirs(together(given), given.timesteps * 1000, given.text, given.mask(), given.pooled, guidance).sample
 
 
 def run_cogvideox(theirs, given):
@@ -224,7 +235,7 @@ RUN = {"wan": run_wan, "ltx": run_ltx, "hunyuan": run_hunyuan, "cogvideox": run_
 
 def run_ours(model, given):
     timesteps = given.timesteps if given.timesteps.ndim == 1 else list(given.timesteps)
-    return torch.stack(model(list(given.latents), timesteps, list(given.text), given.extras()))
+    return torch.stack(model(list(given.latents), timesteps, given.captions(), given.extras()))
 
 
 def meta_record(case, config):
