@@ -57,10 +57,11 @@ IMAGE_NORM_EPSILON = 1e-5
 class DiT(nn.Module):
     """Diffusion transformer over packs: clips of any size in one call, each with its timestep and caption.
 
-    Peebles and Xie 2023, with spacetime patches, rotary positions in three axes, and the caption by
-    cross-attention (PixArt-alpha, Chen et al. 2023). Linear layers start from Xavier's uniform distribution
-    with zero biases; everything that modulates, and the last layer, starts at zero. Hence every block of a
-    new model is the identity, and its prediction is exactly zero.
+    Peebles and Xie 2023, with spacetime patches, positions in three axes, and the caption by cross-attention
+    (PixArt-alpha, Chen et al. 2023) or in one softmax with the video (Esser et al. 2024); `DiTConfig` says which.
+    Linear layers start from Xavier's uniform distribution with zero biases; everything that modulates, the last
+    layer, and the way back of what has no gate start at zero. Hence every block of a new model is the identity, and
+    its prediction is exactly zero.
     """
 
     def __init__(self, config: DiTConfig, latent_channels: int, text_width: int) -> None:
