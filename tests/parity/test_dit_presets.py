@@ -69,18 +69,21 @@ class Case:
     """A timestep for each latent frame, the first one 0."""
     words: int = 7
     """Tokens of a caption; some references know one number only."""
+    padded: bool = False
+    """The second caption has three tokens less: masked there, absent here."""
 
 
 WAN_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}
 WAN_I2V = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+WAN_FLF = WAN_I2V | {"pos_embed_seq_len": 514}
 WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 LTX_13B = {"num_attention_heads": 32, "attention_head_dim": 128, "num_layers": 48, "cross_attention_dim": 4096}
 COG_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 COG_15 = COG_5B | {"patch_size_t": 2}
 CASES = {
-    "ltx": Case("ltx", LTX, {"2B": {}, "13B": LTX_13B}),
+    "ltx": Case("ltx", LTX, {"2B": {}, "13B": LTX_13B}, padded=True),
     "ltx, a timestep for each frame": Case("ltx", LTX, frame_times=True),
-    "hunyuan": Case("hunyuan", HUNYUAN, {"13B": {}}),
+    "hunyuan": Case("hunyuan", HUNYUAN, {"13B": {}}, padded=True),
     "hunyuan, given channels": Case(
         "hunyuan",
         HUNYUAN | {"in_channels": 9, "image_condition_type": "latent_concat", "guidance_embeds": False},
@@ -93,6 +96,7 @@ CASES = {
     "wan, a timestep for each frame": Case("wan", WAN, {"2.2 TI2V 5B": WAN_5B}, frame_times=True),
     "wan, given channels": Case("wan", WAN | {"in_channels": 9}, {"2.2 I2V A14B": {"in_channels": 36}}),
     "wan, image tokens": Case("wan", WAN_IMAGE, {"I2V 14B": WAN_I2V}, words=512),
+    "wan, first and last image": Case("wan", WAN_IMAGE | {"pos_embed_seq_len": 6}, {"FLF2V 14B": WAN_FLF}, words=512),
     "wan without cross norm": Case("wan", WAN | {"cross_attn_norm": False, "patch_size": (2, 1, 2), "eps": 1e-5}),
 }
 
@@ -136,6 +140,16 @@ class Given:
     image: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
     guidance: list[float] | None = None
+    padding: int = 0
+
+    def captions(self):
+        whole, second = self.text
+        return [whole, second[: len(second) - self.padding]]
+
+    def mask(self):
+        mask = torch.ones(self.text.shape[:2], dtype=torch.long)
+        mask[1, self.text.shape[1] - self.padding :] = 0
+        return mask
 
     def extras(self):
         return Extras(
@@ -166,6 +180,7 @@ def inputs(case, model):
         draw(6, config.image_width) if config.image_width else None,
         draw(config.pooled_width) if config.pooled_width else None,
         [6.0, 1.5] if config.guidance else None,
+        3 if case.padded else 0,
     )
 
 
@@ -175,7 +190,10 @@ def run_wan(theirs, given):
     if timesteps.ndim == 2:  # one for each token
         tokens = latents.shape[-2] // 2 * latents.shape[-1] // 2
         timesteps = timesteps.repeat_interleave(tokens, dim=1)
-    return theirs(latents, timesteps, given.text, given.image).sample
+    image = given.image
+    if theirs.config.pos_embed_seq_len:  # two images a clip, one after the other in the batch
+        image = image.view(4, 3, -1)
+    return theirs(latents, timesteps, given.text, image).sample
 
 
 def together(given, dim=1):
@@ -190,16 +208,14 @@ def run_ltx(theirs, given):
     else:
         timesteps = timesteps[:, None].expand(b, t * h * w)
     tokens = given.latents.permute(0, 2, 3, 4, 1).flatten(1, 3)
-    mask = torch.ones(given.text.shape[:2])
     scale = (8 / 25, 32, 32)
-    out = theirs(tokens, given.text, timesteps, mask, t, h, w, scale).sample
+    out = theirs(tokens, given.text, timesteps, given.mask(), t, h, w, scale).sample
     return out.unflatten(1, (t, h, w)).permute(0, 4, 1, 2, 3)
 
 
 def run_hunyuan(theirs, given):
-    mask = torch.ones(given.text.shape[:2], dtype=torch.long)
     guidance = None if given.guidance is None else torch.tensor(given.guidance) * 1000
-    return theirs(together(given), given.timesteps * 1000, given.text, mask, given.pooled, guidance).sample
+    return theirs(together(given), given.timesteps * 1000, given.text, given.mask(), given.pooled, guidance).sample
 
 
 def run_cogvideox(theirs, given):
@@ -219,7 +235,7 @@ RUN = {"wan": run_wan, "ltx": run_ltx, "hunyuan": run_hunyuan, "cogvideox": run_
 
 def run_ours(model, given):
     timesteps = given.timesteps if given.timesteps.ndim == 1 else list(given.timesteps)
-    return torch.stack(model(list(given.latents), timesteps, list(given.text), given.extras()))
+    return torch.stack(model(list(given.latents), timesteps, given.captions(), given.extras()))
 
 
 def meta_record(case, config):
@@ -324,6 +340,8 @@ def test_a_vendors_own_names_are_those_that_diffusers_converts(case_name):
     theirs = reference(case)
     original = BY_NAME[case.preset].original_key_map(record(theirs)).to_theirs(ours(case, theirs).state_dict())
     converted = convert(dict(original))
+    if "img_emb.emb_pos" in converted:  # which that table forgets
+        converted["condition_embedder.image_embedder.pos_embed"] = converted.pop("img_emb.emb_pos")
     assert set(converted) == set(theirs.state_dict())
     assert all(torch.equal(converted[key], x) for key, x in theirs.state_dict().items())
 

@@ -596,6 +596,7 @@ def test_a_frame_has_its_own_timestep():
         ({"position_embedding": PositionEmbedding.sincos_quarters}, r"model\.width=24 .* multiple of 16"),
         ({"head_modulation": HeadModulation.table, "timestep_width": 10}, r"model\.timestep_width=10"),
         ({"text_activation": Activation.swiglu}, r"model\.text_activation=swiglu"),
+        ({"image_positions": 2}, r"model\.image_positions=2 .*model\.image_width=0"),
         ({"timestep_channels": 7}, r"model\.timestep_channels=7"),
         ({"condition_channels": -1}, r"model\.condition_channels=-1"),
         ({"position_scale": [1.0, 2.0, 2.0]}, r"model\.position_scale=.*position_embedding=none"),

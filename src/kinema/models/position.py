@@ -52,7 +52,7 @@ def fractional_rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotary angles of places as fractions of a largest clip: (N, 3) in [0, 1] -> cos, sin (N, heads, d / 2).
 
-    HaCohen et al. 2024 (LTX-Video), section 2.2: frequencies grow from pi / 2 to theta * pi / 2 over the whole width
+    HaCohen et al. 2024 (LTX-Video): frequencies grow from pi / 2 to theta * pi / 2 over the whole width
     rather than each head, and a place p stands at 2p - 1. Channels that do not divide by six do not turn. Float32
     inside, unlike `rope_3d`: at angles of 15 000 the published weights know its rounding.
     """

@@ -73,7 +73,7 @@ def describe(module: nn.Module) -> Record:
         "image_dim": config.image_width or None,
         "added_kv_proj_dim": config.width if config.image_width else None,
         "rope_max_seq_len": 1024,
-        "pos_embed_seq_len": None,
+        "pos_embed_seq_len": config.image_positions or None,
     }
     check_described("WanTransformer3DModel", config, _config(record))
     return record
@@ -109,6 +109,7 @@ def _config(record: Record) -> DiTConfig:
         timestep_channels=record["freq_dim"],
         text_activation=Activation.gelu_tanh,
         image_width=record["image_dim"] or 0,
+        image_positions=record["pos_embed_seq_len"] or 0,
     )
 
 
@@ -126,6 +127,10 @@ def _map(
 
     width = record["num_attention_heads"] * record["attention_head_dim"]
     patch, channels = tuple(record["patch_size"]), record["out_channels"]
+    if places := record["pos_embed_seq_len"]:
+        theirs = ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos")[side]
+        shape = (places, record["image_dim"])
+        rules.append(Rule(theirs, "image_positions", Reshaped((1, *shape), shape)))
     kernel: Layout = Reshaped((width, record["in_channels"], *patch), (width, -1))
     rows = PermutedRows((*patch, channels), (3, 0, 1, 2))
     return KeyMap(
@@ -144,7 +149,7 @@ def _accepts(record: Record) -> bool:
     width = record["num_attention_heads"] * record["attention_head_dim"]
     return (
         record["qk_norm"] == "rms_norm_across_heads"
-        and record["pos_embed_seq_len"] is None
+        and (record["pos_embed_seq_len"] is None or record["image_dim"] is not None)
         and record["added_kv_proj_dim"] == (None if record["image_dim"] is None else width)
     )
 

@@ -191,6 +191,9 @@ class DiTConfig:
     """Add the mean of the text embeddings to the timestep's: the caption also modulates every block."""
     image_width: int = 0
     """Channels of image tokens, which blocks read as they read the caption, in a softmax of their own; 0 for none."""
+    image_positions: int = 0
+    """Image tokens that each have a learned position, where their order matters (a first and a last frame); 0 for none.
+    """
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together, and choices that exclude one another."""
@@ -198,7 +201,14 @@ class DiTConfig:
         for name in (*above_zero, "timestep_channels"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be above zero.")
-        for name in ("condition_channels", "image_width", "timestep_width", "pooled_width", "single_depth"):
+        for name in (
+            "condition_channels",
+            "image_width",
+            "timestep_width",
+            "pooled_width",
+            "single_depth",
+            "image_positions",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be zero or more.")
         if self.width % (2 * self.num_heads):
@@ -243,6 +253,11 @@ class DiTConfig:
             )
 
     def _check_text(self) -> None:
+        if self.image_positions and not self.image_width:
+            raise ValueError(
+                f"model.image_positions={self.image_positions} places image tokens, which model.image_width=0 refuses. "
+                "Type their width, or model.image_positions=0."
+            )
         if self.text is not TextEdge.cross:
             if self.attention is not AttentionPattern.full:
                 raise ValueError(

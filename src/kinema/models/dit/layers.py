@@ -196,7 +196,7 @@ class Stream(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """One softmax over the tokens of several segments of a clip: MMDiT (Esser et al. 2024, section 4).
+    """One softmax over the tokens of several segments of a clip: MMDiT (Esser et al. 2024).
 
     Each segment has weights of its own, or all share those of the first; the `silent` ones answer but do not ask.
     """
@@ -226,7 +226,7 @@ class JointAttention(nn.Module):
 class SingleStream(nn.Module):
     """Joint attention and an MLP side by side, with one set of weights and one way back for all segments.
 
-    The parallel block of Dehghani et al. 2023 (ViT-22B, section 2), as in FLUX and HunyuanVideo.
+    The parallel block of Dehghani et al. 2023 (ViT-22B), as in FLUX and HunyuanVideo.
     """
 
     def __init__(self, shape: HeadShape, hidden: int, activation: Activation, attention: Attention) -> None:

@@ -57,10 +57,11 @@ IMAGE_NORM_EPSILON = 1e-5
 class DiT(nn.Module):
     """Diffusion transformer over packs: clips of any size in one call, each with its timestep and caption.
 
-    Peebles and Xie 2023, with spacetime patches, rotary positions in three axes, and the caption by
-    cross-attention (PixArt-alpha, Chen et al. 2023). Linear layers start from Xavier's uniform distribution
-    with zero biases; everything that modulates, and the last layer, starts at zero. Hence every block of a
-    new model is the identity, and its prediction is exactly zero.
+    Peebles and Xie 2023, with spacetime patches, positions in three axes, and the caption by cross-attention
+    (PixArt-alpha, Chen et al. 2023) or in one softmax with the video (Esser et al. 2024); `DiTConfig` says which.
+    Linear layers start from Xavier's uniform distribution with zero biases; everything that modulates, the last
+    layer, and the way back of what has no gate start at zero. Hence every block of a new model is the identity, and
+    its prediction is exactly zero.
     """
 
     def __init__(self, config: DiTConfig, latent_channels: int, text_width: int) -> None:
@@ -72,6 +73,8 @@ class DiT(nn.Module):
 
         self.patch_embedding = Linear((latent_channels + config.condition_channels) * patch, width)
         self.text_embedding = _text_embedding(config, text_width)
+        places = (config.image_positions, config.image_width)
+        self.image_positions = nn.Parameter(torch.zeros(places)) if config.image_positions else None
         self.image_embedding = _image_embedding(config) if config.image_width else None
         self.timestep_embedding = TimestepEmbedding(config.timestep_channels, config.condition_width)
         self.pooled_text = ExactLinear(text_width, config.condition_width) if config.pooled_text else None
@@ -135,7 +138,7 @@ class DiT(nn.Module):
             video = video + self._places(grids, video)
         tokens: Tokens = {"video": video, "text": self._captions(words, lengths, timesteps)}
         if self.image_embedding is not None and extras.image is not None:
-            tokens["image"] = self.image_embedding(torch.cat(list(extras.image)))
+            tokens["image"] = self.image_embedding(torch.cat([self._placed(image) for image in extras.image]))
         for each in self.blocks:
             tokens = each(tokens, segments, condition)
 
@@ -149,6 +152,9 @@ class DiT(nn.Module):
         both = self.head_modulation(condition.embedding if linear else condition)
         shift, scale = both.chunk(2, dim=-1)
         return self.head(modulated(self.head_norm(video), shift, scale, rows))
+
+    def _placed(self, image: Tensor) -> Tensor:
+        return image if self.image_positions is None else image + self.image_positions
 
     def _captions(self, words: Tensor, lengths: Lengths, timesteps: Timesteps) -> Tensor:
         if not isinstance(self.text_embedding, TextRefiner):
@@ -271,6 +277,11 @@ class DiT(nn.Module):
             if channels.shape != expected:
                 raise ValueError(f"extras.channels has shape {tuple(channels.shape)} for a clip that needs {expected}.")
         for image in extras.image or []:
+            if self.config.image_positions not in (0, len(image)):
+                raise ValueError(
+                    f"extras.image has {len(image)} tokens, the model has places for exactly model.image_positions="
+                    f"{self.config.image_positions}."
+                )
             if image.ndim != 2 or image.shape[1] != self.config.image_width or len(image) == 0:
                 raise ValueError(
                     f"extras.image has shape {tuple(image.shape)} where the model was built for "

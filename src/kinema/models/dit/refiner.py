@@ -14,7 +14,7 @@ from kinema.models.dit.segments import Tokens, clip_segment
 class TextRefiner(nn.Module):
     """Self-attention over each caption, gated by the timestep and the caption's mean.
 
-    Kong et al. 2024 (HunyuanVideo), section 4.2: a language model reads only forwards, this looks both ways.
+    Kong et al. 2024 (HunyuanVideo): a language model reads only forwards, this looks both ways.
     """
 
     def __init__(self, config: DiTConfig, text_width: int) -> None:
