@@ -1,7 +1,7 @@
 """Published autoencoders: the same numbers and gradients as `diffusers`, whole and streamed, and every tensor named."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kinema.interop.preset import Preset
 from kinema.interop.presets import PRESETS
-from kinema.models.vae import CausalVAE, StreamState
+from kinema.models.vae import CausalVAE, Convolution, StreamState
 
 TOLERANCE = 1e-5
 
@@ -35,7 +35,7 @@ CASES = [
         {
             "base_dim": 8,
             "z_dim": 5,
-            "dim_mult": [1, 2, 3, 3],
+            "dim_mult": [1, 2, 4, 4],
             "latents_mean": [0.1, -0.2, 0.3, 0.4, -0.5],
             "latents_std": [0.5, 1.5, 2.0, 0.7, 1.0],
         },
@@ -241,6 +241,18 @@ def test_weights_go_there_and_back_bit_for_bit(case):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_the_vendors_names_are_those_that_diffusers_converts():
+    """Wan 2.1 only: there is no converter of 2.2 inside the library."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    reference, ours, config = pair("wan_vae")
+    table = preset_of(CASES[0]).original_key_map
+    assert table is not None
+    converted = convert_wan_vae_to_diffusers(table(config).to_theirs(ours.state_dict()))
+    assert converted.keys() == reference.state_dict().keys()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in reference.state_dict().items())
+
+
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_the_config_comes_back(case):
     _, ours, config = pair(case.preset)
@@ -270,6 +282,30 @@ def test_every_released_tensor_is_named(case):
     numel = sum(p.numel() for p in ours.parameters())
     assert numel == sum(p.numel() for p in reference.parameters())
     assert numel / 1e6 == pytest.approx(case.millions, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "choice", "message"),
+    [
+        ("wan_vae", {"attn_scales": [0.5]}, r"attn_scales=\[0\.5\]: only \[\]"),
+        ("hunyuan_vae", {"temporal_compression_ratio": 8}, "temporal_compression_ratio=8: only 4"),
+        ("hunyuan_15_vae", {"downsample_match_channel": False}, "downsample_match_channel=False: only True"),
+        ("ltx2_vae", {"timestep_conditioning": True}, "timestep_conditioning=True: only False"),
+        ("ltx2_vae", {"upsample_factor": [2, 1, 2]}, "a residual block between is not implemented"),
+    ],
+)
+def test_what_is_not_implemented_is_refused(preset, choice, message):
+    case = next(case for case in CASES if case.preset == preset)
+    with pytest.raises(ValueError, match=message):
+        preset_of(case).build(pair(preset)[2] | choice)
+
+
+def test_what_the_reference_lacks_is_named():
+    for case in CASES:
+        _, ours, _ = pair(case.preset)
+        other = CausalVAE(replace(ours.config, convolution=Convolution.factorised))
+        with pytest.raises(ValueError, match=r"vae\.convolution=Convolution\.factorised \(there Convolution\.full\)"):
+            preset_of(case).describe(other)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
