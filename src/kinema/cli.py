@@ -10,6 +10,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "data check": ("kinema.data.check", "count and check the clips of a data set, and draw a contact sheet"),
     "data index": ("kinema.data.index", "index the tar shards of a WebDataset that Kinema did not write"),
     "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),
+    "import": ("kinema.interop.importing", "make a Kinema checkpoint of published weights"),
+    "export": ("kinema.interop.exporting", "write weights as diffusers or ComfyUI load them, and compare them there"),
     "report": ("kinema.report.page", "write the report page of a run"),
     "evaluate": (
         "kinema.evaluation.captions",

@@ -1,11 +1,20 @@
 """Rotary positions: the formula, the relative property, and the split over three axes."""
 
 import cmath
+import math
 
 import pytest
 import torch
 
-from kinema.models.position import apply_rope, check_rope_axes, grid_positions, rope_3d, sincos_3d
+from kinema.models.position import (
+    apply_rope,
+    check_rope_axes,
+    fractional_rope,
+    grid_positions,
+    rope_3d,
+    sincos_3d,
+    sincos_quarters,
+)
 
 SPLITS = [(16, [4, 6, 6], 10000.0), (12, [2, 4, 6], 100.0), (8, [0, 4, 4], 50.0), (32, [12, 10, 10], 256.0)]
 GRIDS = [(1, 2, 3), (5, 3, 2), (2, 7, 4), (4, 1, 9), (3, 5, 6), (7, 2, 1)]
@@ -104,3 +113,34 @@ def test_a_split_that_does_not_fit_is_named(axes):
     with pytest.raises(ValueError, match=r"model\.rope_axes=\[.*head width 16.*Type model\.rope_axes=\[8,4,4\]"):
         check_rope_axes(axes, 16)
     check_rope_axes([8, 4, 4], 16)
+
+
+def test_quarters_are_time_then_columns_then_rows():
+    place = torch.tensor([[2.0, 3.0, 5.0]])
+    (waves,) = sincos_quarters(place, 32, 100.0, torch.float64).tolist()
+    expected = []
+    for position, size in [(2.0, 8), (5.0, 12), (3.0, 12)]:  # t, w, h
+        angles = [position * 100.0 ** (-2 * pair / size) for pair in range(size // 2)]
+        expected += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+    assert waves == pytest.approx(expected)
+
+
+def test_fractions_turn_each_head_at_its_own_rates():
+    fractions = torch.tensor([[0.5, 0.25, 1.0]])
+    width, heads, theta = 16, 2, 9.0  # two rates an axis; the first two pairs of 8 do not turn
+    cos, sin = fractional_rope(fractions, width, heads, theta, torch.float64)
+    rates = [math.pi / 2, math.pi / 2 * theta]
+    angles = [0.0, 0.0] + [rate * (2 * place - 1) for rate in rates for place in (0.5, 0.25, 1.0)]
+    assert cos.shape == sin.shape == (1, heads, width // heads // 2)
+    assert sin.flatten().tolist() == pytest.approx([math.sin(angle) for angle in angles], abs=1e-6)
+    assert cos.flatten().tolist() == pytest.approx([math.cos(angle) for angle in angles], abs=1e-6)
+
+
+def test_a_table_for_each_head_turns_each_head():
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
+    angles = torch.randn(3, 2, 4, dtype=torch.float64)
+    turned = apply_rope(x, angles.cos(), angles.sin())
+    for head in range(2):
+        alone = apply_rope(x[:, head : head + 1], angles[:, head].cos(), angles[:, head].sin())
+        torch.testing.assert_close(turned[:, head : head + 1], alone)

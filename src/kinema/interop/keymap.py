@@ -88,6 +88,89 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Unsqueezed:
+    """Ours has one more axis, of size 1: a convolution of images as one over a single frame."""
+
+    axis: int
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """(..) -> (.., 1, ..)"""
+        return [tensor.unsqueeze(self.axis) for tensor in tensors]
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse."""
+        return [tensor.squeeze(self.axis) for tensor in tensors]
+
+
+@dataclass(frozen=True)
+class Along:
+    """A layout of rows, applied to another axis."""
+
+    axis: int
+    layout: Layout
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """With the axis in the place of the rows."""
+        return [t.transpose(0, self.axis).contiguous() for t in self.layout.to_ours(self._rows(tensors))]
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse."""
+        return [t.transpose(0, self.axis).contiguous() for t in self.layout.to_theirs(self._rows(tensors))]
+
+    def _rows(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.transpose(0, self.axis) for tensor in tensors]
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """A layout with the two sides exchanged: `Inverse(Fused(...))` is for several of theirs in one of ours."""
+
+    layout: Layout
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """As the layout's way to theirs."""
+        return self.layout.to_theirs(tensors)
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """As the layout's way to ours."""
+        return self.layout.to_ours(tensors)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several tensors of theirs, `sizes` rows each, lie one after the other in one of ours."""
+
+    sizes: tuple[int, ...]
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor for each size -> [(sum of sizes, ...)]."""
+        return Fused(self.sizes).to_theirs(tensors)
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse."""
+        return Fused(self.sizes).to_ours(tensors)
+
+
+@dataclass(frozen=True)
+class ReorderedRows:
+    """The first axis is cut into `len(order)` equal parts; ours holds their part `order[i]` at place i.
+
+    `ReorderedRows((1, 0))` turns (scale, shift) into (shift, scale).
+    """
+
+    order: tuple[int, ...]
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Parts in their order -> parts in ours."""
+        return [_reorder(tensor, self.order) for tensor in tensors]
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse."""
+        back = tuple(self.order.index(place) for place in range(len(self.order)))
+        return [_reorder(tensor, back) for tensor in tensors]
+
+
+@dataclass(frozen=True)
 class Chain:
     """Layouts one after the other, from theirs to ours."""
 
@@ -122,18 +205,27 @@ class Rule:
 
 
 class KeyMap:
-    """A table of rules that names every tensor of a model exactly once, in both directions."""
+    """A table of rules that names every tensor of a model exactly once, in both directions.
 
-    def __init__(self, rules: Iterable[Rule]) -> None:
+    `constants` are tensors of ours whose numbers their config holds, not their weights: added on the way to ours, taken
+    out on the way to theirs, which refuses other numbers.
+    """
+
+    def __init__(self, rules: Iterable[Rule], constants: Mapping[str, Tensor] | None = None) -> None:
         self.rules = list(rules)
+        self.constants = dict(constants or {})
 
     def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their state dict -> ours; ValueError lists keys that no rule, or more than one, names."""
-        return self._apply(tensors, [(_names(r.theirs), _names(r.ours), r.layout.to_ours) for r in self.rules])
+        found = self._apply(tensors, [(_names(r.theirs), _names(r.ours), r.layout.to_ours) for r in self.rules])
+        return found | {name: constant.clone() for name, constant in self.constants.items()}
 
     def to_theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our state dict -> theirs; the inverse of `to_ours`, bit for bit."""
-        return self._apply(tensors, [(_names(r.ours), _names(r.theirs), r.layout.to_theirs) for r in self.rules])
+        left = dict(tensors)
+        for name, constant in self.constants.items():
+            _check_constant(name, left.pop(name, None), constant)
+        return self._apply(left, [(_names(r.ours), _names(r.theirs), r.layout.to_theirs) for r in self.rules])
 
     def _apply(self, tensors: Mapping[str, Tensor], table: "list[Direction]") -> dict[str, Tensor]:
         left, found = dict(tensors), dict[str, Tensor]()
@@ -158,6 +250,13 @@ class KeyMap:
 Direction = tuple[tuple[str, ...], tuple[str, ...], Callable[[Sequence[Tensor]], list[Tensor]]]
 
 
+def _check_constant(name: str, found: Tensor | None, constant: Tensor) -> None:
+    if found is None or found.shape != constant.shape:
+        raise ValueError(f"{name} is missing or has another shape than the {tuple(constant.shape)} of the config")
+    if not (found.is_meta or torch.equal(found.cpu(), constant.to(found.dtype))):
+        raise ValueError(f"{name} has other numbers than the config that is exported: describe the model again")
+
+
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
@@ -174,3 +273,8 @@ def _permute_rows(tensor: Tensor, sizes: tuple[int, ...], axes: tuple[int, ...])
     parts = tensor.reshape(*sizes, *rest)
     order = (*axes, *range(len(sizes), parts.ndim))
     return parts.permute(order).reshape(-1, *rest).contiguous()
+
+
+def _reorder(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
+    parts = tensor.chunk(len(order))
+    return torch.cat([parts[place] for place in order])

@@ -1,5 +1,6 @@
 """Where a token lies in its clip, and the embeddings that tell the model: one for everyone."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,12 +35,33 @@ def rope_3d(
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn neighbouring channel pairs (0, 1), (2, 3), ...: x (N, ..., d), cos and sin (N, d / 2) -> like x.
 
+    With a table (N, h, d / 2) each head has turns of its own.
+
     A pair is one complex number and the turn one multiplication: a single pass over memory. Computed in the
     precision of the table, returned in that of x.
     """
-    turn = torch.complex(cos, sin).view(len(cos), *[1] * (x.ndim - 2), -1)
+    turn = torch.complex(cos, sin)
+    if cos.ndim < x.ndim:  # the same for all heads
+        turn = turn.view(len(cos), *[1] * (x.ndim - 2), -1)
     pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+
+def fractional_rope(
+    positions: Tensor, width: int, num_heads: int, theta: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Rotary angles of places as fractions of a largest clip: (N, 3) in [0, 1] -> cos, sin (N, heads, d / 2).
+
+    HaCohen et al. 2024 (LTX-Video): frequencies grow from pi / 2 to theta * pi / 2 over the whole width
+    rather than each head, and a place p stands at 2p - 1. Channels that do not divide by six do not turn. Float32
+    inside, unlike `rope_3d`: at angles of 15 000 the published weights know its rounding.
+    """
+    count = width // 6
+    frequencies = theta ** torch.linspace(0.0, 1.0, count, dtype=torch.float32, device=positions.device)
+    angles = frequencies * math.pi / 2.0 * (positions.float()[:, :, None] * 2 - 1)  # (N, 3, count)
+    whole = torch.nn.functional.pad(angles.transpose(1, 2).flatten(1), (width // 2 - 3 * count, 0))
+    heads = whole.unflatten(1, (num_heads, -1))
+    return heads.cos().to(dtype), heads.sin().to(dtype)
 
 
 def sincos_3d(positions: Tensor, width: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -49,9 +71,22 @@ def sincos_3d(positions: Tensor, width: int, theta: float, dtype: torch.dtype = 
     which the first half are sines; up to five channels that do not divide by six stay zero. Float64 inside.
     """
     size = width // 6 * 2
-    angles = positions[:, :, None] * _frequencies(size, theta, positions.device)  # (N, 3, size / 2)
-    waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
-    return torch.nn.functional.pad(waves, (0, width - 3 * size)).to(dtype)
+    return sincos(positions, [(axis, size) for axis in range(3)], width, theta, dtype)
+
+
+def sincos_quarters(positions: Tensor, width: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same in another layout (Yang et al. 2024, CogVideoX): a quarter for t, then three eighths for w and h."""
+    return sincos(positions, [(0, width // 4), (2, width // 8 * 3), (1, width // 8 * 3)], width, theta, dtype)
+
+
+def sincos(positions: Tensor, axes: Sequence[tuple[int, int]], width: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """Sines, then cosines, of each (axis of the positions, channels) in turn; the rest of the width is zero."""
+    waves = []
+    for axis, size in axes:
+        angles = positions[:, axis, None] * _frequencies(size, theta, positions.device)
+        waves += [angles.sin(), angles.cos()]
+    whole = torch.cat(waves, dim=1)
+    return torch.nn.functional.pad(whole, (0, width - whole.shape[1])).to(dtype)
 
 
 def check_rope_axes(axes: Sequence[int], head_dim: int) -> None:

@@ -84,6 +84,11 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
     manifest = checkpoint.document("manifest")
     if manifest["task"] != "dit":
         raise ValueError(f"run: {checkpoint.folder} holds a {manifest['task']}; sampling needs a task=dit run.")
+    if missing := [key for key in ("vae", "text", "objective", "fps", "shapes") if key not in manifest]:
+        raise ValueError(
+            f"run: {checkpoint.folder} holds imported weights without {', '.join(missing)}: import the whole pipeline "
+            "with its VAE, text encoder and scheduler, or train from it first (init_from)."
+        )
     vae_checkpoint = CheckpointStore(checkpoint.folder.parent.parent / "vae").newest()
     if vae_checkpoint is None:
         raise ValueError(f"{checkpoint.folder.parent.parent}/vae is missing: the run folder is not complete.")

@@ -1,15 +1,37 @@
 """The diffusion transformer: patches, segments, and blocks that are lists of sublayers."""
 
 from kinema.models.dit.conditioning import TIMESTEP_SCALE
-from kinema.models.dit.layers import Activation
-from kinema.models.dit.model import AttentionPattern, DiT, DiTConfig, ModulationSource, PositionEmbedding
+from kinema.models.dit.config import (
+    Activation,
+    AttentionPattern,
+    CrossNorm,
+    DiTConfig,
+    HeadModulation,
+    ModulationSource,
+    NormKind,
+    PositionEmbedding,
+    QKNorm,
+    Rope,
+    TextEdge,
+    TextEmbedding,
+)
+from kinema.models.dit.extras import Extras
+from kinema.models.dit.model import DiT
 
 __all__ = [
     "TIMESTEP_SCALE",
     "Activation",
     "AttentionPattern",
+    "CrossNorm",
     "DiT",
     "DiTConfig",
+    "Extras",
+    "HeadModulation",
     "ModulationSource",
+    "NormKind",
     "PositionEmbedding",
+    "QKNorm",
+    "Rope",
+    "TextEdge",
+    "TextEmbedding",
 ]

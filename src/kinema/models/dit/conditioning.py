@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from kinema.models.attention import Lengths, runs
 
-TIMESTEP_CHANNELS = 256
 TIMESTEP_SCALE = 1000.0  # the sinusoids were made for DDPM's 1000 steps (Ho et al. 2020)
 
 
@@ -28,7 +27,7 @@ class ExactLinear(nn.Linear):
             return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
-def sinusoids(timesteps: Tensor, channels: int = TIMESTEP_CHANNELS) -> Tensor:
+def sinusoids(timesteps: Tensor, channels: int) -> Tensor:
     """Timesteps (B,) in [0, 1] -> cosines and sines (B, channels) of wavelengths from 2 pi to 2 pi * 10000.
 
     Vaswani et al. 2017, section 3.5, in the precision of the timesteps, which are scaled by 1000 first.
@@ -42,23 +41,43 @@ def sinusoids(timesteps: Tensor, channels: int = TIMESTEP_CHANNELS) -> Tensor:
 class TimestepEmbedding(nn.Module):
     """Sinusoids and two linear layers, in float32 throughout."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.expand = ExactLinear(TIMESTEP_CHANNELS, width)
+        self.channels = channels
+        self.expand = ExactLinear(channels, width)
         self.project = ExactLinear(width, width)
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """timesteps (B,) in [0, 1] -> (B, D)."""
-        return self.project(F.silu(self.expand(sinusoids(timesteps))))
+        """timesteps (R,) in [0, 1] -> (R, D)."""
+        return self.project(F.silu(self.expand(sinusoids(timesteps, self.channels))))
+
+
+class PooledEmbedding(nn.Module):
+    """One vector a caption to the timestep's width: two linear layers, in float32 throughout."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.expand = ExactLinear(channels, width)
+        self.project = ExactLinear(width, width)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """pooled (B, channels) -> (B, D)"""
+        return self.project(F.silu(self.expand(pooled)))
 
 
 class Condition(NamedTuple):
-    """What every block reads about a clip; one row a clip, float32."""
+    """What every block reads; one row a clip, or one a latent frame where frames have timesteps of their own. Float32.
 
+    Tokens of a row lie together, so a row is never written out token by token: 6 of them at 27 000 tokens of
+    3072 channels would be 2 GB in every block.
+    """
+
+    raw: Tensor
+    """(R, D), the embedding itself."""
     embedding: Tensor
-    """(B, D), after its SiLU."""
+    """(R, D), after its SiLU."""
     shared: Tensor | None
-    """(B, slots * D), the modulation that all blocks share; none when each block has its own linear layer."""
+    """(R, slots * D), the modulation that all blocks share; none when each block has its own linear layer."""
 
 
 class TableModulation(nn.Module):
@@ -72,7 +91,7 @@ class TableModulation(nn.Module):
         self.table = nn.Parameter(torch.zeros(slots * width))
 
     def forward(self, condition: Condition) -> Tensor:
-        """-> (B, slots * D)"""
+        """-> (R, slots * D)"""
         assert condition.shared is not None
         return condition.shared + self.table
 
@@ -80,30 +99,41 @@ class TableModulation(nn.Module):
 class LinearModulation(nn.Module):
     """A linear layer of the block's own: adaLN-Zero (Peebles and Xie 2023, section 3.2)."""
 
-    def __init__(self, width: int, slots: int) -> None:
+    def __init__(self, condition_width: int, width: int, slots: int) -> None:
         super().__init__()
-        self.linear = ExactLinear(width, slots * width)
+        self.linear = ExactLinear(condition_width, slots * width)
 
     def forward(self, condition: Condition) -> Tensor:
-        """-> (B, slots * D)"""
+        """-> (R, slots * D)"""
         return self.linear(condition.embedding)
 
 
-def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor, lengths: Lengths) -> Tensor:
-    """Layer norm without weights, then each clip's scale and shift: tokens (N, D), rows (B, D) -> (N, D)."""
-    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
-    return _by_clips(lambda x, a, b: torch.addcmul(a, x, b), lengths, [normed], [shift, 1 + scale])
+class HeadTable(nn.Module):
+    """Shift and scale before the last layer: a learned table added to the embedding (Chen et al. 2023)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(2 * width))
+
+    def forward(self, condition: Condition) -> Tensor:
+        """-> (R, 2 * D)"""
+        return torch.cat([condition.raw, condition.raw], dim=1) + self.table
+
+
+def modulated(normed: Tensor, shift: Tensor, scale: Tensor, lengths: Lengths) -> Tensor:
+    """normed * (1 + scale) + shift with one row for each length: normed (N, D), rows (R, D) -> (N, D)."""
+    return _by_rows(lambda x, a, b: torch.addcmul(a, x, b), lengths, [normed], [shift, 1 + scale])
 
 
 def gated_sum(tokens: Tensor, gate: Tensor, update: Tensor, lengths: Lengths) -> Tensor:
-    """tokens + gate * update, with one gate a clip: tokens and update (N, D), gate (B, D) -> (N, D)."""
-    return _by_clips(lambda x, y, a: torch.addcmul(x, a, y), lengths, [tokens, update], [gate])
+    """tokens + gate * update, with one gate for each length: tokens and update (N, D), gate (R, D) -> (N, D)."""
+    return _by_rows(lambda x, y, a: torch.addcmul(x, a, y), lengths, [tokens, update], [gate])
 
 
-def _by_clips(
+def _by_rows(
     function: Callable[..., Tensor], lengths: Lengths, tokens: Sequence[Tensor], rows: Sequence[Tensor]
 ) -> Tensor:
-    """Call `function` with tokens (b, n, D) and rows (b, 1, D) for each run of clips of equal length.
+    """Call `function` with tokens (b, n, D) and rows (b, 1, D) for each run of rows of equal length.
 
     Rows broadcast and are never written out token by token: that costs more memory than the tokens.
     """
@@ -118,3 +148,8 @@ def _by_clips(
 def _broadcast(function: Callable[..., Tensor], tokens: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
     batched = [x.unflatten(0, (len(rows[0]), -1)) for x in tokens]
     return function(*batched, *(row[:, None] for row in rows)).flatten(0, 1)
+
+
+def means(words: Tensor, lengths: Lengths) -> Tensor:
+    """Mean over each caption's tokens: (M, K) -> (B, K)"""
+    return torch.stack([caption.mean(0) for caption in words.split(list(lengths))])

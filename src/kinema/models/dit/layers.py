@@ -1,26 +1,21 @@
 """The bricks of the DiT: operations on tokens, the sublayer around each, and the block that lists them."""
 
-from collections.abc import Sequence
-from enum import Enum
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from kinema.models.attention import Attention
-from kinema.models.dit.conditioning import (
-    Condition,
-    LinearModulation,
-    TableModulation,
-    gated_sum,
-    modulated_norm,
-)
-from kinema.models.dit.segments import Segments, Span, Tokens
+from kinema.models.attention import Attention, Lengths
+from kinema.models.dit.conditioning import Condition, LinearModulation, TableModulation, gated_sum, modulated
+from kinema.models.dit.config import Activation, NormKind, QKNorm
+from kinema.models.dit.norms import Norm
+from kinema.models.dit.segments import Rope, Segments, Span, Tokens
 from kinema.models.position import apply_rope
 
-SLOTS = 3  # shift, scale and gate: the modulation of one sublayer
+SLOTS = 3  # shift, scale and gate: the modulation of one segment in one sublayer
 
 
 class Linear(nn.Linear):
@@ -31,136 +26,324 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
-class Activation(Enum):
-    """The non-linearity of the MLP."""
+class Counts(NamedTuple):
+    """What the cost of a forward pass on one clip depends on."""
 
-    gelu = "gelu"
-    """Exact; three times as fast as gelu_tanh on a CPU."""
-    gelu_tanh = "gelu_tanh"
-    """The approximation which most published video models use."""
+    tokens: Mapping[str, int]
+    """Of each segment."""
+    seen: Mapping[Span, int]
+    """Tokens of the video that one of them attends to."""
 
 
 class FeedForward(nn.Module):
-    """A two-layer MLP on each token."""
+    """A two-layer MLP on each token of the segments that ask, with the same weights for all of them."""
 
-    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
+    def __init__(self, width: int, hidden: int, activation: Activation, *, bias: bool) -> None:
         super().__init__()
-        self.expand, self.project = Linear(width, hidden), Linear(hidden, width)
-        self.approximate = "tanh" if activation is Activation.gelu_tanh else "none"
+        self.expand, self.project = Linear(width, hidden, bias), Linear(hidden, width, bias)
+        self.gate = Linear(width, hidden, bias) if activation is Activation.swiglu else None
+        self.activation = activation
 
-    def forward(self, x: Tensor, tokens: Tokens, segments: Segments) -> Tensor:
+    def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
+        """asking (N, D), already normalised -> its updates (N, D)"""
+        return {name: self.mlp(x) for name, x in asking.items()}
+
+    def mlp(self, x: Tensor) -> Tensor:
         """x (N, D) -> (N, D)"""
-        return self.project(F.gelu(self.expand(x), approximate=self.approximate))
+        if self.gate is not None:
+            return self.project(F.silu(self.gate(x)) * self.expand(x))
+        return self.project(activate(self.expand(x), self.activation))
+
+    def products(self, counts: Counts, asks: Sequence[str]) -> int:
+        """Multiplications on one clip, for these segments."""
+        layers = 2 if self.gate is None else 3
+        return layers * self.expand.weight.numel() * sum(counts.tokens[name] for name in asks)
 
 
-class HeadNorm(nn.Module):
-    """Root-mean-square norm of each head with a learned scale (Zhang and Sennrich 2019), in float32."""
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The element-wise non-linearities by name."""
+    if activation is Activation.silu:
+        return F.silu(x)
+    assert activation is not Activation.swiglu
+    return F.gelu(x, approximate="tanh" if activation is Activation.gelu_tanh else "none")
 
-    def __init__(self, head_dim: int) -> None:
+
+class Activate(nn.Module):
+    """The same as a module, for `nn.Sequential`."""
+
+    def __init__(self, activation: Activation) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(head_dim))
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, h, d) -> (N, h, d) in at least float32."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x, weight = x.to(dtype), self.weight.to(dtype)
-        if x.device.type == "cpu":  # where torch has no fused kernel, and its backward takes twelve passes
-            return _RMSNorm.apply(x, weight)
-        return F.rms_norm(x, weight.shape, weight, RMS_EPSILON)
+        """x of any shape -> the same shape"""
+        return activate(x, self.activation)
 
 
-RMS_EPSILON = 1e-6
+class HeadShape(NamedTuple):
+    """What all attentions of a model have in common."""
+
+    width: int
+    num_heads: int
+    qk_norm: QKNorm
+    eps: float
+    bias: bool
+
+    def linear(self) -> Linear:
+        """Width to width."""
+        return Linear(self.width, self.width, self.bias)
+
+    def norm(self) -> nn.Module:
+        """The norm of queries or keys."""
+        if self.qk_norm is QKNorm.none:
+            return nn.Identity()
+        kind = NormKind.layer if self.qk_norm is QKNorm.layer_head else NormKind.rms
+        channels = self.width if self.qk_norm is QKNorm.rms_all else self.width // self.num_heads
+        return Norm(kind, channels, self.eps, affine=True)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """x (N, D) -> (N, h, d)"""
+        return rearrange(x, "n (h d) -> n h d", h=self.num_heads)
+
+    def normed_heads(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """x (N, D) -> (N, h, d), normalised before or after the cut."""
+        return self.heads(norm(x)) if self.qk_norm is QKNorm.rms_all else norm(self.heads(x))
 
 
-class _RMSNorm(torch.autograd.Function):
-    """F.rms_norm with its backward written out, in half the passes over memory."""
+class KeyValue(nn.Module):
+    """Keys and values of a segment that only answers."""
 
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        inverse = (x.square().mean(-1, keepdim=True) + RMS_EPSILON).rsqrt()
-        normed = x * inverse
-        ctx.save_for_backward(normed, inverse, weight)
-        return normed * weight
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.key, self.value = shape.linear(), shape.linear()
+        self.key_norm = shape.norm()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        normed, inverse, weight = ctx.saved_tensors
-        product = grad * normed
-        along = (product @ weight).unsqueeze(-1) / len(weight)
-        grad_x = torch.addcmul(grad * weight, normed, along, value=-1).mul_(inverse)
-        return grad_x, product.sum_to_size(weight.shape)
+    def forward(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """source (M, D) -> keys and values (M, h, d)"""
+        return self.shape.normed_heads(self.key(source), self.key_norm), self.shape.heads(self.value(source))
 
 
 class SegmentAttention(nn.Module):
-    """Multi-head attention: the tokens of segment `asks` look at those of segment `answers`, clip by clip.
+    """Multi-head attention: the tokens of one segment look at their own or at those of others, clip by clip.
 
-    The same segment twice is self-attention, over the `span`, with rotary positions. Another one that
-    answers is cross-attention. With `qk_norm`, queries and keys are RMS-normalised per head (as in Stable
-    Diffusion 3, Esser et al. 2024), which keeps the logits from growing until bfloat16 training diverges.
+    A segment that answers itself is self-attention, over the `span`, with rotary positions. Others that answer
+    are cross-attention, each in a softmax of its own, and the results are summed (Ye et al. 2023, IP-Adapter).
     """
 
     def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        asks: str,
-        answers: str,
-        *,
-        attention: Attention,
-        qk_norm: bool,
-        span: Span = Span.clip,
+        self, shape: HeadShape, asks: str, answers: Sequence[str], attention: Attention, span: Span = Span.clip
     ) -> None:
         super().__init__()
-        self.asks, self.answers, self.span = asks, answers, span
-        self.num_heads = num_heads
-        self.attention = attention
-        self.query, self.key, self.value = (Linear(width, width) for _ in range(3))
-        head_dim = width // num_heads
-        self.query_norm = HeadNorm(head_dim) if qk_norm else nn.Identity()
-        self.key_norm = HeadNorm(head_dim) if qk_norm else nn.Identity()
-        self.project = Linear(width, width)
+        self.asks, self.answers, self.span = asks, answers[0], span
+        self.shape, self.attention = shape, attention
+        self.query, self.key, self.value = (shape.linear() for _ in range(3))
+        self.query_norm, self.key_norm = shape.norm(), shape.norm()
+        self.project = shape.linear()
+        self.others = nn.ModuleDict({name: KeyValue(shape) for name in answers[1:]})
 
-    def forward(self, x: Tensor, tokens: Tokens, segments: Segments) -> Tensor:
-        """x (N, D) of the asking segment, already normalised -> (N, D)"""
+    def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
+        """asking (N, D), already normalised -> its update (N, D)"""
+        x = asking[self.asks]
         source = x if self.answers == self.asks else tokens[self.answers]
-        q = self.query_norm(self._heads(self.query(x)))
-        k = self.key_norm(self._heads(self.key(source)))
-        v = self._heads(self.value(source))
+        q = self.shape.normed_heads(self.query(x), self.query_norm)
+        k = self.shape.normed_heads(self.key(source), self.key_norm)
+        v = self.shape.heads(self.value(source))
 
-        asking, answering = segments[self.asks], segments[self.answers]
-        if self.answers == self.asks and asking.rope is not None:
-            q, k = apply_rope(q, *asking.rope), apply_rope(k, *asking.rope)
-        q_cut, k_cut = asking.cuts[self.span], answering.cuts[self.span]
-        mixed = self.attention(q.to(v.dtype), k.to(v.dtype), v, q_cut.lengths, k_cut.lengths, order=q_cut.order)
-        return self.project(mixed.flatten(1))
+        rope = segments[self.asks].rope
+        if self.answers == self.asks and rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        mixed = self._mix(q, k, v, self.answers, segments)
+        for name, other in self.others.items():
+            k, v = other(tokens[name])
+            mixed = mixed + self._mix(q, k, v, name, segments)
+        return {self.asks: self.project(mixed.flatten(1))}
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "n (h d) -> n h d", h=self.num_heads)
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, answers: str, segments: Segments) -> Tensor:
+        q_cut, k_cut = segments[self.asks].cuts[self.span], segments[answers].cuts[self.span]
+        return self.attention(q.to(v.dtype), k.to(v.dtype), v, q_cut.lengths, k_cut.lengths, order=q_cut.order)
+
+    def products(self, counts: Counts, asks: Sequence[str]) -> int:
+        """Multiplications on one clip."""
+        asking, square = counts.tokens[self.asks], self.shape.width**2
+        if self.answers == self.asks:
+            seen = counts.seen[self.span] if self.asks == "video" else asking
+            return asking * (4 * square + 2 * seen * self.shape.width)
+        answering = sum(counts.tokens[name] for name in (self.answers, *self.others))
+        return 2 * (asking + answering) * square + 2 * asking * answering * self.shape.width
+
+
+class Stream(nn.Module):
+    """Queries, keys and values of tokens that share weights; without `asks` they only answer."""
+
+    def __init__(self, shape: HeadShape, *, asks: bool) -> None:
+        super().__init__()
+        self.shape = shape
+        self.query = shape.linear() if asks else None
+        self.key, self.value = shape.linear(), shape.linear()
+        self.query_norm = shape.norm() if asks else None
+        self.key_norm = shape.norm()
+        self.project = shape.linear() if asks else None
+
+    def forward(self, x: Tensor, rope: Rope | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """x (N, D) -> queries, keys and values (N, h, d)"""
+        k, v = self.shape.normed_heads(self.key(x), self.key_norm), self.shape.heads(self.value(x))
+        k = k if rope is None else apply_rope(k, *rope)
+        if self.query is None or self.query_norm is None:
+            return None, k.to(v.dtype), v
+        q = self.shape.normed_heads(self.query(x), self.query_norm)
+        return (q if rope is None else apply_rope(q, *rope)).to(v.dtype), k.to(v.dtype), v
+
+
+class JointAttention(nn.Module):
+    """One softmax over the tokens of several segments of a clip: MMDiT (Esser et al. 2024).
+
+    Each segment has weights of its own, or all share those of the first; the `silent` ones answer but do not ask.
+    """
+
+    def __init__(
+        self, shape: HeadShape, names: Sequence[str], attention: Attention, *, shared: bool, silent: Sequence[str] = ()
+    ) -> None:
+        super().__init__()
+        self.shape, self.attention, self.silent = shape, attention, tuple(silent)
+        own = names[:1] if shared else names
+        self.streams = nn.ModuleDict({name: Stream(shape, asks=name not in silent) for name in own})
+        self.stream_of = {name: names[0] if shared else name for name in names}
+
+    def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
+        """asking (N, D) of every segment, already normalised -> updates (N, D) of those not silent"""
+        triples = {name: self.streams[self.stream_of[name]](x, segments[name].rope) for name, x in asking.items()}
+        mixed = attend_jointly(triples, segments, self.attention)
+        return {name: self.streams[self.stream_of[name]].project(x) for name, x in mixed.items()}
+
+    def products(self, counts: Counts, asks: Sequence[str]) -> int:
+        """Multiplications on one clip, for these segments."""
+        asking = sum(counts.tokens[name] for name in asks if name not in self.silent)
+        answering = sum(counts.tokens[name] for name in asks)
+        return 2 * (asking + answering) * self.shape.width**2 + 2 * asking * answering * self.shape.width
+
+
+class SingleStream(nn.Module):
+    """Joint attention and an MLP side by side, with one set of weights and one way back for all segments.
+
+    The parallel block of Dehghani et al. 2023 (ViT-22B), as in FLUX and HunyuanVideo.
+    """
+
+    def __init__(self, shape: HeadShape, hidden: int, activation: Activation, attention: Attention) -> None:
+        super().__init__()
+        self.shape, self.attention, self.activation = shape, attention, activation
+        self.query, self.key, self.value = (shape.linear() for _ in range(3))
+        self.query_norm, self.key_norm = shape.norm(), shape.norm()
+        self.expand = Linear(shape.width, hidden, shape.bias)
+        self.gate = Linear(shape.width, hidden, shape.bias) if activation is Activation.swiglu else None
+        self.project = Linear(shape.width + hidden, shape.width, shape.bias)
+
+    def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
+        """asking (N, D) of every segment, already normalised -> updates (N, D)"""
+        triples = {name: self._heads(x, segments[name].rope) for name, x in asking.items()}
+        mixed = attend_jointly(triples, segments, self.attention)
+        return {name: self.project(torch.cat([mixed[name], self._hidden(x)], dim=-1)) for name, x in asking.items()}
+
+    def _heads(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.shape.normed_heads(self.query(x), self.query_norm)
+        k = self.shape.normed_heads(self.key(x), self.key_norm)
+        v = self.shape.heads(self.value(x))
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        if self.gate is not None:
+            return F.silu(self.gate(x)) * self.expand(x)
+        return activate(self.expand(x), self.activation)
+
+    def products(self, counts: Counts, asks: Sequence[str]) -> int:
+        """Multiplications on one clip, for these segments."""
+        count, width = sum(counts.tokens[name] for name in asks), self.shape.width
+        gate = 0 if self.gate is None else self.gate.weight.numel()
+        layers = 3 * width**2 + self.expand.weight.numel() + self.project.weight.numel() + gate
+        return count * (layers + 2 * count * width)
+
+
+def attend_jointly(
+    triples: Mapping[str, tuple[Tensor | None, Tensor, Tensor]], segments: Segments, attention: Attention
+) -> Tokens:
+    """Queries, keys and values (N, h, d) of some segments, one softmax for each clip -> mixed (N, D) of those that ask.
+
+    Packed segments lie one after the other; here the segments of each clip lie together.
+    """
+    asking = {name: q for name, (q, _, _) in triples.items() if q is not None}
+    q_lengths = [segments[name].lengths for name in asking]
+    k_lengths = [segments[name].lengths for name in triples]
+    q = _join(list(asking.values()), q_lengths)
+    k = _join([key for _, key, _ in triples.values()], k_lengths)
+    v = _join([value for _, _, value in triples.values()], k_lengths)
+    mixed = attention(q, k, v, _totals(q_lengths), _totals(k_lengths)).flatten(1)
+    pieces = mixed.split([length for clip in zip(*q_lengths, strict=True) for length in clip])
+    return {name: torch.cat(pieces[place :: len(asking)]) for place, name in enumerate(asking)}
+
+
+def _join(parts: Sequence[Tensor], lengths: Sequence[Lengths]) -> Tensor:
+    """Tokens of several segments, clip after clip in each -> clip after clip, segment after segment in each."""
+    clips = zip(*(part.split(list(n)) for part, n in zip(parts, lengths, strict=True)), strict=True)
+    return torch.cat([piece for clip in clips for piece in clip])
+
+
+def _totals(lengths: Sequence[Lengths]) -> Lengths:
+    return tuple(sum(clip) for clip in zip(*lengths, strict=True))
 
 
 class Sublayer(nn.Module):
-    """tokens + gate * operation(modulated norm of tokens), for one segment; other segments pass through."""
+    """tokens + gate * operation(modulated norm of tokens), for some segments; the others pass through.
 
-    def __init__(self, segment: str, operation: nn.Module) -> None:
+    `slots` says how many vectors of the condition modulate a group of segments: shift, scale and gate (3), shift
+    and scale of segments that are only read (2), a gate (1), or none (0).
+    """
+
+    def __init__(self, slots: Mapping[tuple[str, ...], int], operation: nn.Module, norm: nn.Module) -> None:
         super().__init__()
-        self.segment = segment
+        self.groups = dict(slots)
+        self.norm = norm
         self.operation = operation
 
-    def forward(self, tokens: Tokens, segments: Segments, modulation: Tensor) -> Tokens:
-        """Tokens of all segments and the modulation (B, 3 * D) of this sublayer -> tokens of all segments."""
-        x = tokens[self.segment]
-        lengths = segments[self.segment].lengths
-        shift, scale, gate = modulation.chunk(SLOTS, dim=-1)
-        update = self.operation(modulated_norm(x, shift, scale, lengths), tokens, segments)
-        return {**tokens, self.segment: gated_sum(x, gate, update, lengths)}
+    @property
+    def slots(self) -> int:
+        """Vectors of modulation that it takes."""
+        return sum(self.groups.values())
+
+    @property
+    def asks(self) -> list[str]:
+        """The segments that it reads through its norm."""
+        return [name for group in self.groups for name in group]
+
+    def forward(self, tokens: Tokens, segments: Segments, modulation: Sequence[Tensor]) -> Tokens:
+        """Tokens of all segments and the modulation, `slots` times (R, D) -> tokens of all segments."""
+        parts = self._parts(modulation)
+        asking = {name: self._input(tokens[name], segments[name].rows, part) for name, part in parts.items()}
+        updates = self.operation(asking, tokens, segments)
+        done = {name: self._sum(tokens[name], x, segments[name].rows, parts[name]) for name, x in updates.items()}
+        return {**tokens, **done}
+
+    def _parts(self, modulation: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
+        parts, start = dict[str, Sequence[Tensor]](), 0
+        for group, slots in self.groups.items():
+            parts |= dict.fromkeys(group, modulation[start : start + slots])
+            start += slots
+        return parts
+
+    def _input(self, x: Tensor, rows: Lengths, part: Sequence[Tensor]) -> Tensor:
+        return modulated(self.norm(x), part[0], part[1], rows) if len(part) > 1 else self.norm(x)
+
+    def _sum(self, x: Tensor, update: Tensor, rows: Lengths, part: Sequence[Tensor]) -> Tensor:
+        return gated_sum(x, part[-1], update, rows) if part else x + update
+
+    def products(self, counts: Counts) -> int:
+        """Multiplications on one clip."""
+        return self.operation.products(counts, self.asks)
 
 
 class Block(nn.Module):
-    """A list of sublayers and the source of their modulation; an architecture is a choice of that list.
-
-    All gates start at zero: a new block is the identity.
-    """
+    """A list of sublayers and the source of their modulation; an architecture is a choice of that list."""
 
     def __init__(self, sublayers: Sequence[Sublayer], modulation: TableModulation | LinearModulation) -> None:
         super().__init__()
@@ -169,7 +352,10 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tokens, segments: Segments, condition: Condition) -> Tokens:
         """Tokens of all segments -> tokens of all segments, of the same shapes."""
-        parts = self.modulation(condition).chunk(len(self.sublayers), dim=-1)
-        for sublayer, part in zip(self.sublayers, parts, strict=True):
-            tokens = sublayer(tokens, segments, part)
+        slots = [sublayer.slots for sublayer in self.sublayers]
+        vectors = self.modulation(condition).chunk(sum(slots), dim=-1)
+        start = 0
+        for sublayer, count in zip(self.sublayers, slots, strict=True):
+            tokens = sublayer(tokens, segments, vectors[start : start + count])
+            start += count
         return tokens

@@ -18,6 +18,10 @@ Tokens = dict[str, Tensor]
 """Tokens of each segment by its name: `video` (N, D), `text` (M, D), clip after clip."""
 
 
+Rope = tuple[Tensor, Tensor]
+"""cos and sin of every token: (N, d / 2) each, or (N, h, d / 2) where heads differ."""
+
+
 class Span(Enum):
     """Which tokens of a clip attend to one another."""
 
@@ -44,23 +48,27 @@ class Segment:
     """One modality of a pack: where its clips begin and end, its cuts, and its rotary table."""
 
     lengths: Lengths
+    rows: Lengths
+    """Tokens of each row of the condition: one row a clip, or one a frame of tokens."""
     cuts: dict[Span, Cut]
-    rope: tuple[Tensor, Tensor] | None = None
-    """cos and sin, (N, d / 2) each; none for text, whose encoder has placed the words."""
+    rope: Rope | None = None
+    """None for text, whose encoder has placed the words."""
 
 
 Segments = dict[str, Segment]
 
 
-def video_segment(grids: Sequence[Grid], rope: tuple[Tensor, Tensor], spans: Iterable[Span]) -> Segment:
+def video_segment(
+    grids: Sequence[Grid], rows: Lengths, rope: Rope | None, spans: Iterable[Span], device: torch.device
+) -> Segment:
     """The segment of clips with these token grids, with only the cuts that the model asks for."""
-    cuts = {span: _cut(span, grids, rope[0].device) for span in spans}
-    return Segment(tuple(t * h * w for t, h, w in grids), cuts, rope)
+    cuts = {span: _cut(span, grids, device) for span in spans}
+    return Segment(tuple(t * h * w for t, h, w in grids), rows, cuts, rope)
 
 
-def text_segment(lengths: Lengths) -> Segment:
-    """The segment of captions with these numbers of tokens."""
-    return Segment(lengths, {Span.clip: Cut(lengths)})
+def clip_segment(lengths: Lengths) -> Segment:
+    """The segment of captions or images with these numbers of tokens, which have no grid."""
+    return Segment(lengths, lengths, {Span.clip: Cut(lengths)})
 
 
 def _cut(span: Span, grids: Sequence[Grid], device: torch.device) -> Cut:

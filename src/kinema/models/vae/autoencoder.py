@@ -1,9 +1,11 @@
 """The causal 3D VAE: videos to normalised latents and back, whole or streamed."""
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +13,40 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kinema.models.vae.initialisation import initialise_decoder, initialise_encoder
 from kinema.models.vae.layers import (
+    CausalAttention,
+    CausalConv,
     CausalSequential,
     Convolution,
     FrameAttention,
+    LayerChoices,
     Norm,
     Output,
+    RepeatedInput,
     ResBlock,
-    SpatialDown,
-    SpatialUp,
+    SpacePadding,
     StreamState,
-    TemporalDown,
-    TemporalUp,
     TimePadding,
-    conv3x3x3,
-    depth_to_space,
-    space_to_depth,
 )
 from kinema.models.vae.posterior import LOGVAR_RANGE, Posterior
+from kinema.models.vae.resampling import (
+    AveragingStage,
+    CopyingStage,
+    Halving,
+    Resampling,
+    depth_to_space,
+    down,
+    space_to_depth,
+    up,
+)
+
+
+class Attention(Enum):
+    """Whom a pixel of the smallest level attends to, where `mid_attention` is on."""
+
+    frame = "frame"
+    """The pixels of its own frame."""
+    causal = "causal"
+    """Those of its own and all earlier frames (HunyuanVideo). A stream then keeps keys and values of all of them."""
 
 
 @dataclass
@@ -53,10 +72,48 @@ class VAEConfig:
     decoder_res_blocks: int = 1
     """Residual blocks a level, decoder."""
     mid_attention: bool = False
-    """Attention within each frame at the smallest level. Makes tiled decoding approximate everywhere."""
+    """Attention at the smallest level, then a residual block. Makes tiled decoding approximate everywhere."""
     convolution: Convolution = Convolution.factorised
     norm: Norm = Norm.layer
     time_padding: TimePadding = TimePadding.first
+
+    # What published autoencoders do differently; `kinema.interop` lists them.
+    norm_groups: int = 32
+    """Groups of channels, for the two group norms."""
+    space_padding: SpacePadding = SpacePadding.zeros
+    decoder_space_padding: SpacePadding | None = None
+    """null: as the encoder."""
+    decoder_causal: bool = True
+    """Off: the decoder's convolutions see as many later frames as earlier ones (LTX-2). It cannot be streamed."""
+    attention: Attention = Attention.frame
+    mid_res_blocks: int = 0
+    """Residual blocks before `mid_attention`."""
+    down: Resampling = Resampling.separate
+    up: Resampling = Resampling.separate
+    stage_shortcuts: bool = False
+    """Around each level and its step: means of the packed pixels on the way down, copies on the way up (Wan 2.2)."""
+    up_halves_channels: bool = False
+    """Steps up in space end with half their channels (Wan 2.1)."""
+    halvings: list[Halving] = field(default_factory=list)
+    """What each step of the encoder halves, from pixels to latents. Empty: as `width_multipliers` says."""
+    decoder_halvings: list[Halving] = field(default_factory=list)
+    """What the decoder's steps double, in the same order, from pixels to latents. Empty: as the encoder."""
+    decoder_width_multipliers: list[int] = field(default_factory=list)
+    """From pixels to latents. Empty: as `width_multipliers`."""
+    res_blocks_by_level: list[int] = field(default_factory=list)
+    """Instead of `num_res_blocks`: one number for each level, from pixels to latents."""
+    decoder_res_blocks_by_level: list[int] = field(default_factory=list)
+    """Instead of `decoder_res_blocks`: one number for each level, from pixels to latents."""
+    latent_convolution: bool = False
+    """1 x 1 x 1 convolutions behind the encoder and before the decoder."""
+    latent_shortcut: bool = False
+    """Means of groups of channels beside the encoder's last convolution, copies beside the decoder's first."""
+    linear_output: bool = True
+    """A linear path beside the last convolutions, for the amplitude which the norm removes."""
+    shared_logvar: bool = False
+    """One log-variance for all channels of a latent pixel (LTX-Video)."""
+    clamp_output: bool = False
+    """`decode` ends at [-1, 1]. The training pass does not: outside, it would have no gradient."""
 
     def __post_init__(self) -> None:
         for name in ("latent_channels", "width", "decoder_width", "num_res_blocks", "decoder_res_blocks"):
@@ -77,11 +134,74 @@ class VAEConfig:
                 f"1: one more than the halvings left by vae.spatial_stride={self.spatial_stride}, "
                 f"vae.pixel_patch={self.pixel_patch} and vae.temporal_stride={self.temporal_stride}"
             )
+        self._check_halvings("halvings", self.encoder_halvings)
+        self._check_halvings("decoder_halvings", self.decoder_halvings_or_encoder)
+        self._check_levels()
+        self._check_steps()
+        self._check_divisible()
 
     @property
     def num_levels(self) -> int:
-        """Levels of resolution."""
-        return 1 + max(self._spatial_halvings, self._temporal_halvings)
+        """Levels of resolution of the encoder."""
+        return 1 + len(self.encoder_halvings)
+
+    @property
+    def encoder_halvings(self) -> list[Halving]:
+        """What lies between each two levels of the encoder, from pixels to latents."""
+        if self.halvings:
+            return self.halvings
+        steps = max(self._spatial_halvings, self._temporal_halvings)
+        space = [i < self._spatial_halvings for i in range(steps)]
+        time = [i >= steps - self._temporal_halvings for i in range(steps)]
+        kinds = {(True, True): Halving.both, (True, False): Halving.space, (False, True): Halving.time}
+        return [kinds[both] for both in zip(space, time, strict=True)]
+
+    @property
+    def decoder_halvings_or_encoder(self) -> list[Halving]:
+        """What lies between each two levels of the decoder, from pixels to latents."""
+        return self.decoder_halvings or self.encoder_halvings
+
+    def encoder_levels(self) -> list["Level"]:
+        """From pixels to latents; each with the step behind it, towards the latents."""
+        widths = [self.width * multiplier for multiplier in self.width_multipliers]
+        blocks = self.res_blocks_by_level or [self.num_res_blocks] * len(widths)
+        return _levels(widths, blocks, [*self.encoder_halvings, None])
+
+    def decoder_levels(self) -> list["Level"]:
+        """From latents to pixels; each with the step behind it, towards the pixels."""
+        multipliers = self.decoder_width_multipliers or self.width_multipliers
+        widths = [self.decoder_width * multiplier for multiplier in multipliers]
+        blocks = self.decoder_res_blocks_by_level or [self.decoder_res_blocks] * len(widths)
+        return _levels(widths[::-1], blocks[::-1], [*self.decoder_halvings_or_encoder[::-1], None])
+
+    def encoder_choices(self) -> LayerChoices:
+        """What the encoder's layers have in common."""
+        return LayerChoices(
+            self.convolution, self.norm, self.norm_groups, self.time_padding, self.space_padding, causal=True
+        )
+
+    def decoder_choices(self) -> LayerChoices:
+        """What the decoder's layers have in common."""
+        padding = self.decoder_space_padding or self.space_padding
+        return replace(self.encoder_choices(), space_padding=padding, causal=self.decoder_causal)
+
+    def encoder_looks_ahead(self) -> str | None:
+        """Why a latent frame depends on later frames, or None: then the encoder is causal and can be streamed."""
+        if self.norm is Norm.group:
+            return "vae.norm=group takes its statistics over all frames of the clip"
+        return None
+
+    def decoder_looks_ahead(self) -> str | None:
+        """Why a decoded frame depends on later latents, or None: then the decoder is causal and can be streamed."""
+        if not self.decoder_causal:
+            return "vae.decoder_causal=false lets every convolution see the next frame"
+        return self.encoder_looks_ahead()
+
+    def needs_whole_frames(self) -> str | None:
+        """Why a tile of a frame has other values all over than the same place in the frame, or None."""
+        if self.norm in (Norm.group, Norm.group_frame):
+            return f"vae.norm={self.norm.value} takes its statistics over whole frames"
+        return None
 
     @property
     def _spatial_halvings(self) -> int:
@@ -91,66 +211,151 @@ class VAEConfig:
     def _temporal_halvings(self) -> int:
         return round(math.log2(self.temporal_stride))
 
-    def halvings(self) -> list[tuple[bool, bool]]:
-        """Between each two levels, from pixels to latents: (halves space, halves time)."""
-        steps = self.num_levels - 1
-        return [(i < self._spatial_halvings, i >= steps - self._temporal_halvings) for i in range(steps)]
+    def _check_halvings(self, name: str, halvings: list[Halving]) -> None:
+        counts = [sum(halving.factors[axis] > 1 for halving in halvings) for axis in (0, 1)]
+        if counts != [self._temporal_halvings, self._spatial_halvings]:
+            raise ValueError(
+                f"vae.{name}={[halving.value for halving in halvings]} halves time {counts[0]} and space {counts[1]} "
+                f"times, but vae.temporal_stride={self.temporal_stride}, vae.spatial_stride={self.spatial_stride} "
+                f"and vae.pixel_patch={self.pixel_patch} need {self._temporal_halvings} and {self._spatial_halvings}"
+            )
+
+    def _check_levels(self) -> None:
+        decoder_levels = 1 + len(self.decoder_halvings_or_encoder)
+        for name, count in (
+            ("decoder_width_multipliers", decoder_levels),
+            ("res_blocks_by_level", self.num_levels),
+            ("decoder_res_blocks_by_level", decoder_levels),
+        ):
+            values = getattr(self, name)
+            if values and (len(values) != count or min(values) < 1):
+                raise ValueError(f"vae.{name}={values} needs {count} entries of at least 1, or none")
+        if not self.decoder_width_multipliers and decoder_levels != self.num_levels:
+            raise ValueError(
+                f"vae.decoder_halvings gives the decoder {decoder_levels} levels and the encoder has "
+                f"{self.num_levels}: set vae.decoder_width_multipliers to {decoder_levels} entries"
+            )
+
+    def _check_steps(self) -> None:
+        if self.up_halves_channels and self.up not in (Resampling.first_alone, Resampling.joint):
+            raise ValueError(
+                f"vae.up_halves_channels=true has no place in vae.up={self.up.value}; use first_alone or joint"
+            )
+        if self.stage_shortcuts and (self.down.changes_channels or self.up.changes_channels):
+            raise ValueError(
+                f"vae.stage_shortcuts=true beside vae.down={self.down.value}, vae.up={self.up.value}: packed steps "
+                "have shortcuts of their own; choose one of the two"
+            )
+        if self.latent_shortcut and self.shared_logvar:
+            raise ValueError("vae.latent_shortcut=true needs vae.shared_logvar=false: it has a mean for each output")
+
+    def _check_divisible(self) -> None:
+        """Channels that are split into groups, or repeated, come out even."""
+        encoder, decoder = self.encoder_levels(), self.decoder_levels()
+        for level in encoder + decoder if self.norm in (Norm.group, Norm.group_frame) else []:
+            _divides("norm_groups", self.norm_groups, level.width)
+        for level in encoder if self.down.changes_channels else []:
+            packed = math.prod((*level.step.factors, level.step.factors[1])) if level.step else 1
+            _divides("width_multipliers", level.next_width, level.width * packed)
+            _divides("width_multipliers", packed, level.next_width)
+        for level in decoder if self.up.changes_channels else []:
+            packed = math.prod((*level.step.factors, level.step.factors[1])) if level.step else 1
+            _divides("decoder_width", packed, level.width)
+            _divides("decoder_width", level.width, level.next_width * packed)
+        if self.latent_shortcut:
+            _divides("latent_channels", 2 * self.latent_channels, encoder[-1].width)
+            _divides("latent_channels", self.latent_channels, decoder[0].width)
 
 
-def _res_blocks(config: VAEConfig, in_channels: int, out_channels: int, count: int) -> list[nn.Module]:
+def _divides(name: str, part: int, whole: int) -> None:
+    if whole % part:
+        raise ValueError(f"vae.{name}: {part} channels or groups must divide {whole}; choose widths that they divide")
+
+
+class Level(NamedTuple):
+    """One resolution: its channels, its residual blocks, and the step behind it to the next level."""
+
+    width: int
+    res_blocks: int
+    step: Halving | None
+    next_width: int
+
+
+def _levels(widths: list[int], blocks: list[int], steps: Sequence[Halving | None]) -> list[Level]:
+    return [Level(*level) for level in zip(widths, blocks, steps, [*widths[1:], widths[-1]], strict=True)]
+
+
+def _res_blocks(choices: LayerChoices, in_channels: int, out_channels: int, count: int) -> list[nn.Module]:
     widths = [in_channels] + [out_channels] * count
-    return [ResBlock(a, b, config.convolution, config.norm, config.time_padding) for a, b in pairwise(widths)]
+    return [ResBlock(a, b, choices) for a, b in pairwise(widths)]
 
 
-def _middle(config: VAEConfig, channels: int) -> list[nn.Module]:
+def _middle(config: VAEConfig, choices: LayerChoices, channels: int) -> list[nn.Module]:
+    before = _res_blocks(choices, channels, channels, config.mid_res_blocks)
     if not config.mid_attention:
-        return []
-    return [FrameAttention(channels, config.norm), *_res_blocks(config, channels, channels, 1)]
+        return before
+    attention = CausalAttention if config.attention is Attention.causal else FrameAttention
+    return [*before, attention(channels, choices), *_res_blocks(choices, channels, channels, 1)]
 
 
 class Encoder(CausalSequential):
     """Pixels (after space to depth) to the latents' mean and log-variance; levels of residual blocks."""
 
     def __init__(self, config: VAEConfig) -> None:
-        widths = [config.width * multiplier for multiplier in config.width_multipliers]
-        pixel_channels = 3 * config.pixel_patch**2
-        layers: list[nn.Module] = [conv3x3x3(pixel_channels, widths[0], config.convolution, config.time_padding)]
-        previous = widths[0]
-        for width, halving in zip(widths, [*config.halvings(), (False, False)], strict=True):
-            layers += _res_blocks(config, previous, width, config.num_res_blocks)
-            halves_space, halves_time = halving
-            layers += [SpatialDown(width)] if halves_space else []
-            layers += [TemporalDown(width, config.time_padding)] if halves_time else []
-            previous = width
-        super().__init__(*layers, *_middle(config, previous))
-        self.output = Output(previous, 2 * config.latent_channels, config.convolution, config.norm, config.time_padding)
+        choices, levels = config.encoder_choices(), config.encoder_levels()
+        previous = levels[0].width
+        layers: list[nn.Module] = [choices.conv3x3x3(3 * config.pixel_patch**2, previous)]
+        for level in levels:
+            stage = _res_blocks(choices, previous, level.width, level.res_blocks)
+            previous = level.width
+            if level.step:
+                previous = level.next_width if config.down.changes_channels else level.width
+                stage += down(config.down, level.step, level.width, previous, choices)
+            factors = level.step.factors if level.step else (1, 1)
+            layers += [AveragingStage(stage, previous, factors)] if config.stage_shortcuts else stage
+        super().__init__(*layers, *_middle(config, choices, previous))
+        outputs = config.latent_channels + (1 if config.shared_logvar else config.latent_channels)
+        self.output = Output(previous, outputs, choices, config.linear_output, grouped=config.latent_shortcut)
+        if config.latent_convolution:
+            self.latent_convolution = CausalConv(outputs, outputs, (1, 1, 1))
 
 
 class Decoder(CausalSequential):
     """Latents to pixels (before depth to space): the encoder's levels backwards."""
 
     def __init__(self, config: VAEConfig) -> None:
-        widths = [config.decoder_width * multiplier for multiplier in reversed(config.width_multipliers)]
-        layers: list[nn.Module] = [
-            conv3x3x3(config.latent_channels, widths[0], config.convolution, config.time_padding)
-        ]
-        layers += _middle(config, widths[0])
-        previous = widths[0]
-        for width, halving in zip(widths, [(False, False), *reversed(config.halvings())], strict=True):
-            halves_space, halves_time = halving
-            layers += [TemporalUp(previous, config.time_padding)] if halves_time else []
-            layers += [SpatialUp(previous)] if halves_space else []
-            layers += _res_blocks(config, previous, width, config.decoder_res_blocks)
-            previous = width
+        choices, levels, channels = config.decoder_choices(), config.decoder_levels(), config.latent_channels
+        previous = levels[0].width
+        layers: list[nn.Module] = [CausalConv(channels, channels, (1, 1, 1))] if config.latent_convolution else []
+        repeated = RepeatedInput(channels, previous, choices) if config.latent_shortcut else None
+        layers += [repeated or choices.conv3x3x3(channels, previous), *_middle(config, choices, previous)]
+        for level in levels:
+            stage = _res_blocks(choices, previous, level.width, level.res_blocks)
+            previous = level.width
+            if level.step:
+                previous = self._behind(config, level)
+                stage += up(config.up, level.step, level.width, previous, choices)
+            if config.stage_shortcuts and level.step:
+                stage = [CopyingStage(stage, previous, level.step.factors)]
+            layers += stage
         super().__init__(*layers)
-        self.output = Output(previous, 3 * config.pixel_patch**2, config.convolution, config.norm, config.time_padding)
+        self.output = Output(previous, 3 * config.pixel_patch**2, choices, config.linear_output)
+
+    @staticmethod
+    def _behind(config: VAEConfig, level: Level) -> int:
+        """Channels behind a level's step."""
+        if config.up.changes_channels:
+            return level.next_width
+        return level.width // 2 if config.up_halves_channels else level.width
 
 
 class CausalVAE(nn.Module):
     """Causal 3D autoencoder: frame 1 alone, then each `temporal_stride` frames, become one latent frame.
 
     A latent frame depends on its own and earlier frames only, and a decoded frame on its own and earlier
-    latent frames, so a video can be encoded and decoded in chunks of any plan with the same result.
+    latent frames, so a video can be encoded and decoded in chunks of any plan with the same result. Two choices of
+    published models break this; `VAEConfig.encoder_looks_ahead` and `.decoder_looks_ahead` say so, and streaming
+    is then refused.
     Latents are normalised with the buffers `latent_mean` and `latent_std`, which live with the weights:
     `encode` applies them, `decode` takes them back, and no one else may.
     """
@@ -163,7 +368,7 @@ class CausalVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        initialise_encoder(self.encoder, self.encoder.output, config.pixel_patch)
+        initialise_encoder(self.encoder, self.encoder.output, config.pixel_patch, config.latent_channels)
         initialise_decoder(self.decoder, self.decoder.output, config.pixel_patch)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
@@ -187,27 +392,35 @@ class CausalVAE(nn.Module):
         return self._normalise(self.encode_unnormalised(video))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, C, k+1, h, w) -> unclamped video (B, 3, k * temporal_stride + 1, H, W)."""
+        """Normalised latents (B, C, k+1, h, w) -> video (B, 3, k * temporal_stride + 1, H, W).
+
+        Not clamped, unless `clamp_output` says so.
+        """
         self._check_latents(latents)
-        return self._to_pixels(self._denormalise(latents), None)
+        return self._clamp(self._to_pixels(self._denormalise(latents), None))
 
     def encode_chunks(self, chunks: Iterable[Tensor], state: StreamState | None = None) -> Iterator[Posterior]:
         """Video in chunks along T -> the posterior of each; together equal to `encode` of the whole.
 
         The first chunk has k * temporal_stride + 1 frames, later ones k * temporal_stride. Pass a state to go
-        on with a stream in a later call.
+        on with a stream in a later call. ValueError where the encoder looks ahead.
         """
+        _refuse_streaming(self.config.encoder_looks_ahead(), "encode")
         state = StreamState() if state is None else state
         for chunk in chunks:
             self._check_video(chunk, starts_clip=not state)
             yield self._normalise(self._to_posterior(chunk, state))
 
     def decode_chunks(self, chunks: Iterable[Tensor], state: StreamState | None = None) -> Iterator[Tensor]:
-        """Normalised latents in chunks of any length -> the video of each; together equal to `decode`."""
+        """Normalised latents in chunks of any length -> the video of each; together equal to `decode`.
+
+        ValueError where the decoder looks ahead.
+        """
+        _refuse_streaming(self.config.decoder_looks_ahead(), "decode")
         state = StreamState() if state is None else state
         for chunk in chunks:
             self._check_latents(chunk)
-            yield self._to_pixels(self._denormalise(chunk), state)
+            yield self._clamp(self._to_pixels(self._denormalise(chunk), state))
 
     def encode_unnormalised(self, video: Tensor) -> Posterior:
         """As `encode`, before the latent statistics: what they are measured on and the losses work with."""
@@ -250,12 +463,16 @@ class CausalVAE(nn.Module):
     def _to_posterior(self, video: Tensor, state: StreamState | None) -> Posterior:
         # Channels last: the norm over channels then has a fused CPU kernel and convolutions are as fast.
         pixels = space_to_depth(video, self.config.pixel_patch).contiguous(memory_format=torch.channels_last_3d)
-        mean, logvar = self.encoder(pixels, state).chunk(2, dim=1)
-        return Posterior(mean, logvar.clamp(*LOGVAR_RANGE))
+        channels = self.config.latent_channels
+        mean, logvar = self.encoder(pixels, state).tensor_split([channels], dim=1)
+        return Posterior(mean, logvar.clamp(*LOGVAR_RANGE).expand(-1, channels, -1, -1, -1))
 
     def _to_pixels(self, latents: Tensor, state: StreamState | None) -> Tensor:
         latents = latents.contiguous(memory_format=torch.channels_last_3d)
         return depth_to_space(self.decoder(latents, state), self.config.pixel_patch)
+
+    def _clamp(self, video: Tensor) -> Tensor:
+        return video.clamp(-1, 1) if self.config.clamp_output else video
 
     def _normalise(self, posterior: Posterior) -> Posterior:
         mean, std = self._statistics()
@@ -299,3 +516,8 @@ class CausalVAE(nn.Module):
                 f"the VAE decodes latents (B, C, t, h, w) with C = vae.latent_channels={channels}, t >= 1, "
                 f"not {tuple(latents.shape)}"
             )
+
+
+def _refuse_streaming(reason: str | None, verb: str) -> None:
+    if reason is not None:
+        raise ValueError(f"this VAE cannot {verb} in chunks: {reason}. Use {verb}() on the whole clip.")

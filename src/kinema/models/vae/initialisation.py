@@ -7,11 +7,12 @@ passes them on already; every convolution beside that path starts random and sma
 import torch
 from torch import Tensor, nn
 
-from kinema.models.vae.layers import (
-    CausalConv,
-    FrameAttention,
-    Output,
-    ResBlock,
+from kinema.models.vae.layers import CausalConv, FrameAttention, Output, ResBlock
+from kinema.models.vae.resampling import (
+    CornerDown,
+    JointDown,
+    PackedDown,
+    PackedUp,
     SpatialDown,
     SpatialUp,
     TemporalDown,
@@ -25,22 +26,26 @@ LOGVAR = -5.0
 
 
 @torch.no_grad()
-def initialise_encoder(encoder: nn.Sequential, output: Output, patch: int) -> None:
-    """Sets all convolutions in place. The input is space to depth of p x p pixels, the output mean and logvar."""
+def initialise_encoder(encoder: nn.Sequential, output: Output, patch: int, channels: int) -> None:
+    """Sets all convolutions in place. The input is space to depth of p x p pixels, the output that many means, and
+    log-variances.
+    """
     _initialise(encoder)
     first = _convolutions(encoder)[0].weight
     _middle_tap(first).copy_(torch.eye(first.shape[0], first.shape[1]) @ _cosines(patch))
-    half = output.linear.conv.out_channels // 2
-    output.linear.conv.weight[half:] = 0
-    output.linear.conv.bias[half:] = LOGVAR
+    last = _last(output)
+    if output.linear is not None:
+        last.weight[channels:] = 0
+    last.bias[channels:] = LOGVAR
 
 
 @torch.no_grad()
 def initialise_decoder(decoder: nn.Sequential, output: Output, patch: int) -> None:
     """Sets all convolutions in place; the inverse of the encoder as far as its channels reach."""
     _initialise(decoder)
-    last = output.linear.conv.weight
-    _middle_tap(last).copy_(_cosines(patch).T @ torch.eye(last.shape[0], last.shape[1]))
+    if output.linear is not None:
+        last = output.linear.conv.weight
+        _middle_tap(last).copy_(_cosines(patch).T @ torch.eye(last.shape[0], last.shape[1]))
 
 
 def _initialise(network: nn.Module) -> None:
@@ -55,7 +60,9 @@ def _initialise(network: nn.Module) -> None:
             _small_branch([module.conv])
         elif isinstance(module, FrameAttention):
             module.out.weight.mul_(BRANCH_SCALE)
-        elif isinstance(module, SpatialDown | TemporalDown):
+        elif isinstance(module, PackedDown | PackedUp):
+            _small_branch([module.conv])  # their shortcuts pass everything on
+        elif isinstance(module, SpatialDown | CornerDown | TemporalDown | JointDown):
             _average(module.conv)
         elif isinstance(module, SpatialUp | TemporalUp):
             _pass_on(module.conv, copies=module.copies)
@@ -65,13 +72,13 @@ def _pass_on(layer: CausalConv, copies: int = 1) -> None:
     """Channel i becomes channel i, and as many copies of it."""
     weight = layer.conv.weight
     identity = torch.eye(weight.shape[0] // copies, weight.shape[1])
-    _middle_tap(weight.zero_()).copy_(identity.repeat(copies, 1))
+    _middle_tap(weight.zero_(), layer.future_frames).copy_(identity.repeat(copies, 1))
 
 
 def _average(layer: CausalConv) -> None:
     """Channel i becomes the mean of channel i over the frames and pixels of one stride."""
     weight, (time, height, width) = layer.conv.weight, layer.conv.stride
-    frames, rows, columns = weight.shape[2] - time, weight.shape[3] // 2, weight.shape[4] // 2
+    frames, (rows, columns) = weight.shape[2] - time, layer.border
     taps = weight.zero_()[:, :, frames:, rows : rows + height, columns : columns + width]
     taps.copy_(torch.eye(*weight.shape[:2])[:, :, None, None, None] / (time * height * width))
 
@@ -88,9 +95,14 @@ def _convolutions(module: nn.Module) -> list[nn.Conv3d]:
     return [layer for layer in module.modules() if isinstance(layer, nn.Conv3d)]
 
 
-def _middle_tap(weight: Tensor) -> Tensor:
-    """View (out, in) of a convolution's weight at the middle pixel of the newest frame."""
-    return weight[:, :, -1, weight.shape[3] // 2, weight.shape[4] // 2]
+def _last(output: Output) -> nn.Conv3d:
+    """The convolution whose bias an output's channels have as they are."""
+    return _convolutions(output.conv)[-1] if output.linear is None else output.linear.conv
+
+
+def _middle_tap(weight: Tensor, future_frames: int = 0) -> Tensor:
+    """View (out, in) of a convolution's weight at the middle pixel of the newest frame but those ahead."""
+    return weight[:, :, -1 - future_frames, weight.shape[3] // 2, weight.shape[4] // 2]
 
 
 def _cosines(patch: int) -> Tensor:

@@ -4,6 +4,8 @@ Every layer is called as `layer(x, state)` with x (B, C, T, H, W). `state=None` 
 a `StreamState` means that x continues the frames which earlier calls with the same state have seen.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -24,12 +26,21 @@ class Convolution(Enum):
 
 
 class Norm(Enum):
-    """Normalisation over the channels of one pixel of one frame, so that nothing looks ahead in time."""
+    """What is normalised together. All but `group` stay within one frame, so that nothing looks ahead in time."""
 
     layer = "layer"
-    """LayerNorm; the fastest on a CPU, where PyTorch has a fused kernel for it."""
+    """LayerNorm over the channels of one pixel; the fastest on a CPU, where PyTorch has a fused kernel for it."""
     rms = "rms"
-    """RMSNorm without a mean, as in Wan 2.1."""
+    """RMSNorm over the channels of one pixel, without a mean."""
+    length = "length"
+    """The channels of one pixel scaled to the length sqrt(C), times a gain (Wan 2.1): RMSNorm without an epsilon."""
+    pixel = "pixel"
+    """RMSNorm without a gain (LTX-2; Karras et al. 2018, Progressive Growing of GANs, section 4.2)."""
+    group_frame = "group_frame"
+    """GroupNorm over the channels of a group and the pixels of one frame."""
+    group = "group"
+    """GroupNorm over the whole clip (HunyuanVideo). NOT causal: a frame changes with those after it, and an image
+    is not the first frame of a video. Cannot be streamed or tiled."""
 
 
 class TimePadding(Enum):
@@ -40,6 +51,16 @@ class TimePadding(Enum):
     zeros = "zeros"
 
 
+class SpacePadding(Enum):
+    """What stands around a frame."""
+
+    zeros = "zeros"
+    replicate = "replicate"
+    """The border pixel repeated."""
+    reflect = "reflect"
+    """The picture mirrored at its border pixels; needs two pixels a side."""
+
+
 class StreamState(dict[nn.Module, Tensor]):
     """What a stream has seen: for each causal layer the past frames that its next output needs.
 
@@ -48,8 +69,31 @@ class StreamState(dict[nn.Module, Tensor]):
     """
 
 
+def starts_clip(layer: nn.Module, state: StreamState | None) -> bool:
+    """Whether a layer that keeps no frames sees the first ones of its clip now; the state remembers that it did."""
+    if state is None:
+        return True
+    first = layer not in state
+    state.setdefault(layer, torch.empty(0))
+    return first
+
+
+def group_means(x: Tensor, groups: int) -> Tensor:
+    """(B, C, ...) -> (B, groups, ...): means of neighbouring channels.
+
+    Added one by one, because the order in which `mean` adds depends on the strides, and with it the last bits.
+    """
+    members = x.unflatten(1, (groups, -1)).unbind(2)
+    return sum(members[1:], members[0]) / len(members)
+
+
 class CausalConv(nn.Module):
-    """3D convolution padded in front of the first frame only; kernel and stride are (time, height, width)."""
+    """3D convolution padded in front of the first frame only; kernel and stride are (time, height, width).
+
+    `causal=False` pads both ends of the clip with as many frames instead; such a layer cannot be streamed.
+    `space_padding=None` leaves the borders of frames as they are.
+    `frame_by_frame` takes the frames of a flat kernel one at a time, so that their number changes no bit.
+    """
 
     def __init__(
         self,
@@ -58,20 +102,30 @@ class CausalConv(nn.Module):
         kernel: tuple[int, int, int],
         stride: tuple[int, int, int] = (1, 1, 1),
         time_padding: TimePadding = TimePadding.first,
+        space_padding: SpacePadding | None = SpacePadding.zeros,
+        causal: bool = True,
+        frame_by_frame: bool = False,
     ) -> None:
         super().__init__()
-        self.past_frames = kernel[0] - 1
+        self.past_frames = kernel[0] - 1 if causal else kernel[0] // 2
+        self.future_frames = kernel[0] - 1 - self.past_frames
         self.time_stride = stride[0]
         self.time_padding = time_padding
-        spatial_padding = (0, kernel[1] // 2, kernel[2] // 2)
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, spatial_padding)
+        self.space_padding = space_padding
+        self.frame_by_frame = frame_by_frame
+        self.border = (kernel[1] // 2, kernel[2] // 2) if space_padding else (0, 0)
+        padding = (0, *self.border) if space_padding is SpacePadding.zeros else 0
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, padding)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """(B, C, T, H, W) -> (B, out, ceil(T / stride), ..), the outputs that the frames so far complete."""
         if self.past_frames == 0 and self.time_stride == 1:
             return self._convolve(x)
-        past = self._before_first(x) if state is None or self not in state else state[self]
+        assert state is None or self.future_frames == 0, "a layer that looks ahead cannot be streamed"
+        past = self._beside(x[:, :, :1], self.past_frames) if state is None or self not in state else state[self]
         x = torch.cat([past, x], dim=2)
+        if self.future_frames:
+            x = torch.cat([x, self._beside(x[:, :, -1:], self.future_frames)], dim=2)
         out = self._convolve(x)
         if state is not None:
             state[self] = x[:, :, out.shape[2] * self.time_stride :].clone()  # a view would keep the chunk alive
@@ -81,9 +135,16 @@ class CausalConv(nn.Module):
         """The convolution in the form that runs fastest on a CPU; a conv3d of a flat kernel takes longer."""
         weight, bias = self.conv.weight, self.conv.bias
         time, height, width = self.conv.kernel_size
+        rows, columns = self.border
+        if self.space_padding not in (None, SpacePadding.zeros) and (rows or columns):
+            x = F.pad(x, (columns, columns, rows, rows, 0, 0), mode=self.space_padding.value)
         if time == 1:  # frames are a batch of images
             frames = x.movedim(1, -1).flatten(0, 1).movedim(-1, 1)  # stays channels last where this copies
-            out = F.conv2d(frames, weight[:, :, 0], bias, self.conv.stride[1:], self.conv.padding[1:])
+            images: Sequence[Tensor] = [frames]
+            if self.frame_by_frame:  # and in one memory format, which a single frame else would not have
+                images = frames.contiguous(memory_format=torch.channels_last).split(1)
+            stride, padding = self.conv.stride[1:], tuple(self.conv.padding)[1:]
+            out = torch.cat([F.conv2d(part, weight[:, :, 0], bias, stride, padding) for part in images])
             return out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         if height == width == 1:  # one matrix product over the stacked frames
             count = (x.shape[2] - time) // self.time_stride + 1
@@ -92,9 +153,9 @@ class CausalConv(nn.Module):
             return F.linear(stacked, weight[..., 0, 0].transpose(1, 2).flatten(1), bias).movedim(-1, 1)
         return self.conv(x.contiguous(memory_format=torch.channels_last_3d))
 
-    def _before_first(self, x: Tensor) -> Tensor:
-        first = x[:, :, :1].expand(-1, -1, self.past_frames, -1, -1)
-        return first if self.time_padding is TimePadding.first else torch.zeros_like(first)
+    def _beside(self, frame: Tensor, count: int) -> Tensor:
+        frames = frame.expand(-1, -1, count, -1, -1)
+        return frames if self.time_padding is TimePadding.first else torch.zeros_like(frames)
 
 
 class CausalSequential(nn.Sequential):
@@ -107,51 +168,120 @@ class CausalSequential(nn.Sequential):
         return x
 
 
-def conv3x3x3(in_channels: int, out_channels: int, convolution: Convolution, time_padding: TimePadding) -> nn.Module:
-    """One causal convolution over a 3 x 3 x 3 neighbourhood, whole or factorised."""
-    if convolution is Convolution.full:
-        return CausalConv(in_channels, out_channels, (3, 3, 3), time_padding=time_padding)
-    return CausalSequential(
-        CausalConv(in_channels, out_channels, (1, 3, 3)),
-        CausalConv(out_channels, out_channels, (3, 1, 1), time_padding=time_padding),
-    )
+class LengthNorm(nn.Module):
+    """Vectors (..., C) scaled to the length sqrt(C), then a gain for each channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> the same shape; lengths are taken in float32 at least."""
+        wide = _wide(x)
+        return F.normalize(wide, dim=-1).to(x.dtype) * len(self.weight) ** 0.5 * self.weight
+
+
+class PixelNorm(nn.Module):
+    """Vectors (..., C) divided by their root mean square."""
+
+    epsilon = 1e-8
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> the same shape; the mean is taken in float32 at least."""
+        wide = _wide(x)
+        return (wide / (wide.square().mean(-1, keepdim=True) + self.epsilon).sqrt()).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least; contiguous, because sums over other strides would add in another order."""
+    return (x if x.dtype == torch.float64 else x.float()).contiguous()
 
 
 class ChannelNorm(nn.Module):
-    """LayerNorm or RMSNorm over the channels of each pixel."""
+    """A norm over the channels of each pixel by itself."""
 
     def __init__(self, channels: int, norm: Norm) -> None:
         super().__init__()
         self.norm: nn.Module
-        self.norm = nn.LayerNorm(channels, eps=1e-6) if norm is Norm.layer else nn.RMSNorm(channels, eps=1e-6)
+        if norm is Norm.length:
+            self.norm = LengthNorm(channels)
+        elif norm is Norm.pixel:
+            self.norm = PixelNorm()
+        else:
+            self.norm = nn.LayerNorm(channels, eps=1e-6) if norm is Norm.layer else nn.RMSNorm(channels, eps=1e-6)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """(B, C, T, H, W) -> the same shape."""
         return self.norm(x.movedim(1, -1)).movedim(-1, 1)
 
 
-class ResBlock(nn.Module):
-    """Pre-activation residual block: norm, SiLU, convolution, twice."""
+class GroupNorm(nn.Module):
+    """Normalises groups of channels over the pixels of each frame, or of all frames of the clip."""
 
-    def __init__(
+    def __init__(self, channels: int, groups: int, over_time: bool) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.over_time = over_time
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """(B, C, T, H, W) -> the same shape."""
+        if self.over_time:
+            return self.norm(x)
+        return self.norm(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class LayerChoices:
+    """What all layers of an encoder, or of a decoder, have in common; and how such a layer is made."""
+
+    convolution: Convolution
+    norm: Norm
+    norm_groups: int
+    time_padding: TimePadding
+    space_padding: SpacePadding
+    causal: bool
+
+    def conv(
         self,
         in_channels: int,
         out_channels: int,
-        convolution: Convolution,
-        norm: Norm,
-        time_padding: TimePadding,
-    ) -> None:
+        kernel: tuple[int, int, int],
+        stride: tuple[int, int, int] = (1, 1, 1),
+    ) -> CausalConv:
+        """A convolution padded as chosen."""
+        paddings = (self.time_padding, self.space_padding, self.causal)
+        return CausalConv(in_channels, out_channels, kernel, stride, *paddings)
+
+    def conv3x3x3(self, in_channels: int, out_channels: int) -> nn.Module:
+        """One convolution over a 3 x 3 x 3 neighbourhood, whole or factorised."""
+        if self.convolution is Convolution.full:
+            return self.conv(in_channels, out_channels, (3, 3, 3))
+        return CausalSequential(
+            self.conv(in_channels, out_channels, (1, 3, 3)), self.conv(out_channels, out_channels, (3, 1, 1))
+        )
+
+    def normalise(self, channels: int) -> nn.Module:
+        """The norm of so many channels."""
+        if self.norm in (Norm.group, Norm.group_frame):
+            return GroupNorm(channels, self.norm_groups, over_time=self.norm is Norm.group)
+        return ChannelNorm(channels, self.norm)
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block: norm, SiLU, convolution, twice."""
+
+    def __init__(self, in_channels: int, out_channels: int, choices: LayerChoices) -> None:
         super().__init__()
-        self.norm1 = ChannelNorm(in_channels, norm)
-        self.norm2 = ChannelNorm(out_channels, norm)
+        self.norm1 = choices.normalise(in_channels)
+        self.norm2 = choices.normalise(out_channels)
         self.conv1: nn.Module
         self.conv2: nn.Module
-        if convolution is Convolution.alternating:
-            self.conv1 = CausalConv(in_channels, out_channels, (1, 3, 3))
-            self.conv2 = CausalConv(out_channels, out_channels, (3, 1, 1), time_padding=time_padding)
+        if choices.convolution is Convolution.alternating:
+            self.conv1 = choices.conv(in_channels, out_channels, (1, 3, 3))
+            self.conv2 = choices.conv(out_channels, out_channels, (3, 1, 1))
         else:
-            self.conv1 = conv3x3x3(in_channels, out_channels, convolution, time_padding)
-            self.conv2 = conv3x3x3(out_channels, out_channels, convolution, time_padding)
+            self.conv1 = choices.conv3x3x3(in_channels, out_channels)
+            self.conv2 = choices.conv3x3x3(out_channels, out_channels)
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else CausalConv(in_channels, out_channels, (1, 1, 1))
 
@@ -162,33 +292,12 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + out
 
 
-class Output(nn.Module):
-    """Norm, SiLU and the last convolution, beside a linear path for the amplitude which the norm removes."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        convolution: Convolution,
-        norm: Norm,
-        time_padding: TimePadding,
-    ) -> None:
-        super().__init__()
-        self.norm = ChannelNorm(in_channels, norm)
-        self.conv = conv3x3x3(in_channels, out_channels, convolution, time_padding)
-        self.linear = CausalConv(in_channels, out_channels, (1, 1, 1))
-
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """(B, in, T, H, W) -> (B, out, T, H, W)."""
-        return self.linear(x, state) + self.conv(F.silu(self.norm(x)), state)
-
-
 class FrameAttention(nn.Module):
     """Single-head self-attention among the pixels of each frame by itself."""
 
-    def __init__(self, channels: int, norm: Norm) -> None:
+    def __init__(self, channels: int, choices: LayerChoices) -> None:
         super().__init__()
-        self.norm = ChannelNorm(channels, norm)
+        self.norm = choices.normalise(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
 
@@ -200,68 +309,59 @@ class FrameAttention(nn.Module):
         return x + rearrange(out, "(b t) 1 (h w) c -> b c t h w", b=batch, h=height)
 
 
-class SpatialDown(nn.Module):
-    """Halves height and width with a strided 1 x 3 x 3 convolution."""
+class CausalAttention(FrameAttention):
+    """Single-head self-attention of each frame's pixels to those of its own and all earlier frames.
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = CausalConv(channels, channels, (1, 3, 3), stride=(1, 2, 2))
-
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """(B, C, T, H, W) -> (B, C, T, H/2, W/2)."""
-        return self.conv(x, state)
-
-
-class SpatialUp(nn.Module):
-    """Doubles height and width: a product to 4 C in each pixel, then depth to space."""
-
-    copies = 4
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = CausalConv(channels, 4 * channels, (1, 1, 1))
-
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """(B, C, T, H, W) -> (B, C, T, 2H, 2W)."""
-        return depth_to_space(self.conv(x, state), 2)
-
-
-class TemporalDown(nn.Module):
-    """Halves the frames with a strided 3 x 1 x 1 causal convolution: 2k + 1 frames become k + 1."""
-
-    def __init__(self, channels: int, time_padding: TimePadding) -> None:
-        super().__init__()
-        self.conv = CausalConv(channels, channels, (3, 1, 1), stride=(2, 1, 1), time_padding=time_padding)
-
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """(B, C, 2k+1, H, W) -> (B, C, k+1, H, W); later chunks of a stream: 2k frames -> k."""
-        return self.conv(x, state)
-
-
-class TemporalUp(nn.Module):
-    """Doubles the frames: a 3 x 1 x 1 causal convolution to 2 C, then depth to time, less the clip's first.
-
-    The first latent frame stands for one frame and every later one for two, so k + 1 become 2k + 1.
+    Frame by frame instead of under one mask: half the products, no mask, and the same bits however a clip is cut.
+    A stream keeps the keys and values of all frames that it has seen.
     """
 
-    copies = 2
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """(B, C, T, H, W) -> the same shape."""
+        height, pixels = x.shape[3], x.shape[3] * x.shape[4]
+        frames = rearrange(self.norm(x), "b c t h w -> t b 1 (h w) c")
+        query, new = torch.stack([self.qkv(frame) for frame in frames]).tensor_split([x.shape[1]], dim=-1)
+        seen = rearrange(new, "t b one n c -> b one (t n) c")
+        if state is not None:
+            seen = state[self] = torch.cat([state[self], seen], dim=2) if self in state else seen
+        ends = [seen.shape[2] - pixels * after for after in reversed(range(len(frames)))]
+        out = [
+            self.out(F.scaled_dot_product_attention(q, *seen[:, :, :end].chunk(2, dim=-1)))
+            for q, end in zip(query, ends, strict=True)
+        ]
+        return x + rearrange(torch.stack(out), "t b 1 (h w) c -> b c t h w", h=height)
 
-    def __init__(self, channels: int, time_padding: TimePadding) -> None:
+
+class Output(nn.Module):
+    """Norm, SiLU and the last convolution; optionally beside a linear path for the amplitude that the norm removes,
+    or beside the input's channels themselves, averaged in groups (HunyuanVideo-1.5).
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, choices: LayerChoices, linear: bool, grouped: bool = False
+    ) -> None:
         super().__init__()
-        self.conv = CausalConv(channels, 2 * channels, (3, 1, 1), time_padding=time_padding)
+        self.norm = choices.normalise(in_channels)
+        self.conv = choices.conv3x3x3(in_channels, out_channels)
+        self.linear = CausalConv(in_channels, out_channels, (1, 1, 1)) if linear else None
+        self.groups = out_channels if grouped else None
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
-        """(B, C, k+1, H, W) -> (B, C, 2k+1, H, W); later chunks of a stream: k frames -> 2k."""
-        starts_clip = state is None or self.conv not in state
-        out = rearrange(self.conv(x, state), "b (r c) t h w -> b c (t r) h w", r=2)
-        return out[:, :, 1:] if starts_clip else out
+        """(B, in, T, H, W) -> (B, out, T, H, W)."""
+        out = self.conv(F.silu(self.norm(x)), state)
+        if self.groups is not None:
+            out = out + group_means(x, self.groups)
+        return out if self.linear is None else self.linear(x, state) + out
 
 
-def space_to_depth(x: Tensor, factor: int) -> Tensor:
-    """(B, C, T, H f, W f) -> (B, f f C, T, H, W): each f x f patch becomes one pixel."""
-    return rearrange(x, "b c t (h p) (w q) -> b (p q c) t h w", p=factor, q=factor)
+class RepeatedInput(nn.Module):
+    """A convolution of the latents beside the latents themselves, each channel repeated (HunyuanVideo-1.5)."""
 
+    def __init__(self, in_channels: int, out_channels: int, choices: LayerChoices) -> None:
+        super().__init__()
+        self.conv = choices.conv3x3x3(in_channels, out_channels)
+        self.repeats = out_channels // in_channels
 
-def depth_to_space(x: Tensor, factor: int) -> Tensor:
-    """(B, f f C, T, H, W) -> (B, C, T, H f, W f): the inverse of `space_to_depth`."""
-    return rearrange(x, "b (p q c) t h w -> b c t (h p) (w q)", p=factor, q=factor)
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """(B, in, T, H, W) -> (B, out, T, H, W)."""
+        return self.conv(x, state) + x.repeat_interleave(self.repeats, dim=1)

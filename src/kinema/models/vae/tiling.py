@@ -54,6 +54,8 @@ def tile_spans(size: int, tile: int, overlap: int) -> list[Span]:
 
 def _to_latent_pixels(vae: CausalVAE, tile: int, overlap: int) -> tuple[int, int]:
     """The one place where the settings change from pixels to latent pixels."""
+    if (reason := vae.config.needs_whole_frames()) is not None:
+        raise ValueError(f"tile={tile}: this VAE cannot work in tiles: {reason}. Encode and decode whole frames.")
     stride = vae.config.spatial_stride
     for name, value in (("tile", tile), ("overlap", overlap)):
         if value % stride:

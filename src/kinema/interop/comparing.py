@@ -1,0 +1,166 @@
+"""Our module and the reference's on the same fixed noise: what an export must pass before it is published."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kinema.interop.preset import Record
+from kinema.models.dit import DiT, Extras
+from kinema.models.vae import CausalVAE
+
+LIMIT = 1e-4
+"""Largest relative difference that an export may have."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Fixed inputs of a denoiser: two clips with different timesteps; what a model does not read is None."""
+
+    latents: Tensor
+    """(2, C, T, H, W)"""
+    timesteps: Tensor
+    """(2,) in [0, 1]"""
+    text: Tensor
+    """(2, L, D)"""
+    channels: Tensor | None = None
+    """(2, condition_channels, T, H, W)"""
+    image: Tensor | None = None
+    """(2, L, image_width)"""
+    pooled: Tensor | None = None
+    """(2, pooled_width)"""
+    guidance: Tensor | None = None
+    """(2,)"""
+
+    @classmethod
+    def of(cls, model: DiT, words: int, seed: int = 0) -> "Sample":
+        """A small odd grid of patches, captions of `words` tokens, and all conditions that the model reads."""
+        generator, config = torch.Generator().manual_seed(seed), model.config
+        grid = [patch * count for patch, count in zip(config.patch_size, (3, 3, 5), strict=True)]
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(2, *shape, generator=generator)
+
+        return cls(
+            latents=draw(model.latent_channels, *grid),
+            timesteps=torch.tensor([0.3, 0.9]),
+            text=draw(words, model.text_width),
+            channels=draw(config.condition_channels, *grid) if config.condition_channels else None,
+            image=draw(6, config.image_width) if config.image_width else None,
+            pooled=draw(config.pooled_width) if config.pooled_width else None,
+            guidance=torch.tensor([6.0, 1.5]) if config.guidance else None,
+        )
+
+    def extras(self) -> Extras:
+        """The conditions as our model takes them."""
+        guidance = None if self.guidance is None else self.guidance.tolist()
+        return Extras(_rows(self.channels), _rows(self.image), _rows(self.pooled), guidance)
+
+    def given(self) -> Tensor:
+        """Noisy latents and given channels together, as references take them."""
+        return self.latents if self.channels is None else torch.cat([self.latents, self.channels], dim=1)
+
+
+def _rows(values: Tensor | None) -> list[Tensor] | None:
+    return None if values is None else list(values)
+
+
+Call = Callable[[Any, Record, Sample], Tensor]
+
+
+def wan(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """Wan 2.1 and 2.2: timesteps count to 1000."""
+    return reference(sample.given(), sample.timesteps * 1000, sample.text, sample.image).sample
+
+
+def ltx_video(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """LTX-Video: tokens in a row; positions in seconds at 25 frames a second and in pixels, 8 x 32 x 32 a latent."""
+    _, _, frames, height, width = sample.latents.shape
+    tokens = sample.latents.permute(0, 2, 3, 4, 1).flatten(1, 3)
+    timesteps = (sample.timesteps * 1000)[:, None].expand(tokens.shape[:2])
+    mask = torch.ones(sample.text.shape[:2])
+    found = reference(tokens, sample.text, timesteps, mask, frames, height, width, (8 / 25, 32, 32)).sample
+    return found.unflatten(1, (frames, height, width)).permute(0, 4, 1, 2, 3)
+
+
+def hunyuan_video(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """HunyuanVideo: timesteps and guidance count to 1000."""
+    mask = torch.ones(sample.text.shape[:2], dtype=torch.long)
+    guidance = None if sample.guidance is None else sample.guidance * 1000
+    return reference(sample.given(), sample.timesteps * 1000, sample.text, mask, sample.pooled, guidance).sample
+
+
+def cogvideox(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """CogVideoX: frames before channels, and rotary positions from outside."""
+    rope = None
+    if config["use_rotary_positional_embeddings"]:
+        frames, height, width = (
+            side // (patch or 1)
+            for side, patch in zip(
+                sample.latents.shape[2:],
+                (config["patch_size_t"], config["patch_size"], config["patch_size"]),
+                strict=True,
+            )
+        )
+        angles = import_module("diffusers.models.embeddings").get_3d_rotary_pos_embed
+        rope = angles(config["attention_head_dim"], ((0, 0), (height, width)), (height, width), frames)
+    latents = sample.given().transpose(1, 2)
+    found = reference(latents, sample.text, sample.timesteps * 1000, image_rotary_emb=rope).sample
+    return found.transpose(1, 2)
+
+
+CALLS: dict[str, Call] = {
+    "WanTransformer3DModel": wan,
+    "LTXVideoTransformer3DModel": ltx_video,
+    "HunyuanVideoTransformer3DModel": hunyuan_video,
+    "CogVideoXTransformer3DModel": cogvideox,
+}
+"""How the forward of each class of the reference takes a sample."""
+
+
+def words_of(config: Record) -> int:
+    """Tokens of a caption, where the reference demands a number: Wan finds an image's tokens behind 512 of text."""
+    if config.get("image_dim") is not None:
+        return 512
+    return config.get("max_text_seq_length", 7)
+
+
+@torch.no_grad()
+def difference(ours: nn.Module, reference: Any, config: Record) -> float:
+    """Largest difference of the two outputs, relative to the largest output; of encoder and decoder for a VAE."""
+    reference.eval()
+    ours.eval()
+    if isinstance(ours, CausalVAE):
+        return _vae_difference(ours, reference)
+    assert isinstance(ours, DiT)
+    name = type(reference).__name__
+    if name not in CALLS:
+        raise ValueError(f"{name}: Kinema cannot run this class for a comparison yet; it has calls for {list(CALLS)}.")
+    sample = Sample.of(ours, words_of(config))
+    expected = CALLS[name](reference, config, sample)
+    actual = ours(list(sample.latents), sample.timesteps, list(sample.text), sample.extras())
+    return relative(torch.stack(actual), expected)
+
+
+def _vae_difference(ours: CausalVAE, reference: Any) -> float:
+    generator = torch.Generator().manual_seed(0)
+    time, space = ours.geometry_strides
+    video = torch.rand(1, 3, 2 * time + 1, 3 * space, 5 * space, generator=generator) * 2 - 1
+    encoded = reference.encode(video).latent_dist.mean
+    latents = torch.randn(encoded.shape, generator=generator)
+    mean, std = ours.latent_mean.view(-1, 1, 1, 1), ours.latent_std.view(-1, 1, 1, 1)
+    return max(
+        relative(ours.encode(video).mean * std + mean, encoded),
+        relative(ours.decode(latents), reference.decode(latents * std + mean).sample),
+    )
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest expected value; infinite where shapes or finiteness differ."""
+    if actual.shape != expected.shape or not torch.isfinite(expected).all():
+        return float("inf")
+    scale = expected.abs().max().clamp(min=1e-12)
+    return ((actual - expected).abs().max() / scale).item()

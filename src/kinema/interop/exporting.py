@@ -1,0 +1,311 @@
+"""`kinema export`: weights as another library loads them, loaded by it and compared before they count."""
+
+import argparse
+import enum
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from kinema.diffusion.objective import RectifiedFlow
+from kinema.identity import fingerprint
+from kinema.interop.card import model_card
+from kinema.interop.comparing import LIMIT, difference
+from kinema.interop.folders import published_folder
+from kinema.interop.importing import publish
+from kinema.interop.loading import Held, held_of
+from kinema.interop.preset import Preset, Record
+from kinema.interop.presets import PRESETS
+from kinema.interop.reading import read_published
+from kinema.interop.recognising import build_on_meta, shapes_of
+from kinema.interop.reference import is_installed, reference_class
+from kinema.models.vae import CausalVAE
+from kinema.training.checkpoint import write_json
+from kinema.training.run_folder import Weights
+
+WEIGHTS_NAME = "diffusion_pytorch_model"
+MAX_SHARD_BYTES = 10 * 10**9
+COMFY_PREFIX = "model.diffusion_model."
+
+TEXT = ("text_encoder", "tokenizer")
+PIPELINES: dict[tuple[str, str, bool], tuple[str, tuple[str, ...]]] = {
+    ("WanTransformer3DModel", "AutoencoderKLWan", False): ("WanPipeline", (*TEXT, "transformer_2")),
+    ("WanTransformer3DModel", "AutoencoderKLWan", True): (
+        "WanImageToVideoPipeline",
+        (*TEXT, "transformer_2", "image_encoder", "image_processor"),
+    ),
+    ("HunyuanVideoTransformer3DModel", "AutoencoderKLHunyuanVideo", False): (
+        "HunyuanVideoPipeline",
+        (*TEXT, "text_encoder_2", "tokenizer_2"),
+    ),
+}
+"""Transformer, VAE, whether channels are given -> the reference's pipeline, and its parts that an export lacks."""
+
+SINGLE_FILE = {"WanTransformer3DModel", "WanVACETransformer3DModel"}
+"""Classes of which the reference reads the maker's files of any size; of others it knows the released size or none."""
+
+
+class Format(enum.Enum):
+    """What is written."""
+
+    diffusers = "diffusers"
+    single_file = "single-file"
+    kinema = "kinema"
+
+
+class Part(enum.Enum):
+    """Which models of a run are written."""
+
+    all = "all"
+    transformer = "transformer"
+    vae = "vae"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    parser.add_argument("run", type=Path, help="a run folder (its newest checkpoint) or one checkpoint folder")
+    parser.add_argument("--to", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--format", choices=[f.value for f in Format], default=Format.diffusers.value)
+    parser.add_argument("--weights", choices=[w.value for w in Weights], default=Weights.ema.value)
+    parser.add_argument("--part", choices=[p.value for p in Part], default=Part.all.value)
+    parser.add_argument("--preset", default=None, help="the published model to be, where several fit")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export, and say how near the target library comes."""
+    for line in export(
+        arguments.run, arguments.to, arguments.format, arguments.weights, arguments.part, arguments.preset
+    ):
+        print(line)
+    return 0
+
+
+def export(
+    source: "nn.Module | str | Path",
+    to: "str | Path",
+    format: str = "diffusers",
+    weights: str = "ema",
+    part: str = "all",
+    preset: str | None = None,
+) -> list[str]:
+    """Write a module, or a run's weights, into the new folder `to`; returns lines, the last with the difference.
+
+    Nothing is left of a model that no preset describes, or that the target library computes otherwise.
+    """
+    held = held_of(source, Weights(weights)).only(part)
+    if Format(format) is Format.kinema:
+        with published_folder(Path(to)) as aside:
+            return write_kinema(aside, held)
+    chosen = {name: Described.of(name, model, tensors, held, preset) for name, (model, tensors) in held.models.items()}
+    write = write_diffusers if Format(format) is Format.diffusers else write_single_file
+    with published_folder(Path(to)) as aside:
+        lines = write(aside, held, chosen)
+        if held.manifest is not None:
+            write_json(aside / "manifest.json", held.manifest)
+        (aside / "README.md").write_text(model_card(held, {n: d.preset for n, d in chosen.items()}, lines))
+    return lines
+
+
+@dataclass(frozen=True)
+class Described:
+    """One of our models as the row of the table that it is."""
+
+    model: nn.Module
+    """float32, on the CPU."""
+    preset: Preset
+    config: Record
+    theirs: dict[str, Tensor]
+    """In the reference's names, and in the types of the checkpoint."""
+    original: dict[str, Tensor]
+    """In the maker's own names, where a single file uses those."""
+
+    @classmethod
+    def of(cls, name: str, model: nn.Module, tensors: dict[str, Tensor], held: Held, wanted: str | None) -> "Described":
+        """Find the preset; ValueError names, for each that is near, the axis that the reference lacks."""
+        preset, config = find_preset(model, wanted if name != "vae" else None, held.published_preset(name))
+        skeleton = build_on_meta(preset, config, Path(name))
+        assert shapes_of(skeleton.state_dict()) == shapes_of(tensors), f"{preset.name}: describe is not build's inverse"
+        theirs = preset.key_map(config).to_theirs(tensors)
+        table = preset.original_key_map
+        return cls(model, preset, config, theirs, table(config).to_theirs(tensors) if table else theirs)
+
+
+def find_preset(model: nn.Module, wanted: str | None, imported_as: str | None) -> tuple[Preset, Record]:
+    """The published model that ours is, and the reference's config of it."""
+    fitting: dict[str, tuple[Preset, Record]] = {}
+    reasons: list[str] = []
+    for preset in PRESETS:
+        if is_vae(preset) is not isinstance(model, CausalVAE) or wanted not in (None, preset.name):
+            continue
+        try:
+            config = preset.describe(model)
+        except ValueError as error:
+            reasons.append(f"{preset.name}: {error}")
+            continue
+        if preset.accepts(config):
+            fitting[preset.name] = (preset, config)
+    if not fitting:
+        raise ValueError(f"no published model is built like this one. {' '.join(reasons) or f'{wanted} is unknown.'}")
+    if imported_as in fitting:
+        return fitting[imported_as]
+    if len(fitting) > 1:
+        raise ValueError(f"this model is {' as well as '.join(fitting)}: choose one with --preset {min(fitting)}")
+    return next(iter(fitting.values()))
+
+
+def is_vae(preset: Preset) -> bool:
+    """Whether a preset is of an autoencoder."""
+    return preset.reference.startswith("Autoencoder")
+
+
+def write_diffusers(folder: Path, held: Held, models: dict[str, Described]) -> list[str]:
+    """A component's folder for one model; a pipeline's for a transformer with its VAE."""
+    whole = len(models) > 1
+    lines = []
+    for name, model in models.items():
+        where = folder / name if whole else folder
+        write_component(where, model)
+        lines.append(check_difference(name, model, reload(where, model)))
+    return [write_pipeline(folder, held, models), *lines] if whole else lines
+
+
+def write_component(folder: Path, model: Described) -> None:
+    """config.json and the tensors, in shards where they are large."""
+    folder.mkdir(exist_ok=True)
+    write_config(folder, model)
+    shards = split_shards(model.theirs, MAX_SHARD_BYTES)
+    if len(shards) == 1:
+        save(shards[0], folder / f"{WEIGHTS_NAME}.safetensors")
+        return
+    names = [f"{WEIGHTS_NAME}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        save(shard, folder / name)
+    total = sum(tensor.nbytes for tensor in model.theirs.values())
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / f"{WEIGHTS_NAME}.safetensors.index.json", index)
+
+
+def write_config(folder: Path, model: Described) -> None:
+    """The reference's config.json."""
+    header = {"_class_name": model.preset.reference, "_diffusers_version": version("diffusers")}
+    write_json(folder / "config.json", {**header, **{k: v for k, v in model.config.items() if not k.startswith("_")}})
+
+
+def split_shards(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Tensors in their order, in as few pieces as stay below the limit; one tensor is never cut."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    return shards
+
+
+def save(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file that other libraries read."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
+
+
+def reload(folder: Path, model: Described) -> Any:
+    """The folder through the reference library, float32."""
+    target = reference_class(model.preset.reference)
+    if is_installed("accelerate"):
+        return target.from_pretrained(folder, torch_dtype=torch.float32)
+    reference = target.from_config(target.load_config(folder))  # without accelerate it refuses some of its own classes
+    reference.load_state_dict(read_published(folder).tensors())
+    return reference
+
+
+def check_difference(name: str, model: Described, reference: Any) -> str:
+    """The line that says how far the reference is from us; ValueError above the limit."""
+    found = difference(model.model, reference, model.config)
+    what = f"{name}: {model.preset.name}, loaded by diffusers as {model.preset.reference}"
+    line = f"{what}, largest difference {found:.1e}"
+    if not found <= LIMIT:
+        raise ValueError(f"{line} (relative) is above {LIMIT:.0e}: nothing was written.")
+    return line
+
+
+def write_pipeline(folder: Path, held: Held, models: dict[str, Described]) -> str:
+    """The scheduler and model_index.json, where the reference has a pipeline of these models; the line that says so."""
+    transformer, vae = models["transformer"], models["vae"]
+    is_given = transformer.config["in_channels"] != transformer.config["out_channels"]
+    key = (transformer.preset.reference, vae.preset.reference, is_given)
+    if key not in PIPELINES:
+        return f"diffusers has no pipeline of {key[0]} with {key[1]}: its parts are in transformer/ and vae/"
+    pipeline, absent = PIPELINES[key]
+    scheduler = reference_class("FlowMatchEulerDiscreteScheduler")(shift=flow_shift(held))
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": pipeline,
+        "_diffusers_version": version("diffusers"),
+        **{name: ["diffusers", model.preset.reference] for name, model in models.items()},
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        **{name: [None, None] for name in absent},
+    }
+    write_json(folder / "model_index.json", index)
+    return f"model_index.json: {pipeline}, shift {flow_shift(held):g}; give it {', '.join(absent[:2])} when you load it"
+
+
+def flow_shift(held: Held) -> float:
+    """The shift of the training; ValueError for an objective that the reference's scheduler cannot follow."""
+    objective = held.objective()
+    if objective is None:
+        return 1.0
+    if not isinstance(objective, RectifiedFlow) or objective.prediction_target.name != "velocity":
+        raise ValueError(
+            f"objective={type(objective).__name__}, prediction_target={objective.prediction_target.name}: the "
+            "scheduler of this pipeline samples velocities of a rectified flow. Type --part transformer."
+        )
+    if objective.shift_base_tokens is not None:
+        raise ValueError(
+            f"objective.shift_base_tokens={objective.shift_base_tokens}: the reference's scheduler has one shift for "
+            "clips of any size. Type --part transformer, and give its scheduler the shift of your clips."
+        )
+    return objective.timestep_shift
+
+
+def write_single_file(folder: Path, held: Held, models: dict[str, Described]) -> list[str]:
+    """One file a model in the maker's own names, as ComfyUI reads them, compared after reading it back."""
+    lines = []
+    for name, model in models.items():
+        prefix = COMFY_PREFIX if name == "transformer" else ""
+        path = folder / f"{name}.safetensors"
+        save({f"{prefix}{key}": tensor for key, tensor in model.original.items()}, path)
+        lines.append(check_difference(name, model, reload_single_file(path, model)))
+    return lines
+
+
+def reload_single_file(path: Path, model: Described) -> Any:
+    """The file through the reference library: by its own table of the maker's names where that fits any size."""
+    target = reference_class(model.preset.reference)
+    if model.preset.reference in SINGLE_FILE:
+        with TemporaryDirectory() as folder:
+            write_config(Path(folder), model)
+            return target.from_single_file(str(path), config=folder)
+    table = model.preset.original_key_map or model.preset.key_map
+    ours = table(model.config).to_ours(read_published(path).tensors())
+    reference = target(**model.config)
+    reference.load_state_dict(model.preset.key_map(model.config).to_theirs(ours))
+    return reference
+
+
+def write_kinema(folder: Path, held: Held) -> list[str]:
+    """Only the chosen weights, in a folder that `init_from`, `vae.path` and `sample.py` take."""
+    lines = []
+    for name, (_, tensors) in held.models.items():
+        manifest, mark = held.manifest_of(name), fingerprint(tensors)
+        alone = name == "transformer" or len(held.models) == 1
+        publish(folder if alone else folder / "vae", tensors, {**manifest, "fingerprints": {"raw": mark, "ema": mark}})
+        lines.append(f"{name}: {len(tensors)} tensors, fingerprint {mark}")
+    return lines

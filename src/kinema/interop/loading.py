@@ -1,0 +1,146 @@
+"""Modules from paths: a published model, or a run of Kinema's own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor, nn
+
+from kinema.diffusion.objective import DDPM, Objective, RectifiedFlow
+from kinema.identity import from_plain
+from kinema.interop.importing import import_model, recognise_all
+from kinema.interop.reading import is_pipeline
+from kinema.interop.recognising import recognise
+from kinema.models.dit import DiT, DiTConfig
+from kinema.models.vae import CausalVAE
+from kinema.sampling.pipeline import Pipeline
+from kinema.sampling.sample import load_pipeline
+from kinema.training.checkpoint import SEAL, Checkpoint, CheckpointStore
+from kinema.training.run_folder import Weights, checkpoint_of, load_vae, load_weights
+
+Model = tuple[nn.Module, dict[str, Tensor]]
+"""A module in float32, and its tensors in the types that they were stored in."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The models of a pipeline that Kinema cannot sample."""
+
+    denoiser: nn.Module
+    vae: nn.Module
+
+
+@dataclass(frozen=True)
+class Held:
+    """The models that a source holds, `transformer` and `vae`, and what its manifest says of them."""
+
+    models: dict[str, Model]
+    manifest: dict[str, Any] | None
+    vae_manifest: dict[str, Any] | None = None
+
+    def only(self, part: str) -> "Held":
+        """This with one of its models, or with all."""
+        if part == "all":
+            return self
+        if part not in self.models:
+            raise ValueError(f"--part {part}: there is only {', '.join(self.models)}.")
+        return Held({part: self.models[part]}, self.manifest, self.vae_manifest)
+
+    def objective(self) -> Objective | None:
+        """The objective of the training; None for a module without a manifest."""
+        plain = (self.manifest or {}).get("objective")
+        return None if plain is None else from_plain(plain, RectifiedFlow, DDPM)
+
+    def published_preset(self, name: str) -> str | None:
+        """The preset that a model was imported as."""
+        manifest = (self.vae_manifest if name == "vae" else self.manifest) or {}
+        return manifest.get("published", {}).get("preset")
+
+    def manifest_of(self, name: str) -> dict[str, Any]:
+        """The manifest of a model; ValueError for a module that was given itself."""
+        manifest = self.vae_manifest if name == "vae" else self.manifest
+        if manifest is None:
+            raise ValueError("format=kinema: a module alone has no manifest. Export it as diffusers and import that.")
+        return manifest
+
+
+def load(path: "str | Path") -> Any:
+    """A module with published weights, or with a run's: a `DiT`, a `CausalVAE`, or for a whole pipeline or run both.
+
+    Takes a diffusers folder, the maker's own files, a single .safetensors file, or a run of Kinema. A whole one becomes
+    a sampling `Pipeline`; a published pipeline without its text encoder becomes `Parts`, with `denoiser` and `vae`.
+    Modules come in float32, in evaluation mode.
+    """
+    path = Path(path)
+    if is_run(path):
+        checkpoint = checkpoint_of(str(path), "path")
+        if "text" in checkpoint.document("manifest"):
+            return load_pipeline(checkpoint).pipeline
+        models = held_of(path, Weights.ema).models
+        return models["transformer" if "transformer" in models else "vae"][0].eval()
+    if is_pipeline(path):
+        return load_published_pipeline(path)
+    return recognise(path).module()
+
+
+def load_published_pipeline(path: Path) -> "Pipeline | Parts":
+    """A pipeline's folder: ready to sample where it holds its text encoder, its denoiser and VAE otherwise."""
+    if not recognise_all(path).can_sample:
+        return Parts(recognise(path / "transformer").module(), recognise(path / "vae").module())
+    with TemporaryDirectory() as folder:
+        import_model(path, Path(folder) / "run")
+        return load_pipeline(checkpoint_of(f"{folder}/run", "path")).pipeline
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run of Kinema or one of its checkpoints."""
+    return (path / SEAL).is_file() or (path / "checkpoints").is_dir()
+
+
+def held_of(source: "nn.Module | str | Path", weights: Weights) -> Held:
+    """The models of a run, or of a module that is given itself."""
+    if isinstance(source, nn.Module):
+        name = "vae" if isinstance(source, CausalVAE) else "transformer"
+        return Held({name: (source, source.state_dict())}, None)
+    if not is_run(Path(source)):
+        raise ValueError(f"{source} is no run of Kinema: it holds no checkpoints. Import it first (kinema import).")
+    checkpoint = checkpoint_of(str(source), "run")
+    manifest = checkpoint.document("manifest")
+    if manifest["task"] == "vae":
+        return Held({"vae": vae_of(checkpoint, weights)}, manifest, manifest)
+    models: dict[str, Model] = {}
+    carried = CheckpointStore(checkpoint.folder.parent.parent / "vae").newest()
+    if carried is not None:
+        models["vae"] = vae_of(carried, Weights(manifest["vae"]["weights"]))
+    vae = models["vae"][0] if models else None
+    models["transformer"] = transformer_of(checkpoint, manifest, weights, vae)
+    return Held(models, manifest, carried.document("manifest") if carried else None)
+
+
+def vae_of(checkpoint: Checkpoint, weights: Weights) -> Model:
+    """The VAE of a checkpoint, its fingerprint verified."""
+    return load_vae(checkpoint, weights)[0], checkpoint.tensors(file_of(weights))
+
+
+def transformer_of(checkpoint: Checkpoint, manifest: dict[str, Any], weights: Weights, vae: nn.Module | None) -> Model:
+    """The DiT of a checkpoint, its fingerprint verified."""
+    config = from_plain(manifest["model"]["config"], DiTConfig)
+    model = DiT(config, *dit_widths(manifest, vae))
+    if load_weights(model, checkpoint, weights) != manifest["fingerprints"][weights.value]:
+        raise ValueError(f"{checkpoint.folder}: the weights are not those that its manifest names.")
+    return model, checkpoint.tensors(file_of(weights))
+
+
+def dit_widths(manifest: dict[str, Any], vae: nn.Module | None) -> tuple[int, int]:
+    """Latent channels and width of the text: of an import by its manifest, of a training by its VAE and encoder."""
+    record = manifest["model"]
+    if "latent_channels" in record:
+        return record["latent_channels"], record["text_width"]
+    assert isinstance(vae, CausalVAE)
+    return vae.config.latent_channels, manifest["text"]["policy"]["width"]
+
+
+def file_of(weights: Weights) -> str:
+    """Name of a checkpoint's file of these weights, as `Checkpoint.tensors` takes it."""
+    return "model" if weights is Weights.raw else "ema"

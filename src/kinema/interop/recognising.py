@@ -1,0 +1,148 @@
+"""Which preset a set of tensors is, and whether every one of them fits: decided on shapes, before a number is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kinema.interop.inferring import infer_config
+from kinema.interop.keymap import KeyMap
+from kinema.interop.preset import Preset, Record
+from kinema.interop.presets import PRESETS
+from kinema.interop.reading import Published, Shape, dtype_of, read_published
+from kinema.interop.reference import with_defaults
+
+LISTED = 8
+"""Names that an error shows of each kind."""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A published model with the preset, the config and the naming that account for all of its tensors."""
+
+    published: Published
+    preset: Preset
+    config: Record
+    """The reference's config, defaults filled in."""
+    naming: str
+    """reference or original."""
+    skeleton: nn.Module
+    """Our module, without numbers (on the meta device)."""
+
+    @property
+    def key_map(self) -> KeyMap:
+        """The table of this naming."""
+        return key_maps(self.preset, self.config)[self.naming]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of our module, in the type that it was stored in."""
+        ours = self.key_map.to_ours(self.published.tensors())
+        return {name: ours[name] for name in self.skeleton.state_dict()}
+
+    def module(self) -> nn.Module:
+        """Our module with these weights, float32, in evaluation mode."""
+        module = self.preset.build(self.config)
+        module.load_state_dict(self.tensors())
+        return module.eval()
+
+
+def recognise(path: Path, prefix: str | None = None) -> Recognised:
+    """Read and recognise one model; ValueError lists all tensors that are missing, unknown or of another shape."""
+    published = read_published(path, prefix)
+    class_name, config = _described(published)
+    check_known(class_name)
+    config = with_defaults(class_name, config)
+    preset = preset_of(class_name, config)
+    skeleton = build_on_meta(preset, config, published.path)
+    tables, tensors = key_maps(preset, config), skeleton.state_dict()
+    expected = {naming: shapes_of(table.to_theirs(tensors)) for naming, table in tables.items()}
+    naming = max(expected, key=lambda name: len(expected[name].keys() & published.shapes.keys()))
+    _compare(published, preset, expected[naming])
+    for stored in published.stored.values():
+        dtype_of(stored)
+    return Recognised(published, preset, config, naming, skeleton)
+
+
+def check_known(class_name: str) -> None:
+    """Refuse a class that no preset is of."""
+    known = sorted({preset.reference for preset in PRESETS})
+    if class_name not in known:
+        raise ValueError(f"{class_name} is a model of another kind: Kinema has presets of {', '.join(known)}.")
+
+
+def preset_of(class_name: str, config: Record) -> Preset:
+    """The one preset of that class that accepts this config; ValueError shows the config that none does."""
+    rows = [preset for preset in PRESETS if preset.reference == class_name]
+    fitting = [preset for preset in rows if preset.accepts(config)]
+    if not fitting:
+        names = ", ".join(preset.name for preset in rows)
+        raise ValueError(f"none of the presets of {class_name} ({names}) is made with {config}.")
+    assert len(fitting) == 1, f"{[preset.name for preset in fitting]} all accept {config}"
+    return fitting[0]
+
+
+def key_maps(preset: Preset, config: Record) -> dict[str, KeyMap]:
+    """Naming -> its table."""
+    tables = {"reference": preset.key_map(config)}
+    if preset.original_key_map is not None:
+        tables["original"] = preset.original_key_map(config)
+    return tables
+
+
+def build_on_meta(preset: Preset, config: Record, path: Path) -> nn.Module:
+    """Our module without numbers; ValueError when the config lacks a key that the preset needs."""
+    try:
+        with torch.device("meta"):
+            return preset.build(config)
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: config.json has no {error} and does not say which default it means. Install diffusers, which "
+            f"knows them (pip install diffusers), or add the key."
+        ) from None
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """Shape of each."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _described(published: Published) -> tuple[str, Record]:
+    """The reference's class and config: as its config.json says, or told from the shapes."""
+    config = published.config
+    if published.class_name is not None and not _is_vendors(published):
+        return published.class_name, {k: v for k, v in (config or {}).items() if not k.startswith("_")}
+    if config is not None and "architectures" in config:
+        raise ValueError(
+            f"{published.path} is a model of another kind ({', '.join(config['architectures'])} of transformers); "
+            "Kinema imports diffusion transformers and video VAEs."
+        )
+    return infer_config(published.path, published.shapes, config)
+
+
+def _is_vendors(published: Published) -> bool:
+    """Wan's own config.json has a `_class_name` too, of a class in Wan's own code."""
+    return published.class_name in ("WanModel", "VaceWanModel")
+
+
+def _compare(published: Published, preset: Preset, expected: Mapping[str, Shape]) -> None:
+    found = published.shapes
+    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found]
+    unknown = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
+    wrong = [
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    kinds = {"missing": missing, "that the model does not have": unknown, "of another shape": wrong}
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
+        for what, names in kinds.items()
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{published.path} does not fit {preset.name} ({preset.reference}, {len(expected)} tensors): "
+            f"{'; '.join(problems)}. Nothing was written."
+        )

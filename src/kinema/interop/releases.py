@@ -1,0 +1,77 @@
+"""What a release says beside its weights: schedule and shift, frame rate, and the shapes that it was made for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kinema.conditioning.text import PretrainedText, TextFamily, TextPadding
+from kinema.diffusion.objective import RectifiedFlow
+from kinema.identity import to_plain
+from kinema.interop.preset import Record
+from kinema.interop.reading import read_json
+
+
+@dataclass(frozen=True)
+class Release:
+    """How a published pipeline is meant to be sampled."""
+
+    objective: RectifiedFlow
+    fps: float
+    shapes: tuple[tuple[int, int, int], ...]
+    guidance_dropout: float
+    text: PretrainedText
+
+    def manifest(self) -> dict[str, Any]:
+        """Its part of a manifest."""
+        return {
+            "objective": to_plain(self.objective),
+            "fps": self.fps,
+            "shapes": [list(shape) for shape in self.shapes],
+            "guidance_dropout": self.guidance_dropout,
+        }
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What no file of a pipeline says: these are facts of its paper or its model card."""
+
+    fps: float
+    shapes: tuple[tuple[int, int, int], ...]
+    text: PretrainedText
+    """How captions are encoded; `path` is where the release lies on the hub."""
+
+
+HABITS = {
+    "WanPipeline": Habits(
+        fps=16.0,
+        shapes=((81, 480, 832), (81, 720, 1280)),
+        text=PretrainedText(path="google/umt5-xxl", family=TextFamily.umt5, max_tokens=512, padding=TextPadding.zeros),
+    ),
+}
+"""Pipeline class of the reference -> its habits."""
+
+
+def release_of(pipeline: Path) -> Release | None:
+    """The release of a pipeline's folder: its own scheduler decides the shift. None for one that we cannot sample yet.
+
+    ValueError for a pipeline of two transformers, of which a checkpoint would hold only one.
+    """
+    index = read_json(pipeline / "model_index.json")
+    if (pipeline / "transformer_2").is_dir():
+        raise ValueError(
+            f"{pipeline} has two transformers, one for high and one for low noise; a checkpoint holds one. Import "
+            f"each: kinema import {pipeline}/transformer --vae {pipeline}/vae --to DIR"
+        )
+    habits = HABITS.get(index.get("_class_name", ""))
+    if habits is None:
+        return None
+    shift = scheduler_shift(read_json(pipeline / "scheduler" / "scheduler_config.json"))
+    return Release(RectifiedFlow(timestep_shift=shift), habits.fps, habits.shapes, 0.1, habits.text)
+
+
+def scheduler_shift(config: Record) -> float:
+    """The shift of a flow-matching scheduler's config, whichever of its classes it names."""
+    if config.get("use_dynamic_shifting"):
+        raise ValueError("scheduler_config.json: use_dynamic_shifting=true, a shift that depends on the clip's size.")
+    given = config.get("flow_shift", config.get("shift"))
+    return 1.0 if given is None else float(given)

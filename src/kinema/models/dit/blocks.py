@@ -1,0 +1,121 @@
+"""From the axes of a config to its blocks: which sublayers each one lists."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from kinema.models.attention import Attention, attention_of
+from kinema.models.dit.conditioning import LinearModulation, TableModulation
+from kinema.models.dit.config import Activation, CrossNorm, DiTConfig, ModulationSource, NormKind, QKNorm, TextEdge
+from kinema.models.dit.layers import (
+    Block,
+    FeedForward,
+    HeadShape,
+    JointAttention,
+    SegmentAttention,
+    SingleStream,
+    Sublayer,
+)
+from kinema.models.dit.norms import Norm
+
+WHOLE = 3  # shift, scale and gate
+READ = 2  # shift and scale of a segment that is only read
+GATED = 1
+ALONE = 0
+VIDEO, TEXT = ("video",), ("text",)
+
+
+def blocks(config: DiTConfig) -> list[Block]:
+    """All blocks of the model, first to last."""
+    made = [_block(config, _sublayers(config, index)) for index in range(config.depth)]
+    assert config.modulation is ModulationSource.linear or len({slots_of(each) for each in made}) == 1
+    return made
+
+
+def slots_of(each: Block) -> int:
+    """Vectors of modulation that a block takes."""
+    return sum(sublayer.slots for sublayer in each.sublayers)
+
+
+def refiner_blocks(config: DiTConfig) -> list[Block]:
+    """Blocks on captions alone: attention and MLP behind norms with weights, and gates."""
+    attention = attention_of(config.attention_kernel)
+    shape = HeadShape(config.width, config.num_heads, QKNorm.none, config.qk_norm_eps, bias=True)
+    made = []
+    for _ in range(config.refiner_depth):
+        mlp = FeedForward(config.width, config.hidden_width, Activation.silu, bias=True)
+        operations = SegmentAttention(shape, "text", TEXT, attention), mlp
+        sublayers = [Sublayer({TEXT: GATED}, operation, _affine(config)) for operation in operations]
+        made.append(Block(sublayers, LinearModulation(config.width, config.width, len(sublayers))))
+    return made
+
+
+def _block(config: DiTConfig, sublayers: Sequence[Sublayer]) -> Block:
+    slots = sum(sublayer.slots for sublayer in sublayers)
+    if config.modulation is ModulationSource.table:
+        return Block(sublayers, TableModulation(config.width, slots))
+    return Block(sublayers, LinearModulation(config.condition_width, config.width, slots))
+
+
+def _sublayers(config: DiTConfig, index: int) -> list[Sublayer]:
+    attention = attention_of(config.attention_kernel)
+    if index >= config.depth - config.single_depth:
+        return [_single(config, attention)]
+    if config.text is TextEdge.cross:
+        return _cross(config, attention)
+    if config.text is TextEdge.shared:
+        return _shared(config, attention)
+    last = index == config.depth - 1 and not config.text_to_the_end
+    return _joint(config, attention, last=last)
+
+
+def _cross(config: DiTConfig, attention: Attention) -> list[Sublayer]:
+    """Self-attention over each span, cross-attention to the caption, then the MLP."""
+    shape = _shape(config)
+    looks = [SegmentAttention(shape, "video", VIDEO, attention, span) for span in config.spans]
+    answers = ["text", "image"] if config.image_width else ["text"]
+    caption = SegmentAttention(shape, "video", answers, attention)
+    if config.cross_norm is CrossNorm.modulated:
+        reading = Sublayer({VIDEO: WHOLE}, caption, _norm(config))
+    else:
+        alone = _affine(config) if config.cross_norm is CrossNorm.affine else nn.Identity()
+        reading = Sublayer({VIDEO: ALONE}, caption, alone)
+    before = [Sublayer({VIDEO: WHOLE}, look, _norm(config)) for look in looks]
+    return [*before, reading, Sublayer({VIDEO: WHOLE}, _mlp(config), _norm(config))]
+
+
+def _joint(config: DiTConfig, attention: Attention, *, last: bool) -> list[Sublayer]:
+    """One softmax over video and caption, then an MLP for each; the last block only reads the caption."""
+    silent = TEXT if last else ()
+    mixing = JointAttention(_shape(config), VIDEO + TEXT, attention, shared=False, silent=silent)
+    first = Sublayer({VIDEO: WHOLE, TEXT: READ if last else WHOLE}, mixing, _norm(config))
+    segments = [VIDEO] if last else [VIDEO, TEXT]
+    return [first, *(Sublayer({segment: WHOLE}, _mlp(config), _norm(config)) for segment in segments)]
+
+
+def _shared(config: DiTConfig, attention: Attention) -> list[Sublayer]:
+    """The same with one set of weights and a modulation for each."""
+    mixing = JointAttention(_shape(config), VIDEO + TEXT, attention, shared=True)
+    return [Sublayer({VIDEO: WHOLE, TEXT: WHOLE}, operation, _norm(config)) for operation in (mixing, _mlp(config))]
+
+
+def _single(config: DiTConfig, attention: Attention) -> Sublayer:
+    """Attention and MLP side by side on video and caption, with one modulation for both."""
+    operation = SingleStream(_shape(config), config.hidden_width, config.activation, attention)
+    return Sublayer({VIDEO + TEXT: WHOLE}, operation, _norm(config))
+
+
+def _mlp(config: DiTConfig) -> FeedForward:
+    return FeedForward(config.width, config.hidden_width, config.activation, bias=config.bias)
+
+
+def _shape(config: DiTConfig) -> HeadShape:
+    return HeadShape(config.width, config.num_heads, config.qk_norm, config.qk_norm_eps, config.bias)
+
+
+def _norm(config: DiTConfig) -> Norm:
+    return Norm(config.norm, config.width, config.norm_eps, affine=config.norm_affine)
+
+
+def _affine(config: DiTConfig) -> Norm:
+    return Norm(NormKind.layer, config.width, config.norm_eps, affine=True)

@@ -1,0 +1,318 @@
+"""What a DiT can be: its sizes and the axes along which published models differ."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kinema.models.attention import AttentionKernel
+from kinema.models.dit.segments import Span
+from kinema.models.position import check_rope_axes
+
+
+class AttentionPattern(Enum):
+    """Which tokens of a clip see each other in self-attention."""
+
+    full = "full"
+    """Every token sees every other: one attention over the clip."""
+    factorised = "factorised"
+    """First within each frame, then over time at each place: cheaper for long clips."""
+
+
+class PositionEmbedding(Enum):
+    """What a token is told of its place beside the rotary embedding, which only shows distances."""
+
+    none = "none"
+    sincos = "sincos"
+    """Sines and cosines added to it (Vaswani et al. 2017): it knows the frame's edges. Small models learn
+    the faster for it.
+    """
+    sincos_quarters = "sincos_quarters"
+    """The same with a quarter of the channels for time and the rest for columns and rows (CogVideoX)."""
+
+
+class Rope(Enum):
+    """How the rotary embedding turns queries and keys in self-attention."""
+
+    none = "none"
+    axes = "axes"
+    """Channels of each head belong to one axis and turn with the token's index along it."""
+    fractional = "fractional"
+    """All channels turn with the place as a fraction of `rope_extent` in seconds and pixels (LTX-Video)."""
+
+
+class TextEdge(Enum):
+    """How captions reach the video."""
+
+    cross = "cross"
+    """By an attention of their own in every block; blocks leave them as they are (PixArt-alpha)."""
+    joint = "joint"
+    """In one softmax with the video and changed by every block, with weights of their own (Esser et al. 2024)."""
+    shared = "shared"
+    """In one softmax with the video and through the same weights, modulated apart (CogVideoX)."""
+
+
+class TextEmbedding(Enum):
+    """What brings captions to the model's width."""
+
+    mlp = "mlp"
+    linear = "linear"
+    refiner = "refiner"
+    """A small transformer that knows the timestep (HunyuanVideo)."""
+
+
+class ModulationSource(Enum):
+    """Where the shift, scale and gate of a block come from."""
+
+    table = "table"
+    """One linear layer for all blocks and a learned table in each (adaLN-single)."""
+    linear = "linear"
+    """A linear layer in each block (adaLN-Zero): about a third more weights, hardly more time."""
+
+
+class HeadModulation(Enum):
+    """Where the shift and scale before the last layer come from."""
+
+    linear = "linear"
+    """A linear layer of the timestep's embedding (Peebles and Xie 2023)."""
+    table = "table"
+    """A learned table added to the embedding itself (Chen et al. 2023, PixArt-alpha)."""
+
+
+class NormKind(Enum):
+    """What a block normalises its tokens with."""
+
+    layer = "layer"
+    """Mean and variance (Ba et al. 2016)."""
+    rms = "rms"
+    """Root mean square only (Zhang and Sennrich 2019)."""
+
+
+class CrossNorm(Enum):
+    """What stands before and after the attention to the caption."""
+
+    modulated = "modulated"
+    """The same as for every other sublayer: norm, shift and scale, and a gate."""
+    affine = "affine"
+    """A layer norm with learned weights and no gate (Wan)."""
+    none = "none"
+    """Neither norm nor gate (PixArt-alpha, LTX-Video)."""
+
+
+class QKNorm(Enum):
+    """How queries and keys are normalised: it keeps logits from growing until bfloat16 training diverges."""
+
+    none = "none"
+    rms_head = "rms_head"
+    """Root mean square of each head (Esser et al. 2024, Stable Diffusion 3)."""
+    rms_all = "rms_all"
+    """Root mean square over all heads together (Wan, LTX-Video)."""
+    layer_head = "layer_head"
+    """Layer norm of each head (Dehghani et al. 2023, ViT-22B; CogVideoX)."""
+
+
+class Activation(Enum):
+    """The non-linearity of an MLP."""
+
+    gelu = "gelu"
+    """Exact; three times as fast as gelu_tanh on a CPU."""
+    gelu_tanh = "gelu_tanh"
+    """The approximation which most published video models use."""
+    silu = "silu"
+    """x * sigmoid(x)."""
+    swiglu = "swiglu"
+    """SiLU of one linear layer times another (Shazeer 2020): half as many weights again at the same mlp_ratio."""
+
+
+@dataclass
+class DiTConfig:
+    """Size and shape of the diffusion transformer."""
+
+    width: int = 192
+    """Channels of a token."""
+    depth: int = 6
+    """Number of blocks."""
+    single_depth: int = 0
+    """How many of them, at the end, are single streams: video and caption share all weights, and attention and MLP
+    run side by side (Dehghani et al. 2023; FLUX, HunyuanVideo). With text=joint.
+    """
+    num_heads: int = 6
+    """Attention heads; each is width / num_heads channels wide."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over width."""
+    patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])
+    """Latent frames, rows and columns that one token holds."""
+    condition_channels: int = 0
+    """Channels of given latents (a first frame, a mask) beside the noisy ones, in the same patches."""
+    attention: AttentionPattern = AttentionPattern.full
+    attention_kernel: AttentionKernel = AttentionKernel.sdpa
+    text: TextEdge = TextEdge.cross
+    text_to_the_end: bool = False
+    """Whether the last block changes captions that nobody reads any more: published models have such weights."""
+    activation: Activation = Activation.gelu
+    bias: bool = True
+    """Whether attention and MLP have biases."""
+    norm: NormKind = NormKind.layer
+    norm_eps: float = 1e-6
+    """Added to the variance before the root."""
+    norm_affine: bool = False
+    """Whether norms have weights of their own before they are modulated."""
+    final_norm: bool = False
+    """One more norm between the last block and the head."""
+    cross_norm: CrossNorm = CrossNorm.modulated
+    modulation: ModulationSource = ModulationSource.table
+    head_modulation: HeadModulation = HeadModulation.linear
+    qk_norm: QKNorm = QKNorm.rms_head
+    qk_norm_eps: float = 1e-6
+    rope: Rope = Rope.axes
+    rope_axes: list[int] = field(default_factory=lambda: [12, 10, 10])
+    """Channels of a head that turn with time, height and width; even, and their sum is the head width."""
+    rope_theta: float = 10000.0
+    """Base of the wavelengths of both position embeddings: they lie between 2 pi and 2 pi * theta tokens."""
+    rope_extent: list[float] = field(default_factory=lambda: [20.0, 2048.0, 2048.0])
+    """Seconds, rows and columns of pixels of the largest clip, with rope=fractional."""
+    rope_units: list[float] = field(default_factory=lambda: [8 / 25, 32.0, 32.0])
+    """Seconds of a latent frame, and rows and columns of pixels of a latent, with rope=fractional."""
+    position_embedding: PositionEmbedding = PositionEmbedding.none
+    position_scale: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    """What a token's frame, row and column are divided by before the position embedding."""
+    timestep_channels: int = 256
+    """Sines and cosines of a timestep."""
+    timestep_width: int = 0
+    """Channels of a timestep's embedding; 0 for the model's width."""
+    guidance: bool = False
+    """Embed the strength of guidance like a timestep: for models distilled to need no second pass."""
+    pooled_width: int = 0
+    """Channels of one vector for each caption (of CLIP, say) that is added to the timestep's embedding; 0 for none."""
+    text_embedding: TextEmbedding = TextEmbedding.mlp
+    refiner_depth: int = 2
+    """Blocks of text_embedding=refiner."""
+    text_activation: Activation = Activation.gelu
+    """Between the two layers that bring captions to the model's width."""
+    pooled_text: bool = False
+    """Add the mean of the text embeddings to the timestep's: the caption also modulates every block."""
+    image_width: int = 0
+    """Channels of image tokens, which blocks read as they read the caption, in a softmax of their own; 0 for none."""
+    image_positions: int = 0
+    """Image tokens that each have a learned position, where their order matters (a first and a last frame); 0 for none.
+    """
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit together, and choices that exclude one another."""
+        above_zero = ["width", "depth", "num_heads", "mlp_ratio", "rope_theta", "norm_eps", "qk_norm_eps"]
+        for name in (*above_zero, "timestep_channels"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be above zero.")
+        for name in (
+            "condition_channels",
+            "image_width",
+            "timestep_width",
+            "pooled_width",
+            "single_depth",
+            "image_positions",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be zero or more.")
+        if self.width % (2 * self.num_heads):
+            usable = [heads for heads in range(1, self.width + 1) if self.width % (2 * heads) == 0]
+            raise ValueError(
+                f"model.num_heads={self.num_heads} must divide model.width={self.width} into heads of an "
+                f"even width: rotary positions turn channel pairs. Usable: {usable or 'an even width'}."
+            )
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise ValueError(
+                f"model.patch_size={self.patch_size} must be three numbers from 1 up (frames, rows, columns)."
+                " Type for example model.patch_size=[1,2,2]."
+            )
+        if self.timestep_channels % 2:
+            raise ValueError(f"model.timestep_channels={self.timestep_channels} must be even: half are cosines.")
+        if self.text_activation is Activation.swiglu:
+            raise ValueError("model.text_activation=swiglu needs a third layer. Type gelu, gelu_tanh or silu.")
+        for name in ("rope_extent", "rope_units", "position_scale"):
+            if len(getattr(self, name)) != 3 or min(getattr(self, name)) <= 0:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be three numbers above zero.")
+        if self.rope is Rope.axes:
+            check_rope_axes(self.rope_axes, self.head_dim)
+        self._check_positions()
+        self._check_text()
+        self._check_modulation()
+
+    def _check_positions(self) -> None:
+        if self.position_embedding is PositionEmbedding.sincos_quarters and self.width % 16:
+            raise ValueError(
+                f"model.position_embedding=sincos_quarters cuts model.width={self.width} into quarters and eighths "
+                "of whole pairs: it must be a multiple of 16."
+            )
+        if self.position_embedding is PositionEmbedding.none and any(scale != 1 for scale in self.position_scale):
+            raise ValueError(
+                f"model.position_scale={self.position_scale} changes nothing with model.position_embedding=none. Type "
+                "model.position_scale=[1,1,1]."
+            )
+        if self.rope is Rope.none and self.position_embedding is PositionEmbedding.none:
+            raise ValueError(
+                "model.rope=none with model.position_embedding=none: no token would know its place. Type "
+                "model.position_embedding=sincos or model.rope=axes."
+            )
+
+    def _check_text(self) -> None:
+        if self.image_positions and not self.image_width:
+            raise ValueError(
+                f"model.image_positions={self.image_positions} places image tokens, which model.image_width=0 refuses. "
+                "Type their width, or model.image_positions=0."
+            )
+        if self.text is not TextEdge.cross:
+            if self.attention is not AttentionPattern.full:
+                raise ValueError(
+                    f"model.text={self.text.name} puts captions into the softmax of the whole clip, which "
+                    f"model.attention={self.attention.name} does not have. Type model.text=cross."
+                )
+            if self.image_width:
+                raise ValueError(
+                    f"model.image_width={self.image_width} needs model.text=cross: images join its queries."
+                )
+            if self.cross_norm is not CrossNorm.modulated:
+                raise ValueError(
+                    f"model.cross_norm={self.cross_norm.name} needs model.text=cross: model.text={self.text.name} "
+                    "has no cross-attention."
+                )
+        if self.single_depth and (self.text is not TextEdge.joint or self.single_depth >= self.depth):
+            raise ValueError(
+                f"model.single_depth={self.single_depth} needs model.text=joint and to be below model.depth="
+                f"{self.depth}: single streams follow blocks in which captions have weights of their own."
+            )
+        if self.text_to_the_end and (self.text is not TextEdge.joint or self.single_depth):
+            raise ValueError(
+                "model.text_to_the_end=true says something only of model.text=joint without single_depth: elsewhere "
+                "the last block has no weights for captions alone."
+            )
+
+    def _check_modulation(self) -> None:
+        alike = self.text is not TextEdge.joint or self.text_to_the_end
+        if self.modulation is ModulationSource.table and not alike:
+            raise ValueError(
+                "model.modulation=table is shared by all blocks, but with model.text=joint the last ones have other "
+                "sublayers. Type model.modulation=linear."
+            )
+        if self.head_modulation is HeadModulation.table and self.timestep_width not in (0, self.width):
+            raise ValueError(
+                f"model.head_modulation=table adds the timestep's embedding to rows of model.width={self.width}, but "
+                f"model.timestep_width={self.timestep_width}. Type model.head_modulation=linear."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.num_heads
+
+    @property
+    def condition_width(self) -> int:
+        """Channels of the timestep's embedding."""
+        return self.timestep_width or self.width
+
+    @property
+    def hidden_width(self) -> int:
+        """Channels inside the MLP."""
+        return round(self.width * self.mlp_ratio)
+
+    @property
+    def spans(self) -> list[Span]:
+        """The self-attentions of a block, in order."""
+        return [Span.clip] if self.attention is AttentionPattern.full else [Span.frame, Span.place]

@@ -1,0 +1,31 @@
+"""What some models are told of a clip beside its latents, timestep and caption."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Extras:
+    """One entry for each clip of the pack; a model demands those that its config names and refuses the others."""
+
+    channels: Sequence[Tensor] | None = None
+    """Given latents (condition_channels, T, H, W), concatenated to the noisy ones."""
+    image: Sequence[Tensor] | None = None
+    """Image tokens (L, image_width)."""
+
+    pooled: Sequence[Tensor] | None = None
+    """One vector (pooled_width,) for the caption."""
+    guidance: Sequence[float] | None = None
+    """Strength of guidance, for example 6.0."""
+
+    def take(self, clips: Sequence[int]) -> "Extras":
+        """The same for these clips, in this order."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Extras(**{name: _take(values, clips) for name, values in named.items()})
+
+
+def _take(values: Sequence[Any] | None, clips: Sequence[int]) -> list[Any] | None:
+    return None if values is None else [values[clip] for clip in clips]

@@ -1,0 +1,374 @@
+"""Published transformers: `diffusers`' own classes, every parameter random, against ours with the same weights."""
+
+import dataclasses
+
+import diffusers
+import pytest
+import torch
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+from kinema.interop.presets import PRESETS
+from kinema.models.dit import Extras
+
+TOLERANCE = 1e-5  # largest difference over largest value
+BY_NAME = {preset.name: preset for preset in PRESETS}
+
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 12,
+    "freq_dim": 16,
+    "ffn_dim": 40,
+    "num_layers": 2,
+}
+WAN_IMAGE = WAN | {"in_channels": 9, "image_dim": 10, "added_kv_proj_dim": 32}
+
+LTX = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 20,
+    "in_channels": 6,
+    "out_channels": 6,
+    "cross_attention_dim": 40,
+    "num_layers": 2,
+    "caption_channels": 12,
+}
+HUNYUAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "text_embed_dim": 10,
+    "pooled_projection_dim": 6,
+    "rope_axes_dim": (4, 4, 4),
+}
+COG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 14,
+    "text_embed_dim": 12,
+    "num_layers": 2,
+}
+COG_ROTARY = COG | {"use_rotary_positional_embeddings": True}
+
+
+@dataclasses.dataclass
+class Case:
+    """A small model of a preset and the released sizes whose every tensor must find its place."""
+
+    preset: str
+    config: dict
+    released: dict = dataclasses.field(default_factory=dict)
+    """Name of the release -> its config."""
+    frame_times: bool = False
+    """A timestep for each latent frame, the first one 0."""
+    words: int = 7
+    """Tokens of a caption; some references know one number only."""
+    padded: bool = False
+    """The second caption has three tokens less: masked there, absent here."""
+
+
+WAN_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}
+WAN_I2V = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+WAN_FLF = WAN_I2V | {"pos_embed_seq_len": 514}
+WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+LTX_13B = {"num_attention_heads": 32, "attention_head_dim": 128, "num_layers": 48, "cross_attention_dim": 4096}
+COG_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
+COG_15 = COG_5B | {"patch_size_t": 2}
+CASES = {
+    "ltx": Case("ltx", LTX, {"2B": {}, "13B": LTX_13B}, padded=True),
+    "ltx, a timestep for each frame": Case("ltx", LTX, frame_times=True),
+    "hunyuan": Case("hunyuan", HUNYUAN, {"13B": {}}, padded=True),
+    "hunyuan, given channels": Case(
+        "hunyuan",
+        HUNYUAN | {"in_channels": 9, "image_condition_type": "latent_concat", "guidance_embeds": False},
+        {"I2V": {"in_channels": 33, "image_condition_type": "latent_concat", "guidance_embeds": False}},
+    ),
+    "cogvideox, sines": Case("cogvideox", COG, {"2B": {}}, words=226),
+    "cogvideox, rotary": Case("cogvideox", COG_ROTARY, {"5B": COG_5B}),
+    "cogvideox 1.5": Case("cogvideox", COG_ROTARY | {"patch_size_t": 2, "in_channels": 8}, {"1.5 5B": COG_15}),
+    "wan": Case("wan", WAN, {"1.3B": WAN_1B, "14B": {}}),
+    "wan, a timestep for each frame": Case("wan", WAN, {"2.2 TI2V 5B": WAN_5B}, frame_times=True),
+    "wan, given channels": Case("wan", WAN | {"in_channels": 9}, {"2.2 I2V A14B": {"in_channels": 36}}),
+    "wan, image tokens": Case("wan", WAN_IMAGE, {"I2V 14B": WAN_I2V}, words=512),
+    "wan, first and last image": Case("wan", WAN_IMAGE | {"pos_embed_seq_len": 6}, {"FLF2V 14B": WAN_FLF}, words=512),
+    "wan without cross norm": Case("wan", WAN | {"cross_attn_norm": False, "patch_size": (2, 1, 2), "eps": 1e-5}),
+}
+
+
+def reference(case, seed=0):
+    """A float32 model of the reference's class, every parameter random: zeros and ones would hide mistakes."""
+    torch.manual_seed(seed)
+    model = getattr(diffusers, BY_NAME[case.preset].reference)(**case.config)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 0.8 / parameter[0].numel() ** 0.5)
+        if parameter.ndim == 1 and name.endswith("weight"):  # of a norm: near 0 it would flatten every softmax
+            parameter.data += 1
+    return model.eval()
+
+
+def record(model):
+    return dict(model.config)
+
+
+@pytest.fixture(params=CASES, name="case")
+def any_case(request):
+    return CASES[request.param]
+
+
+def ours(case, theirs):
+    preset = BY_NAME[case.preset]
+    assert preset.accepts(record(theirs))
+    model = preset.build(record(theirs))
+    model.load_state_dict(preset.key_map(record(theirs)).to_ours(theirs.state_dict()), strict=True)
+    return model
+
+
+@dataclasses.dataclass
+class Given:
+    """A batch of two: odd grids, two timesteps, as both projects take them."""
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    text: torch.Tensor
+    channels: torch.Tensor | None = None
+    image: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
+    guidance: list[float] | None = None
+    padding: int = 0
+
+    def captions(self):
+        whole, second = self.text
+        return [whole, second[: len(second) - self.padding]]
+
+    def mask(self):
+        mask = torch.ones(self.text.shape[:2], dtype=torch.long)
+        mask[1, self.text.shape[1] - self.padding :] = 0
+        return mask
+
+    def extras(self):
+        return Extras(
+            channels=parts(self.channels), image=parts(self.image), pooled=parts(self.pooled), guidance=self.guidance
+        )
+
+
+def parts(batch):
+    return None if batch is None else list(batch)
+
+
+def inputs(case, model):
+    g = torch.Generator().manual_seed(1)
+    config = model.config
+    grid = [count * patch for count, patch in zip((3, 5, 3), config.patch_size, strict=True)]
+
+    def draw(*shape):
+        return torch.randn(2, *shape, generator=g)
+
+    timesteps = torch.tensor([0.81, 0.237])
+    if case.frame_times:
+        timesteps = torch.stack([torch.zeros(2), timesteps, timesteps], dim=1)
+    return Given(
+        draw(model.latent_channels, *grid),
+        timesteps,
+        draw(case.words, model.text_width),
+        draw(config.condition_channels, *grid) if config.condition_channels else None,
+        draw(6, config.image_width) if config.image_width else None,
+        draw(config.pooled_width) if config.pooled_width else None,
+        [6.0, 1.5] if config.guidance else None,
+        3 if case.padded else 0,
+    )
+
+
+def run_wan(theirs, given):
+    latents = together(given)
+    timesteps = given.timesteps * 1000
+    if timesteps.ndim == 2:  # one for each token
+        tokens = latents.shape[-2] // 2 * latents.shape[-1] // 2
+        timesteps = timesteps.repeat_interleave(tokens, dim=1)
+    image = given.image
+    if theirs.config.pos_embed_seq_len:  # two images a clip, one after the other in the batch
+        image = image.view(4, 3, -1)
+    return theirs(latents, timesteps, given.text, image).sample
+
+
+def together(given, dim=1):
+    return given.latents if given.channels is None else torch.cat([given.latents, given.channels], dim=dim)
+
+
+def run_ltx(theirs, given):
+    b, _, t, h, w = given.latents.shape
+    timesteps = given.timesteps * 1000
+    if timesteps.ndim == 2:
+        timesteps = timesteps.repeat_interleave(h * w, dim=1)
+    else:
+        timesteps = timesteps[:, None].expand(b, t * h * w)
+    tokens = given.latents.permute(0, 2, 3, 4, 1).flatten(1, 3)
+    scale = (8 / 25, 32, 32)
+    out = theirs(tokens, given.text, timesteps, given.mask(), t, h, w, scale).sample
+    return out.unflatten(1, (t, h, w)).permute(0, 4, 1, 2, 3)
+
+
+def run_hunyuan(theirs, given):
+    guidance = None if given.guidance is None else torch.tensor(given.guidance) * 1000
+    return theirs(together(given), given.timesteps * 1000, given.text, given.mask(), given.pooled, guidance).sample
+
+
+def run_cogvideox(theirs, given):
+    rope = None
+    if theirs.config.use_rotary_positional_embeddings:
+        _, _, t, h, w = given.latents.shape
+        frames = t // (theirs.config.patch_size_t or 1)
+        rope = get_3d_rotary_pos_embed(
+            theirs.config.attention_head_dim, ((0, 0), (h // 2, w // 2)), (h // 2, w // 2), frames
+        )
+    latents = together(given).transpose(1, 2)
+    return theirs(latents, given.text, given.timesteps * 1000, image_rotary_emb=rope).sample.transpose(1, 2)
+
+
+RUN = {"wan": run_wan, "ltx": run_ltx, "hunyuan": run_hunyuan, "cogvideox": run_cogvideox}
+
+
+def run_ours(model, given):
+    timesteps = given.timesteps if given.timesteps.ndim == 1 else list(given.timesteps)
+    return torch.stack(model(list(given.latents), timesteps, given.captions(), given.extras()))
+
+
+def meta_record(case, config):
+    """The whole config of a released size, and the reference's tensors without memory."""
+    with torch.device("meta"):
+        theirs = getattr(diffusers, BY_NAME[case.preset].reference)(**config)
+    return record(theirs), theirs.state_dict()
+
+
+def close(ours, theirs, scale=None):
+    """Largest difference over the largest value."""
+    return float((ours - theirs).detach().abs().max() / (theirs if scale is None else scale).detach().abs().max())
+
+
+def gradients_disagree(case, theirs, model):
+    """Parameters whose gradient differs by more than the tolerance.
+
+    A bias is measured by the larger of its own and its layer's gradient: those of keys cancel in a softmax, and
+    what is left of them is rounding.
+    """
+    key_map = BY_NAME[case.preset].key_map(record(theirs))
+    expected = key_map.to_ours({name: p.grad for name, p in theirs.named_parameters()})
+    actual = {name: p.grad for name, p in model.named_parameters()}
+    assert set(actual) == set(expected)
+    found = {}
+    for name, grad in actual.items():
+        weight = expected.get(name.removesuffix("bias") + "weight", expected[name])
+        scale = torch.stack([expected[name].abs().max(), weight.abs().max()])
+        found[name] = close(grad, expected[name], scale)
+    return {name: difference for name, difference in found.items() if not difference <= TOLERANCE}
+
+
+def test_outputs_and_gradients_equal_the_reference(case):
+    theirs = reference(case)
+    model = ours(case, theirs)
+    given = inputs(case, model)
+    expected = RUN[case.preset](theirs, given)
+    actual = run_ours(model, given)
+    assert close(actual, expected) <= TOLERANCE
+
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    (expected * weights).sum().backward()
+    (actual * weights).sum().backward()
+    assert gradients_disagree(case, theirs, model) == {}
+
+
+def test_weights_come_back_bit_for_bit(case):
+    preset, theirs = BY_NAME[case.preset], reference(case)
+    maps = [preset.key_map(record(theirs))]
+    if preset.original_key_map:
+        maps.append(preset.original_key_map(record(theirs)))
+    mine = ours(case, theirs).state_dict()
+    for key_map in maps:
+        there = key_map.to_theirs(mine)
+        back = key_map.to_ours(there)
+        assert set(back) == set(mine)
+        assert all(torch.equal(back[name], mine[name]) for name in mine)
+    there = maps[0].to_theirs(mine)
+    assert {name: x.shape for name, x in there.items()} == {n: x.shape for n, x in theirs.state_dict().items()}
+    assert all(torch.equal(there[name], x) for name, x in theirs.state_dict().items())
+
+
+def test_a_model_describes_itself_as_the_reference_does(case):
+    preset, theirs = BY_NAME[case.preset], reference(case)
+    described = preset.describe(ours(case, theirs))
+    public = {key: value for key, value in record(theirs).items() if not key.startswith("_")}
+    assert plain(described) == plain(public)
+
+
+def plain(value):
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+RELEASED = [(case, name) for case, entry in CASES.items() for name in entry.released]
+
+
+@pytest.mark.parametrize(("case_name", "release"), RELEASED)
+def test_every_tensor_of_a_release_has_its_place(case_name, release):
+    case = CASES[case_name]
+    preset = BY_NAME[case.preset]
+    whole, tensors = meta_record(case, case.released[release])
+    with torch.device("meta"):
+        model = preset.build(whole)
+    mapped = preset.key_map(whole).to_ours(tensors)
+    assert {n: x.shape for n, x in mapped.items()} == {n: x.shape for n, x in model.state_dict().items()}
+    back = preset.key_map(whole).to_theirs(model.state_dict())
+    assert {n: x.shape for n, x in back.items()} == {n: x.shape for n, x in tensors.items()}
+
+
+@pytest.mark.parametrize("case_name", [name for name, case in CASES.items() if case.preset in ("wan", "ltx")])
+def test_a_vendors_own_names_are_those_that_diffusers_converts(case_name):
+    """Through `diffusers`' conversion of original files: one fact, two independent tables."""
+    from diffusers.loaders import single_file_utils as files
+
+    case = CASES[case_name]
+    convert = {
+        "wan": files.convert_wan_transformer_to_diffusers,
+        "ltx": files.convert_ltx_transformer_checkpoint_to_diffusers,
+    }[case.preset]
+    theirs = reference(case)
+    original = BY_NAME[case.preset].original_key_map(record(theirs)).to_theirs(ours(case, theirs).state_dict())
+    converted = convert(dict(original))
+    if "img_emb.emb_pos" in converted:  # which that table forgets
+        converted["condition_embedder.image_embedder.pos_embed"] = converted.pop("img_emb.emb_pos")
+    assert set(converted) == set(theirs.state_dict())
+    assert all(torch.equal(converted[key], x) for key, x in theirs.state_dict().items())
+
+
+def test_hunyuans_own_names_and_shapes_are_those_that_diffusers_converts():
+    """At the released width, which that conversion has written into it: names and shapes, without memory."""
+    from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
+
+    preset = BY_NAME["hunyuan"]
+    whole, tensors = meta_record(CASES["hunyuan"], {"num_layers": 2, "num_single_layers": 2})
+    mine = preset.key_map(whole).to_ours(tensors)
+    converted = convert_hunyuan_video_transformer_to_diffusers(preset.original_key_map(whole).to_theirs(mine))
+    assert {name: x.shape for name, x in converted.items()} == {name: x.shape for name, x in tensors.items()}
+
+
+def test_two_original_tensors_that_swap_halves_differ():
+    """The head's shift and scale lie the other way round in the two namings; the numbers must say so."""
+    preset, theirs = BY_NAME["hunyuan"], reference(CASES["hunyuan"])
+    original = preset.original_key_map(record(theirs)).to_theirs(ours(CASES["hunyuan"], theirs).state_dict())
+    shift, scale = original["final_layer.adaLN_modulation.1.weight"].chunk(2)
+    assert torch.equal(torch.cat([scale, shift]), theirs.state_dict()["norm_out.linear.weight"])
+    q = theirs.state_dict()["single_transformer_blocks.1.attn.to_q.weight"]
+    assert torch.equal(original["single_blocks.1.linear1.weight"][: len(q)], q)
+
+
+def test_a_choice_that_the_reference_lacks_is_named():
+    model = BY_NAME["wan"].build(record(reference(CASES["wan"])))
+    model.config.pooled_text = True
+    with pytest.raises(ValueError, match=r"WanTransformer3DModel cannot be model\.pooled_text=True"):
+        BY_NAME["wan"].describe(model)
