@@ -137,21 +137,6 @@ class Inverse:
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Several tensors of theirs, `sizes` rows each, lie one after the other in one of ours."""
-
-    sizes: tuple[int, ...]
-
-    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """One tensor for each size -> [(sum of sizes, ...)]."""
-        return Fused(self.sizes).to_theirs(tensors)
-
-    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The inverse."""
-        return Fused(self.sizes).to_ours(tensors)
-
-
-@dataclass(frozen=True)
 class ReorderedRows:
     """The first axis is cut into `len(order)` equal parts; ours holds their part `order[i]` at place i.
 

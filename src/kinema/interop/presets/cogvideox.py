@@ -4,7 +4,7 @@ from typing import cast
 
 from torch import nn
 
-from kinema.interop.keymap import Joined, KeyMap, Layout, Reshaped, Rule, Same
+from kinema.interop.keymap import Fused, Inverse, KeyMap, Layout, Reshaped, Rule, Same
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
 from kinema.models.dit import (
@@ -115,7 +115,7 @@ def key_map(record: Record) -> KeyMap:
         [
             *(Rule(theirs, ours) for theirs, ours in names),
             Rule("patch_embed.proj.weight", "patch_embedding.weight", kernel),
-            Rule(both, "blocks.{i}.modulation.linear.{p}", Joined((6 * width, 6 * width))),
+            Rule(both, "blocks.{i}.modulation.linear.{p}", Inverse(Fused((6 * width, 6 * width)))),
         ]
     )
 

@@ -5,7 +5,7 @@ from typing import cast
 
 from torch import nn
 
-from kinema.interop.keymap import Chain, Fused, Joined, KeyMap, Layout, ReorderedRows, Reshaped, Rule
+from kinema.interop.keymap import Chain, Fused, Inverse, KeyMap, Layout, ReorderedRows, Reshaped, Rule
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
 from kinema.models.dit import Activation, DiT, DiTConfig, ModulationSource, QKNorm, TextEdge, TextEmbedding
@@ -203,7 +203,7 @@ def _kernel(record: Record) -> Layout:
 
 
 def _slots(width: int) -> Layout:
-    return Chain((Joined((6 * width, 6 * width)), ReorderedRows(DUAL_SLOTS)))
+    return Chain((Inverse(Fused((6 * width, 6 * width))), ReorderedRows(DUAL_SLOTS)))
 
 
 def _inside(module: str, names: Sequence[str]) -> tuple[str, ...]:
