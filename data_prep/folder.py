@@ -418,7 +418,8 @@ def main(argv: list[str] | None = None) -> int:
     videos = describe_videos(given.videos, names, lines, allow_missing=given.allow_missing_captions)
     result = build_dataset(videos, recipe, writer)
     if given.heldout_every and not result.splits["heldout"]:
-        print("Nothing is held out: too little video for --heldout-every. Lower it, or use --split blocks.")
+        other = "" if given.split == "blocks" else ", or use --split blocks"
+        print(f"Nothing is held out: too little video for --heldout-every {given.heldout_every}. Lower it{other}.")
     print_result(result, given.out)
     return 0
 

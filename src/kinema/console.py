@@ -78,7 +78,10 @@ def _suggestions(config_name: str) -> str:
     overrides = [argument.lstrip("+~").split("=", 1) for argument in sys.argv[1:] if "=" in argument]
     with initialize_config_dir(str(configs), version_base="1.3"):
         plain = compose(config_name)
-    hints = [suggestion(key, plain) for key, _ in overrides if "/" not in key]
+    hints = [
+        f"Quote {key} twice: {key}=\"'...'\"." for key, value in overrides if "," in value and value[0] not in "[{'\""
+    ]
+    hints += [suggestion(key, plain) for key, _ in overrides if "/" not in key]
     for key, value in overrides:
         if value == "null" and (configs / key).is_dir():
             hints.append(f"{key}=null: choose one of {', '.join(sorted(f.stem for f in (configs / key).iterdir()))}.")

@@ -144,7 +144,11 @@ class ShardWriter:
         is_dataset = (self.folder / MANIFEST).exists()
         if not (overwrite and is_dataset):
             what = "holds a data set already" if is_dataset else "is not empty and not a data set"
-            remedy = "Overwrite it on purpose, or choose another." if is_dataset else "Choose another."
+            remedy = (
+                "Pass --overwrite (overwrite=True) to replace it, or choose another."
+                if is_dataset
+                else "Choose another."
+            )
             raise ValueError(f"folder={self.folder} {what}. {remedy}")
 
     def __enter__(self) -> "ShardWriter":

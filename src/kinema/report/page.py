@@ -131,7 +131,7 @@ def _finished(run: RunRecord) -> Check:
         return Check("Run", "bad", f"step {last:,} of {planned:,}; the loss is not a number at {spoilt} step(s)")
     if last >= planned:
         return Check("Run", "good", f"finished, {last:,} of {planned:,} steps")
-    ends = [record for record in run.events if record.get("event") == "end" and record["step"] == last]
+    ends = [record for record in run.events if record.get("event") == "end" and record["step"] >= last]
     how = ends[-1].get("detail") if ends else f"still running or killed, last record at step {last:,}"
     return Check("Run", "warn", f"not finished, {last:,} of {planned:,} steps: {how}")
 

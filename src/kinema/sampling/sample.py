@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class SampleConfig(SamplingConfig):
     batch_size: int = 16
     """Videos denoised together; does not change them beyond rounding."""
     out: str | None = None
-    """Output folder; null makes `videos/` in the run folder."""
+    """Output folder; null makes a new one in `videos/` of the run folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,11 +136,8 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     pipeline.check(config, shape, config.fps)
     say(f"loaded {loaded.describe()}")
     run_dir = loaded.checkpoint.folder.parent.parent
-    out = (
-        Path(config.out)
-        if config.out
-        else run_dir / "videos" / f"step-{loaded.checkpoint.step:08d}-{config.weights.value}"
-    )
+    name = f"step-{loaded.checkpoint.step:08d}-{config.weights.value}"
+    out = Path(config.out) if config.out else unused_folder(run_dir / "videos", name)
     out.mkdir(parents=True, exist_ok=True)
 
     rows, paths = [], []
@@ -158,6 +156,12 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     stamp_png(out / "sheet.png", metadata(loaded, config, " | ".join(captions), 0))
     say(f"wrote {len(paths)} video(s) and a contact sheet to {out}")
     return paths
+
+
+def unused_folder(parent: Path, name: str) -> Path:
+    """`parent/name`, or `parent/name-2` and so on: samples of another prompt never replace the ones before."""
+    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    return next(parent / each for each in names if not (parent / each).exists())
 
 
 def metadata(loaded: Loaded, config: SamplingConfig, caption: str, index: int) -> dict[str, str]:
