@@ -106,8 +106,9 @@ def export(
     with published_folder(Path(to)) as aside:
         lines = write(aside, held, chosen)
         if held.manifest is not None:
-            write_json(aside / "manifest.json", held.manifest)
-        (aside / "README.md").write_text(model_card(held, {n: d.preset for n, d in chosen.items()}, lines))
+            exported = {"weights": weights, "format": format, "compared": lines}
+            write_json(aside / "manifest.json", {**held.manifest, "exported": exported})
+        (aside / "README.md").write_text(model_card(held, {n: d.preset for n, d in chosen.items()}, weights, lines))
     return lines
 
 
