@@ -191,6 +191,10 @@ def test_a_pipeline_is_loaded_whole_or_in_parts(tmp_path, pipeline):
     assert loaded.objective.timestep_shift == 3.0
     assert loaded.text_encoder.encode(["a red circle"])[0].shape == (512, 12)
     (published / "tokenizer").rename(tmp_path / "elsewhere")
+    for source in (loaded, kinema.load(published)):
+        lines = kinema.export(source, tmp_path / type(source).__name__)
+        known = "model_index.json: WanPipeline, shift 3;" if source is loaded else "no model_index.json: the shift"
+        assert lines[0].startswith(known)
     parts = kinema.load(published)
     assert_bit_equal(parts.denoiser.state_dict(), loaded.denoiser.state_dict())
     assert_bit_equal(parts.vae.state_dict(), loaded.vae.state_dict())
