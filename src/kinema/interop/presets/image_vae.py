@@ -33,8 +33,9 @@ def inflate(config: Record, tensors: Mapping[str, Tensor], temporal_stride: int)
     vae = CausalVAE(ours)
     state = vae.state_dict()
     found = {name: _with_past(tensor, state, name) for name, tensor in _key_map(config, ours).to_ours(tensors).items()}
-    in_time = tuple(name for name, part in vae.named_modules() if isinstance(part, FirstAloneDown | FirstAloneUp))
-    if missing := [name for name in state if name not in found and not name.startswith((*in_time, "latent_mean"))]:
+    steps = [name for name, layer in vae.named_modules() if isinstance(layer, FirstAloneDown | FirstAloneUp)]
+    in_time = tuple(f"{name}." for name in steps)
+    if missing := [name for name in state if name not in found and not name.startswith(in_time)]:
         raise ValueError(f"the image model lacks the tensors for {', '.join(missing)}")
     vae.load_state_dict(state | found)
     return vae
@@ -125,4 +126,5 @@ def _attention(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
-TOGETHER: Layout = Inverse(Fused(()))  # the way in; taken apart again, it would need the sizes
+TOGETHER: Layout = Inverse(Fused(()))
+"""Only the way in, which needs no sizes."""
