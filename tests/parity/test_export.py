@@ -59,6 +59,15 @@ def test_published_in_and_out_is_bit_equal(tmp_path, published):
     assert 0 < difference < 1e-5
 
 
+def test_half_precision_comes_back_bit_for_bit(tmp_path, published):
+    path = published / "diffusion_pytorch_model.safetensors"
+    half = {name: tensor.bfloat16() for name, tensor in tensors_in(published).items()}
+    safetensors.torch.save_file(half, path)
+    import_model(published, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    assert_bit_equal(tensors_in(tmp_path / "out"), half)
+
+
 def test_a_module_is_exported_as_it_is(tmp_path, published):
     module = kinema.load(published)
     kinema.export(module, tmp_path / "out")
@@ -73,6 +82,8 @@ def test_the_card_and_the_manifest_go_with_the_weights(tmp_path, published):
     assert card.startswith("---\nlicense: other\nlibrary_name: diffusers\n")
     assert manifest["fingerprints"]["ema"] in card
     assert lines[-1] in card
+    assert manifest["exported"] == {"weights": "ema", "format": "diffusers", "compared": lines}
+    assert "| weights | ema |" in card
 
 
 def test_a_single_file_comes_back(tmp_path, published):
@@ -180,6 +191,10 @@ def test_a_pipeline_is_loaded_whole_or_in_parts(tmp_path, pipeline):
     assert loaded.objective.timestep_shift == 3.0
     assert loaded.text_encoder.encode(["a red circle"])[0].shape == (512, 12)
     (published / "tokenizer").rename(tmp_path / "elsewhere")
+    for source in (loaded, kinema.load(published)):
+        lines = kinema.export(source, tmp_path / type(source).__name__)
+        known = "model_index.json: WanPipeline, shift 3;" if source is loaded else "no model_index.json: the shift"
+        assert lines[0].startswith(known)
     parts = kinema.load(published)
     assert_bit_equal(parts.denoiser.state_dict(), loaded.denoiser.state_dict())
     assert_bit_equal(parts.vae.state_dict(), loaded.vae.state_dict())
@@ -248,5 +263,9 @@ def test_every_family_comes_in_and_out(tmp_path, family):
     randomise(getattr(diffusers, name)(**config)).save_pretrained(tmp_path / "published")
     import_model(tmp_path / "published", tmp_path / "run")
     lines = export(tmp_path / "run", tmp_path / "out")
+    lines += export(tmp_path / "run", tmp_path / "single", format="single-file")
     assert_bit_equal(tensors_in(tmp_path / "out"), tensors_in(tmp_path / "published"))
-    assert float(lines[-1].rsplit(" ", 1)[1]) < 2e-5
+    assert all(float(line.rsplit(" ", 1)[1]) < 2e-5 for line in lines)
+    again = tmp_path / "again"
+    export(tmp_path / "run", again, format="kinema", weights="raw")
+    assert_bit_equal(kinema.load(again).state_dict(), kinema.load(tmp_path / "published").state_dict())

@@ -84,6 +84,16 @@ def test_a_single_file_in_the_vendors_names_is_told_from_its_shapes(tmp_path, mo
     assert_same(kinema.load(path), model)
 
 
+def test_a_single_file_shows_that_its_model_reads_images(tmp_path):
+    config = CONFIG | {"in_channels": 9, "image_dim": 10, "added_kv_proj_dim": 128}
+    model = WAN.build(config)
+    original = WAN.original_key_map(config).to_theirs(model.state_dict())
+    safetensors.torch.save_file(original, tmp_path / "wan.safetensors")
+    found = kinema.load(tmp_path / "wan.safetensors")
+    assert (found.config.image_width, found.config.condition_channels) == (10, 5)
+    assert_same(found, model)
+
+
 def test_a_file_of_several_models_asks_which(tmp_path, model):
     original = WAN.original_key_map(CONFIG).to_theirs(model.state_dict())
     everything = {f"model.diffusion_model.{name}": tensor for name, tensor in original.items()}

@@ -7,14 +7,14 @@ from kinema.interop.loading import Held
 from kinema.interop.preset import Preset
 
 
-def model_card(held: Held, presets: dict[str, Preset], lines: list[str]) -> str:
+def model_card(held: Held, presets: dict[str, Preset], weights: str, lines: list[str]) -> str:
     """README.md: the facts of the manifest for people, with the header that model hubs read."""
     manifest = held.manifest or {}
     sections = [
         _header(manifest, presets),
         f"# {manifest.get('name', 'model')}",
         "Trained and exported with Kinema. `manifest.json` holds all of this for programs.",
-        _table(_facts(manifest, presets)),
+        _table({"weights": weights, **_facts(manifest, presets)}),
         "## Compared after loading\n\n" + "\n".join(f"- {line}" for line in lines),
         _licences(manifest),
         _text(manifest),

@@ -18,13 +18,14 @@ from kinema.interop.card import model_card
 from kinema.interop.comparing import LIMIT, difference
 from kinema.interop.folders import published_folder
 from kinema.interop.importing import publish
-from kinema.interop.loading import Held, held_of
+from kinema.interop.loading import Held, Parts, held_of
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets import PRESETS
 from kinema.interop.reading import read_published
 from kinema.interop.recognising import build_on_meta, shapes_of
 from kinema.interop.reference import is_installed, reference_class
 from kinema.models.vae import CausalVAE
+from kinema.sampling.pipeline import Pipeline
 from kinema.training.checkpoint import write_json
 from kinema.training.run_folder import Weights
 
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def export(
-    source: "nn.Module | str | Path",
+    source: "nn.Module | Pipeline | Parts | str | Path",
     to: "str | Path",
     format: str = "diffusers",
     weights: str = "ema",
@@ -98,6 +99,7 @@ def export(
     Nothing is left of a model that no preset describes, or that the target library computes otherwise.
     """
     held = held_of(source, Weights(weights)).only(part)
+    kind = weights if isinstance(source, str | Path) else "as given"
     if Format(format) is Format.kinema:
         with published_folder(Path(to)) as aside:
             return write_kinema(aside, held)
@@ -106,8 +108,9 @@ def export(
     with published_folder(Path(to)) as aside:
         lines = write(aside, held, chosen)
         if held.manifest is not None:
-            write_json(aside / "manifest.json", held.manifest)
-        (aside / "README.md").write_text(model_card(held, {n: d.preset for n, d in chosen.items()}, lines))
+            exported = {"weights": kind, "format": format, "compared": lines}
+            write_json(aside / "manifest.json", {**held.manifest, "exported": exported})
+        (aside / "README.md").write_text(model_card(held, {n: d.preset for n, d in chosen.items()}, kind, lines))
     return lines
 
 
@@ -243,6 +246,10 @@ def write_pipeline(folder: Path, held: Held, models: dict[str, Described]) -> st
     key = (transformer.preset.reference, vae.preset.reference, is_given)
     if key not in PIPELINES:
         return f"diffusers has no pipeline of {key[0]} with {key[1]}: its parts are in transformer/ and vae/"
+    if held.objective() is None:
+        return (
+            f"no model_index.json: the shift that a {PIPELINES[key][0]} needs is known only of a training or a pipeline"
+        )
     pipeline, absent = PIPELINES[key]
     scheduler = reference_class("FlowMatchEulerDiscreteScheduler")(shift=flow_shift(held))
     scheduler.save_pretrained(folder / "scheduler")
@@ -260,8 +267,7 @@ def write_pipeline(folder: Path, held: Held, models: dict[str, Described]) -> st
 def flow_shift(held: Held) -> float:
     """The shift of the training; ValueError for an objective that the reference's scheduler cannot follow."""
     objective = held.objective()
-    if objective is None:
-        return 1.0
+    assert objective is not None
     if not isinstance(objective, RectifiedFlow) or objective.prediction_target.name != "velocity":
         raise ValueError(
             f"objective={type(objective).__name__}, prediction_target={objective.prediction_target.name}: the "

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kinema.diffusion.objective import DDPM, Objective, RectifiedFlow
-from kinema.identity import from_plain
+from kinema.identity import from_plain, to_plain
 from kinema.interop.importing import import_model, recognise_all
 from kinema.interop.reading import is_pipeline
 from kinema.interop.recognising import recognise
@@ -98,8 +98,12 @@ def is_run(path: Path) -> bool:
     return (path / SEAL).is_file() or (path / "checkpoints").is_dir()
 
 
-def held_of(source: "nn.Module | str | Path", weights: Weights) -> Held:
-    """The models of a run, or of a module that is given itself."""
+def held_of(source: "nn.Module | Pipeline | Parts | str | Path", weights: Weights) -> Held:
+    """The models of a run, or of a module or a pipeline that is given itself."""
+    if isinstance(source, Pipeline | Parts):
+        given = {"vae": source.vae, "transformer": source.denoiser}
+        models = {name: (model, model.state_dict()) for name, model in given.items()}
+        return Held(models, pipeline_manifest(source) if isinstance(source, Pipeline) else None)
     if isinstance(source, nn.Module):
         name = "vae" if isinstance(source, CausalVAE) else "transformer"
         return Held({name: (source, source.state_dict())}, None)
@@ -109,13 +113,24 @@ def held_of(source: "nn.Module | str | Path", weights: Weights) -> Held:
     manifest = checkpoint.document("manifest")
     if manifest["task"] == "vae":
         return Held({"vae": vae_of(checkpoint, weights)}, manifest, manifest)
-    models: dict[str, Model] = {}
+    models = {}
     carried = CheckpointStore(checkpoint.folder.parent.parent / "vae").newest()
     if carried is not None:
         models["vae"] = vae_of(carried, Weights(manifest["vae"]["weights"]))
     vae = models["vae"][0] if models else None
     models["transformer"] = transformer_of(checkpoint, manifest, weights, vae)
     return Held(models, manifest, carried.document("manifest") if carried else None)
+
+
+def pipeline_manifest(pipeline: Pipeline) -> dict[str, Any]:
+    """What a pipeline in memory knows of its manifest."""
+    return {
+        "objective": to_plain(pipeline.objective),
+        "fps": pipeline.fps,
+        "shapes": [list(shape) for shape in pipeline.shapes],
+        "guidance_dropout": pipeline.guidance_dropout,
+        "text": {"policy": pipeline.text_encoder.policy()},
+    }
 
 
 def vae_of(checkpoint: Checkpoint, weights: Weights) -> Model:
