@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,14 +57,14 @@ def test_the_nearest_shapes_are_legal_and_a_legal_shape_is_its_own(temporal, spa
     for shape in nearest:
         assert geometry.check(shape) == shape
         assert geometry.nearest(shape) == [shape]
-    # And no legal number of frames is nearer than theirs.
+    # And no legal number of frames is nearer, as a ratio, than that of the first.
     t = wanted[0]
     brute = min(
-        abs(f - t)
+        abs(math.log(f / t))
         for f in range(1, 3 * t + 3 * temporal * patch[0])
         if geometry._is_legal(ClipShape(f, *nearest[0][1:]))
     )
-    assert brute == min(abs(shape.frames - t) for shape in nearest)
+    assert brute == pytest.approx(abs(math.log(nearest[0].frames / t)))
 
 
 def sized(width, height, seconds):
