@@ -108,7 +108,6 @@ def test_positions_count_on_and_state_says_where_they_are():
         assert positions == list(range(8 * step, 8 * step + 8))
         first = min(slots_of(plan, [step]), key=lambda slot: slot.position)
         assert plan.state(step) == {"epoch": first.epoch, "cursor": 8 * step % 12}
-    assert plan.steps_per_epoch == 2
 
 
 def test_fewer_clips_than_a_step_repeat_in_order():

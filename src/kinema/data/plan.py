@@ -117,11 +117,6 @@ class Plan:
         epoch, cursor = divmod(step * self.clips_per_step, len(self.clips))
         return {"epoch": epoch, "cursor": cursor}
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which every clip was taken at least once."""
-        return math.ceil(len(self.clips) / self.clips_per_step)
-
     def __getstate__(self) -> dict[str, object]:
         # Spawned workers get the plan pickled; the caches stay behind.
         return {name: value for name, value in vars(self).items() if name not in ("_order", "_step")}

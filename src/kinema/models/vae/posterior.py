@@ -53,14 +53,3 @@ class LatentStatistics:
             raise ValueError("latent statistics of no clips: call update() with at least one posterior first")
         mean = total / count
         return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
-
-    def check_normalised(self, tolerance: float = 0.5) -> None:
-        """Refuses latents whose channel means are not 0 or deviations not 1, each within the tolerance."""
-        mean, std = self.mean_and_std()
-        wrong = ((mean.abs() > tolerance) | ((std - 1).abs() > tolerance)).nonzero().flatten().tolist()
-        if wrong:
-            found = ", ".join(f"{c}: mean {mean[c]:.3f} std {std[c]:.3f}" for c in wrong)
-            raise ValueError(
-                f"latents of channels {found} are not normalised to mean 0 and std 1 within {tolerance}: the "
-                "VAE's latent statistics do not belong to this data; measure and set them again"
-            )
