@@ -505,6 +505,8 @@ AXES = {
     "guidance": [False, True],
     "condition_channels": [0, 2],
     "image_width": [0, 3],
+    "control_layers": [[], [0], [1]],
+    "control_channels": [0, 2],
 }
 
 
@@ -521,6 +523,7 @@ def extras_for(config, latents):
         image=[draw(2 + i, 3) for i in range(len(latents))] if config.image_width else None,
         pooled=[draw(3) for _ in latents] if config.pooled_width else None,
         guidance=[1.0 + i for i in range(len(latents))] if config.guidance else None,
+        control=[draw(config.control_channels, *x.shape[1:]) for x in latents] if config.control_channels else None,
     )
 
 
@@ -600,6 +603,13 @@ def test_a_frame_has_its_own_timestep():
         ({"timestep_channels": 7}, r"model\.timestep_channels=7"),
         ({"condition_channels": -1}, r"model\.condition_channels=-1"),
         ({"position_scale": [1.0, 2.0, 2.0]}, r"model\.position_scale=.*position_embedding=none"),
+        ({"control_layers": [0]}, r"model\.control_layers=\[0\] with model\.control_channels=0"),
+        ({"control_layers": [1, 0], "control_channels": 2}, r"model\.control_layers=\[1, 0\] .* rising order"),
+        ({"control_layers": [2], "control_channels": 2}, r"blocks from 0 to 1"),
+        (
+            {"control_layers": [0], "control_channels": 2, "text": TextEdge.shared},
+            r"model\.control_layers=\[0\] needs model\.text=cross",
+        ),
         ({"position_scale": [1.0, 1.0]}, r"model\.position_scale=\[1\.0, 1\.0\]"),
     ],
 )

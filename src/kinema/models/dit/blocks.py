@@ -50,6 +50,11 @@ def refiner_blocks(config: DiTConfig) -> list[Block]:
     return made
 
 
+def control_blocks(config: DiTConfig) -> list[Block]:
+    """Blocks of the control tower, one for each layer that it adds to and like that layer's."""
+    return [_block(config, _sublayers(config, index)) for index in config.control_layers]
+
+
 def _block(config: DiTConfig, sublayers: Sequence[Sublayer]) -> Block:
     slots = sum(sublayer.slots for sublayer in sublayers)
     if config.modulation is ModulationSource.table:
