@@ -24,6 +24,7 @@ WAN = {
     "num_layers": 2,
 }
 WAN_IMAGE = WAN | {"in_channels": 9, "image_dim": 10, "added_kv_proj_dim": 32}
+WAN_VACE = WAN | {"num_layers": 3, "vace_layers": [0, 2], "vace_in_channels": 6}
 
 LTX = {
     "num_attention_heads": 2,
@@ -126,6 +127,15 @@ CASES = {
     "wan, given channels": Case("wan", WAN | {"in_channels": 9}, {"2.2 I2V A14B": {"in_channels": 36}}),
     "wan, image tokens": Case("wan", WAN_IMAGE, {"I2V 14B": WAN_I2V}, words=512),
     "wan, first and last image": Case("wan", WAN_IMAGE | {"pos_embed_seq_len": 6}, {"FLF2V 14B": WAN_FLF}, words=512),
+    "wan vace": Case(
+        "wan_vace",
+        WAN_VACE,
+        {
+            "1.3B": WAN_1B | {"vace_layers": list(range(0, 30, 2))},
+            "14B": {},
+        },
+    ),
+    "wan vace with image tokens": Case("wan_vace", WAN_IMAGE | {"vace_layers": [0, 1]}, words=512),
     "wan without cross norm": Case("wan", WAN | {"cross_attn_norm": False, "patch_size": (2, 1, 2), "eps": 1e-5}),
 }
 
@@ -169,6 +179,7 @@ class Given:
     image: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
     guidance: list[float] | None = None
+    control: torch.Tensor | None = None
     padding: int = 0
 
     def captions(self):
@@ -182,7 +193,11 @@ class Given:
 
     def extras(self):
         return Extras(
-            channels=parts(self.channels), image=parts(self.image), pooled=parts(self.pooled), guidance=self.guidance
+            channels=parts(self.channels),
+            image=parts(self.image),
+            pooled=parts(self.pooled),
+            guidance=self.guidance,
+            control=parts(self.control),
         )
 
 
@@ -209,6 +224,7 @@ def inputs(case, model):
         draw(6, config.image_width) if config.image_width else None,
         draw(config.pooled_width) if config.pooled_width else None,
         [6.0, 1.5] if config.guidance else None,
+        draw(config.control_channels, *grid) if config.control_channels else None,
         3 if case.padded else 0,
     )
 
@@ -222,7 +238,8 @@ def run_wan(theirs, given):
     image = given.image
     if theirs.config.pos_embed_seq_len:  # two images a clip, one after the other in the batch
         image = image.view(4, 3, -1)
-    return theirs(latents, timesteps, given.text, image).sample
+    control = {} if given.control is None else {"control_hidden_states": given.control}
+    return theirs(latents, timesteps, given.text, image, **control).sample
 
 
 def together(given, dim=1):
@@ -263,7 +280,14 @@ def run_latte(theirs, given):
     return theirs(given.latents, given.timesteps * 1000, given.text).sample
 
 
-RUN = {"latte": run_latte, "wan": run_wan, "ltx": run_ltx, "hunyuan": run_hunyuan, "cogvideox": run_cogvideox}
+RUN = {
+    "cogvideox": run_cogvideox,
+    "hunyuan": run_hunyuan,
+    "latte": run_latte,
+    "ltx": run_ltx,
+    "wan": run_wan,
+    "wan_vace": run_wan,
+}
 
 
 def run_ours(model, given):
@@ -363,7 +387,9 @@ def test_every_tensor_of_a_release_has_its_place(case_name, release):
     assert {n: x.shape for n, x in back.items()} == {n: x.shape for n, x in tensors.items()}
 
 
-@pytest.mark.parametrize("case_name", [name for name, case in CASES.items() if case.preset in ("wan", "ltx")])
+@pytest.mark.parametrize(
+    "case_name", [name for name, case in CASES.items() if case.preset in ("wan", "wan_vace", "ltx")]
+)
 def test_a_vendors_own_names_are_those_that_diffusers_converts(case_name):
     """Through `diffusers`' conversion of original files: one fact, two independent tables."""
     from diffusers.loaders import single_file_utils as files
@@ -371,6 +397,7 @@ def test_a_vendors_own_names_are_those_that_diffusers_converts(case_name):
     case = CASES[case_name]
     convert = {
         "wan": files.convert_wan_transformer_to_diffusers,
+        "wan_vace": files.convert_wan_transformer_to_diffusers,
         "ltx": files.convert_ltx_transformer_checkpoint_to_diffusers,
     }[case.preset]
     theirs = reference(case)

@@ -229,6 +229,7 @@ def test_a_vae_comes_in_and_out_with_its_statistics(tmp_path):
 
 FAMILIES = {
     "wan, image tokens": ("WanTransformer3DModel", WAN | {"in_channels": 9, "image_dim": 10, "added_kv_proj_dim": 32}),
+    "wan, a control tower": ("WanVACETransformer3DModel", WAN | {"vace_layers": [0], "vace_in_channels": 3}),
     "ltx": (
         "LTXVideoTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 20, "in_channels": 6, "out_channels": 6,

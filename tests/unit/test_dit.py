@@ -512,6 +512,8 @@ AXES = {
     "guidance": [False, True],
     "condition_channels": [0, 2],
     "image_width": [0, 3],
+    "control_layers": [[], [0], [1]],
+    "control_channels": [0, 2],
 }
 
 
@@ -528,6 +530,7 @@ def extras_for(config, latents):
         image=[draw(2 + i, 3) for i in range(len(latents))] if config.image_width else None,
         pooled=[draw(3) for _ in latents] if config.pooled_width else None,
         guidance=[1.0 + i for i in range(len(latents))] if config.guidance else None,
+        control=[draw(config.control_channels, *x.shape[1:]) for x in latents] if config.control_channels else None,
     )
 
 
@@ -611,6 +614,13 @@ def test_a_frame_has_its_own_timestep():
         ({"position_extent": [0, 4]}, r"model\.position_extent=\[0, 4\]"),
         ({"attention": AttentionPattern.alternating, "depth": 3}, r"model\.attention=alternating .*model\.depth=3"),
         ({"attention": AttentionPattern.alternating}, r"model\.modulation=table .*Type model\.cross_norm=none"),
+        ({"control_layers": [0]}, r"model\.control_layers=\[0\] with model\.control_channels=0"),
+        ({"control_layers": [1, 0], "control_channels": 2}, r"model\.control_layers=\[1, 0\] .* rising order"),
+        ({"control_layers": [2], "control_channels": 2}, r"blocks from 0 to 1"),
+        (
+            {"control_layers": [0], "control_channels": 2, "text": TextEdge.shared},
+            r"model\.control_layers=\[0\] needs model\.text=cross",
+        ),
         ({"position_scale": [1.0, 1.0]}, r"model\.position_scale=\[1\.0, 1\.0\]"),
     ],
 )

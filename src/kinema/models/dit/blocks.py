@@ -61,6 +61,11 @@ def refiner_blocks(config: DiTConfig) -> list[Block]:
     return made
 
 
+def control_blocks(config: DiTConfig) -> list[Block]:
+    """Blocks of the control tower, one for each layer that it adds to and like that layer's."""
+    return [_block(config, _sublayers(config, index), index) for index in config.control_layers]
+
+
 def _block(config: DiTConfig, sublayers: Sequence[Sublayer], index: int) -> Block:
     slots, placed = sum(sublayer.slots for sublayer in sublayers), _is_placed(config, index)
     if config.modulation is ModulationSource.table:

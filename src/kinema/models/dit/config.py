@@ -211,6 +211,12 @@ class DiTConfig:
     Dhariwal 2021). `DiT.predict` returns it; `forward`, and so training and sampling here, leave it out: it keeps the
     numbers that it has.
     """
+    control_layers: list[int] = field(default_factory=list)
+    """Blocks to whose video a second tower adds what it makes of `control_channels`, one block of its own for each
+    (Zhang et al. 2023, ControlNet; Jiang et al. 2025, VACE). Its ways back start at zero. With text=cross.
+    """
+    control_channels: int = 0
+    """Channels of the given latents (depth, poses, a masked clip) that the second tower reads."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together, and choices that exclude one another."""
@@ -225,6 +231,7 @@ class DiTConfig:
             "pooled_width",
             "single_depth",
             "image_positions",
+            "control_channels",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be zero or more.")
@@ -252,6 +259,7 @@ class DiTConfig:
         self._check_attention()
         self._check_text()
         self._check_modulation()
+        self._check_control()
 
     def _check_positions(self) -> None:
         if self.position_embedding is PositionEmbedding.sincos_quarters and self.width % 16:
@@ -339,6 +347,23 @@ class DiTConfig:
             raise ValueError(
                 f"model.head_modulation=table adds the timestep's embedding to rows of model.width={self.width}, but "
                 f"model.timestep_width={self.timestep_width}. Type model.head_modulation=linear."
+            )
+
+    def _check_control(self) -> None:
+        layers = self.control_layers
+        if bool(layers) != bool(self.control_channels):
+            raise ValueError(
+                f"model.control_layers={layers} with model.control_channels={self.control_channels}: a control tower "
+                "needs both, the blocks it adds to and the channels it reads. Type both, or neither."
+            )
+        if layers != sorted(set(layers) & set(range(self.depth))):
+            raise ValueError(
+                f"model.control_layers={layers} must be blocks from 0 to {self.depth - 1} in rising order, each once."
+            )
+        if layers and self.text is not TextEdge.cross:
+            raise ValueError(
+                f"model.control_layers={layers} needs model.text=cross: with model.text={self.text.name} the tower "
+                "would change captions that nobody reads."
             )
 
     @property

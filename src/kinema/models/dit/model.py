@@ -29,6 +29,7 @@ from kinema.models.dit.config import (
     TextEdge,
     TextEmbedding,
 )
+from kinema.models.dit.control import ControlTower
 from kinema.models.dit.extras import Extras
 from kinema.models.dit.layers import (
     Activate,
@@ -89,6 +90,7 @@ class DiT(nn.Module):
         table = config.modulation is ModulationSource.table
         self.shared_modulation = ExactLinear(config.condition_width, slots_of(made[0]) * width) if table else None
         self.blocks = nn.ModuleList(made)
+        self.control = ControlTower(config) if config.control_layers else None
 
         def norm() -> Norm:
             return Norm(NormKind.layer, width, config.norm_eps, affine=config.norm_affine)
@@ -147,8 +149,11 @@ class DiT(nn.Module):
         tokens: Tokens = {"video": video, "text": self._captions(words, lengths, timesteps)}
         if self.image_embedding is not None and extras.image is not None:
             tokens["image"] = self.image_embedding(torch.cat([self._placed(image) for image in extras.image]))
-        for each in self.blocks:
+        hints = self._hints(tokens, segments, condition, extras)
+        for layer, each in enumerate(self.blocks):
             tokens = each(tokens, segments, condition)
+            if layer in hints:
+                tokens = {**tokens, "video": tokens["video"] + hints[layer]}
 
         if self.final_norm is not None:
             tokens["video"] = self.final_norm(tokens["video"])
@@ -160,6 +165,12 @@ class DiT(nn.Module):
         both = self.head_modulation(condition.embedding if linear else condition)
         shift, scale = both.chunk(2, dim=-1)
         return self.head(modulated(self.head_norm(video), shift, scale, rows))
+
+    def _hints(self, tokens: Tokens, segments: Segments, condition: Condition, extras: Extras) -> dict[int, Tensor]:
+        """What the control tower adds to the video after some blocks: layer -> (N, D)."""
+        if self.control is None or extras.control is None:
+            return {}
+        return self.control(patchify(extras.control, self.config.patch_size), tokens, segments, condition)
 
     def _placed(self, image: Tensor) -> Tensor:
         return image if self.image_positions is None else image + self.image_positions
@@ -269,10 +280,11 @@ class DiT(nn.Module):
                 )
             if given is not None and len(given) != len(latents):
                 raise ValueError(f"extras.{name} has {len(given)} entries for {len(latents)} clips.")
-        for clip, channels in zip(latents, extras.channels or [], strict=extras.channels is not None):
-            expected = (self.config.condition_channels, *clip.shape[1:])
-            if channels.shape != expected:
-                raise ValueError(f"extras.channels has shape {tuple(channels.shape)} for a clip that needs {expected}.")
+        for key, name in GIVEN.items():
+            for clip, given in zip(latents, getattr(extras, name) or [], strict=getattr(extras, name) is not None):
+                expected = (getattr(self.config, key), *clip.shape[1:])
+                if given.shape != expected:
+                    raise ValueError(f"extras.{name} has shape {tuple(given.shape)} for a clip that needs {expected}.")
         for image in extras.image or []:
             if self.config.image_positions not in (0, len(image)):
                 raise ValueError(
@@ -294,6 +306,7 @@ class DiT(nn.Module):
         zero: list[nn.Linear] = [self.head]
         zero += [linear for linear in (self.shared_modulation, self.head_modulation) if isinstance(linear, nn.Linear)]
         zero += [module.linear for module in self.modules() if isinstance(module, LinearModulation)]
+        zero += [hint for tower in self.modules() if isinstance(tower, ControlTower) for hint in tower.hints]
         # Without a gate the last layer of the operation is what makes a new block the identity.
         zero += [m.operation.project for m in self.modules() if isinstance(m, Sublayer) and m.slots == 0]
         for linear in zero:
@@ -326,10 +339,19 @@ class DiT(nn.Module):
         return 2.0 * products
 
 
-EDGES = {"patch_embedding": "video", "head": "video", "text_embedding": "text", "image_embedding": "image"}
+EDGES = {
+    "patch_embedding": "video",
+    "head": "video",
+    "control": "video",
+    "text_embedding": "text",
+    "image_embedding": "image",
+}
 """Parts outside the blocks that see every token of a segment; the others see one row a clip."""
 
-EXTRAS = {"condition_channels": "channels", "image_width": "image", "pooled_width": "pooled", "guidance": "guidance"}
+GIVEN = {"condition_channels": "channels", "control_channels": "control"}
+"""Key of the config -> latents of a clip's own size that it makes the model demand."""
+
+EXTRAS = {**GIVEN, "image_width": "image", "pooled_width": "pooled", "guidance": "guidance"}
 """Key of the config -> what it makes the model demand."""
 
 
