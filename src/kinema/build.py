@@ -414,7 +414,7 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
 
 def dit_flops(config: Config, model: DiT, data: Data, geometry: Geometry) -> float:
     """Floating-point operations of one step: three times the forward pass of every clip of a step."""
-    return 3 * sum(model.flops(geometry.num_tokens(shape), config.text.max_tokens) for shape in data.step_shapes)
+    return 3 * sum(model.flops(geometry.token_grid(shape), config.text.max_tokens) for shape in data.step_shapes)
 
 
 def describe_run(config: Config, run: Run, process: Process, model: nn.Module, flops_per_step: float) -> None:

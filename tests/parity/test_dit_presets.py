@@ -55,6 +55,24 @@ COG = {
     "text_embed_dim": 12,
     "num_layers": 2,
 }
+LATTE = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "cross_attention_dim": 32,
+    "attention_bias": True,
+    "sample_size": 10,
+    "patch_size": 2,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "caption_channels": 12,
+    "video_length": 3,  # the reference takes clips of no other length
+}
 COG_ROTARY = COG | {"use_rotary_positional_embeddings": True}
 
 
@@ -81,7 +99,18 @@ WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 LTX_13B = {"num_attention_heads": 32, "attention_head_dim": 128, "num_layers": 48, "cross_attention_dim": 4096}
 COG_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 COG_15 = COG_5B | {"patch_size_t": 2}
+LATTE_1 = LATTE | {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "num_layers": 28,
+    "cross_attention_dim": 1152,
+    "sample_size": 64,
+    "caption_channels": 4096,
+    "video_length": 16,
+}
 CASES = {
+    "latte": Case("latte", LATTE, {"1": LATTE_1}),
+    "latte, larger frames, no variance": Case("latte", LATTE | {"sample_size": 140, "out_channels": 4}),
     "ltx": Case("ltx", LTX, {"2B": {}, "13B": LTX_13B}, padded=True),
     "ltx, a timestep for each frame": Case("ltx", LTX, frame_times=True),
     "hunyuan": Case("hunyuan", HUNYUAN, {"13B": {}}, padded=True),
@@ -253,12 +282,23 @@ def run_cogvideox(theirs, given):
     return theirs(latents, given.text, given.timesteps * 1000, image_rotary_emb=rope).sample.transpose(1, 2)
 
 
-RUN = {"wan": run_wan, "wan_vace": run_wan, "ltx": run_ltx, "hunyuan": run_hunyuan, "cogvideox": run_cogvideox}
+def run_latte(theirs, given):
+    return theirs(given.latents, given.timesteps * 1000, given.text).sample
+
+
+RUN = {
+    "cogvideox": run_cogvideox,
+    "hunyuan": run_hunyuan,
+    "latte": run_latte,
+    "ltx": run_ltx,
+    "wan": run_wan,
+    "wan_vace": run_wan,
+}
 
 
 def run_ours(model, given):
     timesteps = given.timesteps if given.timesteps.ndim == 1 else list(given.timesteps)
-    return torch.stack(model(list(given.latents), timesteps, given.captions(), given.extras()))
+    return torch.stack(model.predict(list(given.latents), timesteps, given.captions(), given.extras()))
 
 
 def meta_record(case, config):
@@ -323,7 +363,7 @@ def test_weights_come_back_bit_for_bit(case):
 
 def test_a_model_describes_itself_as_the_reference_does(case):
     preset, theirs = BY_NAME[case.preset], reference(case)
-    described = preset.describe(ours(case, theirs))
+    described = preset.describe(ours(case, theirs)) | {key: case.config[key] for key in case.config.keys() & UNSAID}
     public = {key: value for key, value in record(theirs).items() if not key.startswith("_")}
     assert plain(described) == plain(public)
 
@@ -332,6 +372,9 @@ def plain(value):
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+UNSAID = {"video_length"}  # what says nothing of a model
 
 
 RELEASED = [(case, name) for case, entry in CASES.items() for name in entry.released]
@@ -391,6 +434,15 @@ def test_two_original_tensors_that_swap_halves_differ():
     assert torch.equal(torch.cat([scale, shift]), theirs.state_dict()["norm_out.linear.weight"])
     q = theirs.state_dict()["single_transformer_blocks.1.attn.to_q.weight"]
     assert torch.equal(original["single_blocks.1.linear1.weight"][: len(q)], q)
+
+
+def test_latte_tells_a_single_frame_of_no_time():
+    theirs = reference(CASES["latte"])
+    model = ours(CASES["latte"], theirs)
+    g = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(1, 4, 1, 6, 10, generator=g), torch.randn(1, 5, 12, generator=g)
+    expected = theirs(latents, torch.tensor([300.0]), text).sample
+    assert close(model.predict(list(latents), torch.tensor([0.3]), list(text))[0], expected[0]) <= TOLERANCE
 
 
 def test_a_choice_that_the_reference_lacks_is_named():

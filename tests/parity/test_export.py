@@ -245,6 +245,13 @@ FAMILIES = {
         {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
          "time_embed_dim": 14, "text_embed_dim": 12, "num_layers": 2, "use_rotary_positional_embeddings": True},
     ),
+    "latte": (
+        "LatteTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+         "cross_attention_dim": 32, "attention_bias": True, "sample_size": 16, "patch_size": 2, "video_length": 16,
+         "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
+         "norm_eps": 1e-6, "caption_channels": 12, "num_embeds_ada_norm": 1000},
+    ),
     "hunyuan vae": (
         "AutoencoderKLHunyuanVideo",
         {"latent_channels": 4, "block_out_channels": (8, 16, 24, 24), "layers_per_block": 1, "norm_num_groups": 4},

@@ -121,7 +121,17 @@ def cogvideox(reference: Any, config: Record, sample: Sample) -> Tensor:
     return found.transpose(1, 2)
 
 
+def latte(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """Latte: the reference adds a table in time that fits one number of frames; here it gets one that fits the clip."""
+    table = reference.temp_pos_embed
+    embed = import_module("diffusers.models.embeddings").get_1d_sincos_pos_embed_from_grid
+    frames = torch.arange(sample.latents.shape[2]).unsqueeze(1)
+    reference.temp_pos_embed = embed(table.shape[-1], frames, output_type="pt").to(table)[None]
+    return reference(sample.latents, sample.timesteps * 1000, sample.text).sample
+
+
 CALLS: dict[str, Call] = {
+    "LatteTransformer3DModel": latte,
     "WanTransformer3DModel": wan,
     "WanVACETransformer3DModel": wan_vace,
     "LTXVideoTransformer3DModel": ltx_video,
@@ -151,7 +161,7 @@ def difference(ours: nn.Module, reference: Any, config: Record) -> float:
         raise ValueError(f"{name}: Kinema cannot run this class for a comparison yet; it has calls for {list(CALLS)}.")
     sample = Sample.of(ours, words_of(config))
     expected = CALLS[name](reference, config, sample)
-    actual = ours(list(sample.latents), sample.timesteps, list(sample.text), sample.extras())
+    actual = ours.predict(list(sample.latents), sample.timesteps, list(sample.text), sample.extras())
     return relative(torch.stack(actual), expected)
 
 

@@ -4,6 +4,7 @@ from kinema.interop.preset import Preset
 from kinema.interop.presets.cogvideox import COGVIDEOX
 from kinema.interop.presets.hunyuan import HUNYUAN
 from kinema.interop.presets.hunyuan_vae import HUNYUAN_15_VAE, HUNYUAN_VAE
+from kinema.interop.presets.latte import LATTE
 from kinema.interop.presets.ltx import LTX
 from kinema.interop.presets.ltx_vae import LTX2_VAE
 from kinema.interop.presets.wan import WAN, WAN_VACE
@@ -12,6 +13,7 @@ from kinema.interop.presets.wan_vae import WAN_22_VAE, WAN_VAE
 PRESETS: list[Preset] = [
     COGVIDEOX,
     HUNYUAN,
+    LATTE,
     LTX,
     WAN,
     WAN_VACE,

@@ -21,12 +21,10 @@ from kinema.models.dit.conditioning import (
     modulated,
 )
 from kinema.models.dit.config import (
-    AttentionPattern,
     DiTConfig,
     HeadModulation,
     ModulationSource,
     NormKind,
-    PositionEmbedding,
     Rope,
     TextEdge,
     TextEmbedding,
@@ -44,9 +42,10 @@ from kinema.models.dit.layers import (
 )
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.patches import patchify, token_grid, unpatchify
+from kinema.models.dit.places import Places
 from kinema.models.dit.refiner import TextRefiner
-from kinema.models.dit.segments import Grid, Rows, Segments, Span, Tokens, clip_segment, video_segment
-from kinema.models.position import fractional_rope, grid_positions, rope_3d, sincos_3d, sincos_quarters
+from kinema.models.dit.segments import Grid, Rows, Segments, Span, Tokens, clip_segment, seen, video_segment
+from kinema.models.position import fractional_rope, grid_positions, rope_3d
 
 Timesteps: TypeAlias = Tensor | Sequence[Tensor]
 """(B,), or for each clip one of every frame of tokens (T / patch_size[0],); in [0, 1].
@@ -76,6 +75,7 @@ class DiT(nn.Module):
         patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
 
         self.patch_embedding = Linear((latent_channels + config.condition_channels) * patch, width)
+        self.places = Places(config)
         self.text_embedding = _text_embedding(config, text_width)
         places = (config.image_positions, config.image_width)
         self.image_positions = nn.Parameter(torch.zeros(places)) if config.image_positions else None
@@ -102,7 +102,7 @@ class DiT(nn.Module):
         self.head_norm = norm()
         linear = config.head_modulation is HeadModulation.linear
         self.head_modulation = ExactLinear(config.condition_width, 2 * width) if linear else HeadTable(width)
-        self.head = Linear(width, latent_channels * patch)
+        self.head = Linear(width, latent_channels * patch * (2 if config.learned_variance else 1))
         self._initialise()
 
     def forward(
@@ -115,19 +115,26 @@ class DiT(nn.Module):
         clip with a timestep for every frame of tokens: a given frame has 0 where the others have noise, and then no
         guidance.
         """
+        predictions = self.predict(latents, timesteps, text, extras)
+        return [x[: self.latent_channels] for x in predictions] if self.config.learned_variance else predictions
+
+    def predict(
+        self, latents: Sequence[Tensor], timesteps: Timesteps, text: Sequence[Tensor], extras: Extras = NO_EXTRAS
+    ) -> list[Tensor]:
+        """All that the head says, (2C, T, H, W) each with model.learned_variance: the same, and the variances."""
         self._check(latents, timesteps, text)
         self._check_extras(latents, extras)
         order = sorted(range(len(latents)), key=lambda clip: tuple(latents[clip].shape))
         if order == list(range(len(latents))):
-            return self._forward_sorted(latents, timesteps, text, extras)
+            return self._predict_sorted(latents, timesteps, text, extras)
         times = timesteps[order] if isinstance(timesteps, Tensor) else [timesteps[clip] for clip in order]
-        predictions = self._forward_sorted(
+        predictions = self._predict_sorted(
             [latents[clip] for clip in order], times, [text[clip] for clip in order], extras.take(order)
         )
         place = {clip: index for index, clip in enumerate(order)}
         return [predictions[place[clip]] for clip in range(len(latents))]
 
-    def _forward_sorted(
+    def _predict_sorted(
         self, latents: Sequence[Tensor], timesteps: Timesteps, text: Sequence[Tensor], extras: Extras
     ) -> list[Tensor]:
         grids = [token_grid(clip.shape, self.config.patch_size) for clip in latents]
@@ -142,8 +149,9 @@ class DiT(nn.Module):
             latents if extras.channels is None else [torch.cat(x) for x in zip(latents, extras.channels, strict=True)]
         )
         video = self.patch_embedding(patchify(given, self.config.patch_size)).to(condition.embedding.dtype)
-        if self.config.position_embedding is not PositionEmbedding.none:
-            video = video + self._places(grids, video)
+        places = self.places.at_start(grids, video)
+        if places is not None:
+            video = video + places
         tokens: Tokens = {"video": video, "text": self._captions(words, lengths, timesteps)}
         if self.image_embedding is not None and extras.image is not None:
             tokens["image"] = self.image_embedding(torch.cat([self._placed(image) for image in extras.image]))
@@ -206,9 +214,9 @@ class DiT(nn.Module):
     ) -> Segments:
         """Angles (dtype and device of the condition), cuts and orders, made once; blocks only read them."""
         like = condition.embedding
-        spans = {*self.config.spans, Span.clip}
+        rope, places = self._rope(grids, like), self.places.in_blocks(grids, like)
         segments = {
-            "video": video_segment(grids, _rows(grids, condition), self._rope(grids, like), spans, like.device),
+            "video": video_segment(grids, _rows(grids, condition), rope, places, self._spans, like.device),
             "text": clip_segment(tuple(len(caption) for caption in text), len(like) - len(grids)),
         }
         if extras.image is not None:
@@ -235,17 +243,6 @@ class DiT(nn.Module):
         )
         fractions = positions * units * patch / extent
         return fractional_rope(fractions, config.width, config.num_heads, config.rope_theta, dtype)
-
-    def _places(self, grids: Sequence[Grid], like: Tensor) -> Tensor:
-        """The sine and cosine embedding of every token, (N, width)."""
-        config = self.config
-        waves = sincos_3d if config.position_embedding is PositionEmbedding.sincos else sincos_quarters
-        scale = torch.tensor(config.position_scale, device=like.device)
-        parts = [
-            waves(positions / scale, config.width, config.rope_theta, like.dtype).repeat(clips, 1)
-            for positions, clips in _runs(grids, like.device)
-        ]
-        return torch.cat(parts)
 
     def _check(self, latents: Sequence[Tensor], timesteps: Timesteps, text: Sequence[Tensor]) -> None:
         if not len(latents) == len(timesteps) == len(text) > 0:
@@ -325,18 +322,18 @@ class DiT(nn.Module):
             if isinstance(module, SegmentAttention | JointAttention | SingleStream):
                 module.attention = replace(module.attention)
 
-    def flops(self, tokens: int, text_tokens: int, frames: int | None = None, image_tokens: int = 0) -> float:
-        """Floating-point operations of the forward pass on one clip; a multiply and an add are two.
+    @property
+    def _spans(self) -> set[Span]:
+        """Of all attentions; cross-attention asks with whole clips."""
+        return {Span.clip, *(span for block in range(self.config.depth) for span in self.config.spans(block))}
 
-        Matrix products only; backward takes twice as many. Factorised attention needs `frames` of tokens too.
+    def flops(self, grid: Grid, text_tokens: int, image_tokens: int = 0) -> float:
+        """Floating-point operations of the forward pass on one clip of this token grid; a multiply and an add are two.
+
+        Matrix products only; backward takes twice as many.
         """
-        if self.config.attention is AttentionPattern.full:
-            seen = {Span.clip: tokens}
-        elif frames is None:
-            raise ValueError("model.attention=factorised: flops needs frames, the number of token frames.")
-        else:
-            seen = {Span.frame: tokens // frames, Span.place: frames}
-        counts = Counts({"video": tokens, "text": text_tokens, "image": image_tokens}, seen)
+        tokens = {"video": grid[0] * grid[1] * grid[2], "text": text_tokens, "image": image_tokens}
+        counts = Counts(tokens, {span: seen(span, grid) for span in self._spans})
         products = sum(module.products(counts) for module in self.modules() if isinstance(module, Sublayer))
         for name, module in self.named_modules():  # layers outside the blocks see each token, or each clip, once
             if isinstance(module, nn.Linear) and ".operation." not in name:
