@@ -554,7 +554,7 @@ def test_random_points_of_the_product_of_the_axes_train():
         torch.manual_seed(legal)
         model = DiT(config, CHANNELS, TEXT).double()
         for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.3)
+            nn.init.normal_(parameter, std=0.2)  # 0.3 saturates a softmax whose queries have no norm
         latents, timesteps, text = pack([(4, 6, 8), (2, 4, 4)], [3, 2])
         predictions = model(latents, timesteps, text, extras_for(config, latents))
         sum(out.square().mean() for out in predictions).backward()
