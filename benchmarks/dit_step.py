@@ -1,6 +1,6 @@
 """Forward and backward of each published transformer: ours beside diffusers' with the same weights.
 
-    python -m benchmarks.dit_step [--preset wan] [--tokens 780] [--threads 1] [--compile] [--seconds 20]
+python -m benchmarks.dit_step [--preset wan] [--tokens 780] [--threads 1] [--compile] [--seconds 20]
 """
 
 import argparse
