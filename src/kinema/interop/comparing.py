@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kinema.interop.preset import Record
 from kinema.models.dit import DiT, Extras
+from kinema.models.dit.segments import Grid
 from kinema.models.vae import CausalVAE
 
 LIMIT = 1e-4
@@ -38,10 +39,10 @@ class Sample:
     """(2, control_channels, T, H, W)"""
 
     @classmethod
-    def of(cls, model: DiT, words: int, seed: int = 0) -> "Sample":
-        """A small odd grid of patches, captions of `words` tokens, and all conditions that the model reads."""
+    def of(cls, model: DiT, words: int, seed: int = 0, tokens: Grid = (3, 3, 5)) -> "Sample":
+        """An odd grid of tokens, captions of `words` tokens, and all conditions that the model reads."""
         generator, config = torch.Generator().manual_seed(seed), model.config
-        grid = [patch * count for patch, count in zip(config.patch_size, (3, 3, 5), strict=True)]
+        grid = [patch * count for patch, count in zip(config.patch_size, tokens, strict=True)]
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(2, *shape, generator=generator)

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kinema.models.attention import Attention, Lengths
+from kinema.models.dit.activations import gelu_tanh
 from kinema.models.dit.conditioning import Condition, LinearModulation, TableModulation, gated_sum, modulated
 from kinema.models.dit.config import Activation, NormKind, QKNorm
 from kinema.models.dit.norms import Norm
@@ -65,7 +66,7 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     if activation is Activation.silu:
         return F.silu(x)
     assert activation is not Activation.swiglu
-    return F.gelu(x, approximate="tanh" if activation is Activation.gelu_tanh else "none")
+    return gelu_tanh(x) if activation is Activation.gelu_tanh else F.gelu(x)
 
 
 class Activate(nn.Module):
