@@ -35,6 +35,8 @@ class Sample:
     """(2, pooled_width)"""
     guidance: Tensor | None = None
     """(2,)"""
+    glyphs: Tensor | None = None
+    """(2, L, glyph_width)"""
     control: Tensor | None = None
     """(2, control_channels, T, H, W)"""
 
@@ -55,13 +57,21 @@ class Sample:
             image=draw(6, config.image_width) if config.image_width else None,
             pooled=draw(config.pooled_width) if config.pooled_width else None,
             guidance=torch.tensor([6.0, 1.5]) if config.guidance else None,
+            glyphs=draw(4, config.glyph_width) if config.glyph_width else None,
             control=draw(config.control_channels, *grid) if config.control_channels else None,
         )
 
     def extras(self) -> Extras:
         """The conditions as our model takes them."""
         guidance = None if self.guidance is None else self.guidance.tolist()
-        return Extras(_rows(self.channels), _rows(self.image), _rows(self.pooled), guidance, _rows(self.control))
+        return Extras(
+            _rows(self.channels),
+            _rows(self.image),
+            _rows(self.pooled),
+            guidance,
+            _rows(self.glyphs),
+            _rows(self.control),
+        )
 
     def given(self) -> Tensor:
         """Noisy latents and given channels together, as references take them."""
@@ -103,6 +113,15 @@ def hunyuan_video(reference: Any, config: Record, sample: Sample) -> Tensor:
     return reference(sample.given(), sample.timesteps * 1000, sample.text, mask, sample.pooled, guidance).sample
 
 
+def hunyuan_video_15(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """HunyuanVideo-1.5: a caption, glyphs and an image, each with a mask."""
+    assert sample.glyphs is not None
+    masks = [torch.ones(source.shape[:2], dtype=torch.long) for source in (sample.text, sample.glyphs)]
+    told = {"encoder_hidden_states_2": sample.glyphs, "encoder_attention_mask_2": masks[1]}
+    timesteps = sample.timesteps * 1000
+    return reference(sample.given(), timesteps, sample.text, masks[0], image_embeds=sample.image, **told).sample
+
+
 def cogvideox(reference: Any, config: Record, sample: Sample) -> Tensor:
     """CogVideoX: frames before channels, and rotary positions from outside."""
     rope = None
@@ -137,6 +156,7 @@ CALLS: dict[str, Call] = {
     "WanVACETransformer3DModel": wan_vace,
     "LTXVideoTransformer3DModel": ltx_video,
     "HunyuanVideoTransformer3DModel": hunyuan_video,
+    "HunyuanVideo15Transformer3DModel": hunyuan_video_15,
     "CogVideoXTransformer3DModel": cogvideox,
 }
 """How the forward of each class of the reference takes a sample."""

@@ -3,6 +3,7 @@
 from kinema.interop.preset import Preset
 from kinema.interop.presets.cogvideox import COGVIDEOX
 from kinema.interop.presets.hunyuan import HUNYUAN
+from kinema.interop.presets.hunyuan15 import HUNYUAN_15
 from kinema.interop.presets.hunyuan_vae import HUNYUAN_15_VAE, HUNYUAN_VAE
 from kinema.interop.presets.latte import LATTE
 from kinema.interop.presets.ltx import LTX
@@ -13,6 +14,7 @@ from kinema.interop.presets.wan_vae import WAN_22_VAE, WAN_VAE
 PRESETS: list[Preset] = [
     COGVIDEOX,
     HUNYUAN,
+    HUNYUAN_15,
     LATTE,
     LTX,
     WAN,

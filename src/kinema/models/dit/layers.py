@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kinema.models.attention import Attention, Lengths
+from kinema.models.attention import Attention
 from kinema.models.dit.activations import gelu_tanh
 from kinema.models.dit.conditioning import Condition, LinearModulation, TableModulation, gated_sum, modulated
 from kinema.models.dit.config import Activation, NormKind, QKNorm
 from kinema.models.dit.norms import Norm
-from kinema.models.dit.segments import Rope, Rows, Segments, Span, Tokens
+from kinema.models.dit.segments import Rope, Rows, Segments, Span, Tokens, joined, totals
 from kinema.models.position import apply_rope
 
 
@@ -274,22 +274,12 @@ def attend_jointly(
     asking = {name: q for name, (q, _, _) in triples.items() if q is not None}
     q_lengths = [segments[name].lengths for name in asking]
     k_lengths = [segments[name].lengths for name in triples]
-    q = _join(list(asking.values()), q_lengths)
-    k = _join([key for _, key, _ in triples.values()], k_lengths)
-    v = _join([value for _, _, value in triples.values()], k_lengths)
-    mixed = attention(q, k, v, _totals(q_lengths), _totals(k_lengths)).flatten(1)
+    q = joined(list(asking.values()), q_lengths)
+    k = joined([key for _, key, _ in triples.values()], k_lengths)
+    v = joined([value for _, _, value in triples.values()], k_lengths)
+    mixed = attention(q, k, v, totals(q_lengths), totals(k_lengths)).flatten(1)
     pieces = mixed.split([length for clip in zip(*q_lengths, strict=True) for length in clip])
     return {name: torch.cat(pieces[place :: len(asking)]) for place, name in enumerate(asking)}
-
-
-def _join(parts: Sequence[Tensor], lengths: Sequence[Lengths]) -> Tensor:
-    """Tokens of several segments, clip after clip in each -> clip after clip, segment after segment in each."""
-    clips = zip(*(part.split(list(n)) for part, n in zip(parts, lengths, strict=True)), strict=True)
-    return torch.cat([piece for clip in clips for piece in clip])
-
-
-def _totals(lengths: Sequence[Lengths]) -> Lengths:
-    return tuple(sum(clip) for clip in zip(*lengths, strict=True))
 
 
 class Sublayer(nn.Module):

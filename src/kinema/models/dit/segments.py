@@ -96,6 +96,22 @@ def seen(span: Span, grid: Grid) -> int:
     return {Span.clip: (t * h * w) ** 2, Span.frame: t * (h * w) ** 2, Span.place: h * w * t**2}[span]
 
 
+def lengths_of(parts: Sequence[Tensor]) -> Lengths:
+    """Tokens of each clip."""
+    return tuple(len(part) for part in parts)
+
+
+def joined(parts: Sequence[Tensor], lengths: Sequence[Lengths]) -> Tensor:
+    """Tokens of several segments, clip after clip in each -> clip after clip, segment after segment in each."""
+    clips = zip(*(part.split(list(n)) for part, n in zip(parts, lengths, strict=True)), strict=True)
+    return torch.cat([piece for clip in clips for piece in clip])
+
+
+def totals(lengths: Sequence[Lengths]) -> Lengths:
+    """Tokens of each clip in all of several segments."""
+    return tuple(sum(clip) for clip in zip(*lengths, strict=True))
+
+
 def _cut(span: Span, grids: Sequence[Grid], device: torch.device) -> Cut:
     if span is Span.clip:
         return Cut(tuple(t * h * w for t, h, w in grids))
