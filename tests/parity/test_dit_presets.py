@@ -8,6 +8,7 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.transformers import transformer_cosmos
 
+from kinema.interop.comparing import NearestResize
 from kinema.interop.presets import PRESETS
 from kinema.models.dit import Extras
 
@@ -152,6 +153,12 @@ CASES = {
         "hunyuan",
         HUNYUAN | {"in_channels": 9, "image_condition_type": "latent_concat", "guidance_embeds": False},
         {"I2V": {"in_channels": 33, "image_condition_type": "latent_concat", "guidance_embeds": False}},
+    ),
+    "hunyuan, a given first frame": Case(
+        "hunyuan",
+        HUNYUAN | {"image_condition_type": "token_replace"},
+        {"I2V, token replacement": {"image_condition_type": "token_replace"}},
+        padded=True,
     ),
     "cogvideox, sines": Case("cogvideox", COG, {"2B": {}}, words=226),
     "cogvideox, rotary": Case("cogvideox", COG_ROTARY, {"5B": COG_5B}),
@@ -313,20 +320,8 @@ def run_cogvideox(theirs, given):
     return theirs(latents, given.text, given.timesteps * 1000, image_rotary_emb=rope).sample.transpose(1, 2)
 
 
-class Resize:
-    """What the reference takes from torchvision, which is not installed: a resize of the padding mask."""
-
-    class InterpolationMode:
-        NEAREST = "nearest"
-
-    class functional:
-        @staticmethod
-        def resize(mask, size, interpolation):
-            return torch.nn.functional.interpolate(mask, size, mode=interpolation)
-
-
 def run_cosmos(theirs, given):
-    transformer_cosmos.transforms = Resize
+    transformer_cosmos.transforms = NearestResize
     latents, timesteps = together(given), given.timesteps
     mask = torch.zeros(1, 1, *[8 * side for side in latents.shape[-2:]])
     if timesteps.ndim == 2:

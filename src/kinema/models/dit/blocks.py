@@ -78,7 +78,7 @@ def _block(config: DiTConfig, sublayers: Sequence[Sublayer], index: int) -> Bloc
 
 
 def _is_placed(config: DiTConfig, index: int) -> bool:
-    """Whether a block begins with positions: the learned ones, or those in time where attention first reaches over it."""
+    """Whether a block begins with positions: learned ones, or those in time where attention first reaches over it."""
     if config.position_embedding is PositionEmbedding.learned_axes:
         return True
     first_over_time = 1 if config.attention is AttentionPattern.alternating else 0

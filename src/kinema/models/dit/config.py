@@ -239,6 +239,10 @@ class DiTConfig:
     """Channels of a caption's tokens in the blocks; 0 for the model's width. With text=cross."""
     pooled_text: bool = False
     """Add the mean of the text embeddings to the timestep's: the caption also modulates every block."""
+    first_frame_given: bool = False
+    """The first frame of tokens holds a given image: blocks read it with timestep 0 and without guidance, the caption
+    and the head with the clip's own timestep (HunyuanVideo I2V, token replacement).
+    """
     image_width: int = 0
     """Channels of image tokens, which blocks read as they read the caption, in a softmax of their own; 0 for none."""
     image_positions: int = 0
@@ -318,8 +322,8 @@ class DiTConfig:
         is_learned = self.position_embedding is PositionEmbedding.learned_axes
         if len(self.position_grid) != 3 or min(self.position_grid) < 0 or is_learned is not all(self.position_grid):
             raise ValueError(
-                f"model.position_grid={self.position_grid} must be frames, rows and columns of tokens of the largest clip "
-                "with model.position_embedding=learned_axes, and [0,0,0] with any other, which knows no largest."
+                f"model.position_grid={self.position_grid} must be frames, rows and columns of tokens of the "
+                "largest clip with model.position_embedding=learned_axes, and [0,0,0] with any other."
             )
         if is_learned and (any(self.position_extent) or any(scale != 1 for scale in self.position_scale)):
             raise ValueError(
@@ -415,8 +419,8 @@ class DiTConfig:
             )
         if self.timestep_norm and (not is_lora or self.timestep_width):
             raise ValueError(
-                f"model.timestep_norm=true needs model.modulation=lora (it is {self.modulation.name}), and has "
-                f"model.timestep_channels itself: type model.timestep_width=0 (it is {self.timestep_width})."
+                f"model.timestep_norm=true needs model.modulation=lora (it is {self.modulation.name}), "
+                f"and has model.timestep_channels itself: type model.timestep_width=0 (it is {self.timestep_width})."
             )
         alike = self.text is not TextEdge.joint or self.text_to_the_end
         if self.modulation is ModulationSource.table and not alike:
@@ -426,8 +430,8 @@ class DiTConfig:
             )
         if self.head_modulation is HeadModulation.table and self.condition_width != self.width:
             raise ValueError(
-                f"model.head_modulation=table adds the timestep's embedding to rows of model.width={self.width}, but it "
-                f"has {self.condition_width} channels (model.timestep_width={self.timestep_width}). Type "
+                f"model.head_modulation=table adds the timestep's embedding to rows of model.width={self.width}, but "
+                f"it has {self.condition_width} channels (model.timestep_width={self.timestep_width}). Type "
                 "model.head_modulation=linear."
             )
 
