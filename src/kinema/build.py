@@ -122,6 +122,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         fps=config.data.fps,
         shapes=data.shapes,
         guidance_dropout=config.task.guidance_dropout,
+        sampling=config.task.samples.alone(),
     )
     samples = SampleMaker(pipeline, config.task.samples, run.folder)
     manifest = {
@@ -134,6 +135,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         "shapes": [list(shape) for shape in data.shapes],
         "guidance_dropout": config.task.guidance_dropout,
         "posterior": config.task.posterior.value,
+        "sampling": to_plain(config.task.samples.alone()),
         **common_manifest(config, data),
     }
     if process.is_main:
