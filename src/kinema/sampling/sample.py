@@ -1,7 +1,7 @@
 """From a checkpoint to video files: loads what the manifest says, and refuses what contradicts it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
@@ -9,8 +9,10 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 from tqdm import tqdm
 
+from kinema.conditioning.frames import CleanFrame, FrameCondition
 from kinema.conditioning.text import HashText, PretrainedText, build_text_encoder, check_policy
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.encoding import write_video
@@ -20,6 +22,8 @@ from kinema.diffusion.solvers import LIBRARY, Solver
 from kinema.diffusion.timesteps import TimestepSpacing
 from kinema.identity import from_plain, to_plain
 from kinema.models.dit import DiT, DiTConfig
+from kinema.sampling.denoiser import check_condition
+from kinema.sampling.images import fit_images, nearest_shape, read_image
 from kinema.sampling.pipeline import Pipeline, SamplingConfig
 from kinema.training.checkpoint import Checkpoint, CheckpointStore
 from kinema.training.run_folder import Weights, checkpoint_of, load_vae, load_weights
@@ -55,8 +59,10 @@ class SampleConfig:
     """The caption of the video."""
     prompts_file: str | None = None
     """A text file with one caption a line, instead of `prompt`."""
+    image: str | None = None
+    """A picture: the first frame of every video, for weights that were trained with one."""
     shape: list[int] = field(default_factory=list)
-    """Frames, height, width; empty takes the first shape of the training."""
+    """Frames, height, width; empty takes the first shape of the training, or the one that fits the image best."""
     fps: float | None = None
     """Only to state what is expected: another rate than the checkpoint's is refused."""
     allow_untrained_shape: bool = False
@@ -131,6 +137,8 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
     text_encoder = build_text_encoder(from_plain(manifest["text"]["config"], HashText, PretrainedText))
     check_policy(text_encoder, manifest["text"]["policy"])
     model_config = from_plain(manifest["model"]["config"], DiTConfig)
+    condition = condition_of(manifest)
+    check_condition(condition, model_config, vae.config)
     denoiser = DiT(model_config, vae.config.latent_channels, text_encoder.width)
     found = load_weights(denoiser, checkpoint, weights)
     if found != manifest["fingerprints"][weights.value]:
@@ -144,9 +152,16 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
         fps=manifest["fps"],
         shapes=[ClipShape(*shape) for shape in manifest["shapes"]],
         guidance_dropout=manifest["guidance_dropout"],
+        condition=condition,
         sampling=from_plain(manifest["sampling"], SamplingConfig) if "sampling" in manifest else SamplingConfig(),
     )
     return Loaded(pipeline, manifest, checkpoint, weights, found)
+
+
+def condition_of(manifest: dict[str, Any]) -> FrameCondition:
+    """The frames that the training gave; runs from before there was a choice gave none."""
+    plain = manifest.get("condition", to_plain(FrameCondition()))
+    return from_plain(plain, FrameCondition, CleanFrame)
 
 
 def geometry_of(strides: tuple[int, int], model: DiTConfig) -> Geometry:
@@ -159,14 +174,16 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     """Sample every caption into `NNN.mp4` and one `sheet.png`, both carrying seed, prompt and manifest."""
     loaded = load_pipeline(checkpoint_of(config.run, "run"), config.weights)
     pipeline, captions = loaded.pipeline, config.captions()
-    shape = ClipShape(*config.shape) if config.shape else pipeline.shapes[0]
+    pictures = [read_image(config.image)] if config.image else []
+    shape = chosen_shape(config.shape, pipeline.shapes, pictures)
     if config.allow_untrained_shape:
         pipeline.geometry.check(shape, key="shape")
         pipeline = replace(pipeline, shapes=[*pipeline.shapes, shape])
     settings = config.settings(pipeline.sampling)
-    pipeline.check(settings, shape, config.fps)
+    pipeline.check(settings, shape, config.fps, len(pictures))
     say(f"loaded {loaded.describe()}")
     say(f"sampling: {settings.describe()}{changed(pipeline.sampling, settings)}")
+    given = fit_images(pictures, shape, say) if pictures else None
     run_dir = loaded.checkpoint.folder.parent.parent
     name = f"step-{loaded.checkpoint.step:08d}-{config.weights.value}"
     out = Path(config.out) if config.out else unused_folder(run_dir / "videos", name)
@@ -177,15 +194,17 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     for start in range(0, len(captions), config.batch_size):
         batch = captions[start : start + config.batch_size]
         options = replace(settings, seed=settings.seed + start)
-        videos = pipeline.videos(batch, shape, options, advance(bar, len(batch)))
+        images = [given] * len(batch) if given is not None else None
+        videos = pipeline.videos(batch, shape, options, advance(bar, len(batch)), images)
         for offset, (caption, frames) in enumerate(zip(batch, videos, strict=True)):
             path = out / f"{start + offset:03d}.mp4"
-            write_video(path, frames, pipeline.fps, metadata=metadata(loaded, settings, caption, start + offset))
+            origin = metadata(loaded, settings, caption, start + offset, config.image)
+            write_video(path, frames, pipeline.fps, metadata=origin)
             rows.append((frames.numpy(), caption))
             paths.append(path)
     bar.close()
     contact_sheet(rows, out / "sheet.png", columns=1 if len(rows) < 8 else 2)
-    stamp_png(out / "sheet.png", metadata(loaded, settings, " | ".join(captions), 0))
+    stamp_png(out / "sheet.png", metadata(loaded, settings, " | ".join(captions), 0, config.image))
     say(f"wrote {len(paths)} video(s) and a contact sheet to {out}")
     return paths
 
@@ -197,13 +216,20 @@ def changed(of: SamplingConfig, settings: SamplingConfig) -> str:
     return f"; other than its manifest says: {', '.join(lines)}" if lines else ", as its manifest says"
 
 
+def chosen_shape(wanted: Sequence[int], trained: Sequence[ClipShape], pictures: Sequence[Tensor]) -> ClipShape:
+    """The wanted shape, or else a trained one: the first, or the first that a given picture fits best."""
+    if wanted:
+        return ClipShape(*wanted)
+    return nearest_shape(pictures[0], trained) if pictures else trained[0]
+
+
 def unused_folder(parent: Path, name: str) -> Path:
     """`parent/name`, or `parent/name-2` and so on: samples of another prompt never replace the ones before."""
     names = (name if number == 1 else f"{name}-{number}" for number in count(1))
     return next(parent / each for each in names if not (parent / each).exists())
 
 
-def metadata(loaded: Loaded, config: SamplingConfig, caption: str, index: int) -> dict[str, str]:
+def metadata(loaded: Loaded, config: SamplingConfig, caption: str, index: int, image: str | None) -> dict[str, str]:
     """What a file says of its origin: enough to make it again."""
     return {
         "title": caption,
@@ -214,6 +240,7 @@ def metadata(loaded: Loaded, config: SamplingConfig, caption: str, index: int) -
                 "prompt": caption,
                 "seed": config.seed + index,
                 **{name: value for name, value in to_plain(config).items() if name not in ("type", "seed")},
+                "image": image,
                 "weights": loaded.weights.value,
                 "fingerprint": loaded.fingerprint,
                 "manifest": loaded.manifest,
