@@ -47,4 +47,4 @@ lint: $(READY)
 	$(BIN)/python -m pytest tests/unit/test_houserules.py
 
 clean:
-	rm -rf $(VENV) .cache runs/demo* data/toy*
+	rm -rf $(VENV) .cache runs/demo runs/demo_vae data/toy data/toy_latents

@@ -287,6 +287,11 @@ def build_data(config: Config, geometry: Geometry, process: Process, run: Run, v
         cache.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in clips])
     if process.is_main:
         tqdm.write(f"data {data.path}: {kept.line()}")
+        if heldout_plan is None and config.validation.every_steps:
+            tqdm.write(
+                f"data {data.path}: no clip is in split {data.heldout_split!r}, so nothing is validated. Prepare the "
+                "data with a held-out share, name another data.heldout_split, or type validation.every_steps=0."
+            )
     return Data(
         data, index, heldout, build_plan(config, index, clips), heldout_plan,
         lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept,
@@ -409,7 +414,7 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
 
 def dit_flops(config: Config, model: DiT, data: Data, geometry: Geometry) -> float:
     """Floating-point operations of one step: three times the forward pass of every clip of a step."""
-    return 3 * sum(model.flops(geometry.num_tokens(shape), config.text.max_tokens) for shape in data.step_shapes)
+    return 3 * sum(model.flops(geometry.token_grid(shape), config.text.max_tokens) for shape in data.step_shapes)
 
 
 def describe_run(config: Config, run: Run, process: Process, model: nn.Module, flops_per_step: float) -> None:
@@ -451,6 +456,11 @@ def describe_run(config: Config, run: Run, process: Process, model: nn.Module, f
         f"validation every {config.validation.every_steps} on {config.validation.clips} clips, "
         f"metrics every {logging.every_steps}, W&B {logging.wandb.value} ({logging.project})"
     )
+    if config.schedule.warmup_steps > config.steps:
+        tqdm.write(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} is longer than steps={config.steps}: the learning "
+            f"rate ends at {rates[2]:.1e} and never reaches optim.learning_rate={rate:g}. Type fewer warm-up steps."
+        )
 
 
 def device_name(process: Process) -> str:

@@ -47,6 +47,15 @@ WORDS = [3, 1, 9, 2]
 VARIANTS = {
     "full": {},
     "factorised": {"attention": AttentionPattern.factorised},
+    "alternating": {
+        "attention": AttentionPattern.alternating,
+        "cross_norm": CrossNorm.none,
+        "qk_norm": QKNorm.none,
+        "rope": Rope.none,
+        "position_embedding": PositionEmbedding.sincos_apart,
+        "position_extent": [0, 5, 5],
+        "learned_variance": True,
+    },
     "linear": {"modulation": ModulationSource.linear, "patch_size": [2, 2, 2]},
     "pooled": {"pooled_text": True, "qk_norm": QKNorm.none, "activation": Activation.gelu_tanh},
     "wan": {
@@ -138,15 +147,16 @@ def any_variant(request):
 # A new model
 
 
-def test_a_new_model_predicts_exactly_zero_and_its_blocks_are_the_identity(variant):
+def test_a_new_model_predicts_exactly_zero_and_its_sublayers_are_the_identity(variant):
     model = new_model(torch.float32, **variant)
     seen = []
-    for block in model.blocks:
-        block.register_forward_hook(lambda _, given, out: seen.append(torch.equal(given[0]["video"], out["video"])))
+    for layer in (layer for block in model.blocks for layer in block.sublayers):
+        layer.register_forward_hook(lambda _, given, out: seen.append(torch.equal(given[0]["video"], out["video"])))
     latents, timesteps, text = pack(dtype=torch.float32)
     predictions = model(latents, timesteps, text)
     assert all(torch.equal(out, torch.zeros_like(x)) for out, x in zip(predictions, latents, strict=True))
-    assert seen == [True, True]
+    assert len(seen) == sum(len(block.sublayers) for block in model.blocks)
+    assert all(seen)
 
 
 def test_a_new_model_learns_past_its_zeros(variant):
@@ -434,12 +444,7 @@ def test_flops_equal_torchs_count(variant, frames):
     latents, timesteps, text = pack([(frames * pt, 6, 8)], [5], torch.float32)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(latents, timesteps, text)
-    assert counter.get_total_flops() == model.flops(frames * 3 * 4, 5, frames)
-
-
-def test_flops_of_factorised_attention_need_the_frames():
-    with pytest.raises(ValueError, match=r"model\.attention=factorised"):
-        new_model(attention=AttentionPattern.factorised).flops(24, 5)
+    assert counter.get_total_flops() == model.flops((frames, 3, 4), 5)
 
 
 @pytest.mark.parametrize(
@@ -492,6 +497,8 @@ AXES = {
     "rope": list(Rope),
     "position_embedding": list(PositionEmbedding),
     "position_scale": [[1.0, 1.0, 1.0], [1.0, 1.5, 1.5]],
+    "position_extent": [[0, 0, 0], [0, 5, 5]],
+    "learned_variance": [False, True],
     "patch_size": [[1, 2, 2], [2, 1, 2]],
     "text": list(TextEdge),
     "text_to_the_end": [False, True],
@@ -505,6 +512,8 @@ AXES = {
     "guidance": [False, True],
     "condition_channels": [0, 2],
     "image_width": [0, 3],
+    "control_layers": [[], [0], [1]],
+    "control_channels": [0, 2],
 }
 
 
@@ -521,6 +530,7 @@ def extras_for(config, latents):
         image=[draw(2 + i, 3) for i in range(len(latents))] if config.image_width else None,
         pooled=[draw(3) for _ in latents] if config.pooled_width else None,
         guidance=[1.0 + i for i in range(len(latents))] if config.guidance else None,
+        control=[draw(config.control_channels, *x.shape[1:]) for x in latents] if config.control_channels else None,
     )
 
 
@@ -600,6 +610,17 @@ def test_a_frame_has_its_own_timestep():
         ({"timestep_channels": 7}, r"model\.timestep_channels=7"),
         ({"condition_channels": -1}, r"model\.condition_channels=-1"),
         ({"position_scale": [1.0, 2.0, 2.0]}, r"model\.position_scale=.*position_embedding=none"),
+        ({"position_extent": [0, 4, 4]}, r"model\.position_extent=.*position_embedding=none"),
+        ({"position_extent": [0, 4]}, r"model\.position_extent=\[0, 4\]"),
+        ({"attention": AttentionPattern.alternating, "depth": 3}, r"model\.attention=alternating .*model\.depth=3"),
+        ({"attention": AttentionPattern.alternating}, r"model\.modulation=table .*Type model\.cross_norm=none"),
+        ({"control_layers": [0]}, r"model\.control_layers=\[0\] with model\.control_channels=0"),
+        ({"control_layers": [1, 0], "control_channels": 2}, r"model\.control_layers=\[1, 0\] .* rising order"),
+        ({"control_layers": [2], "control_channels": 2}, r"blocks from 0 to 1"),
+        (
+            {"control_layers": [0], "control_channels": 2, "text": TextEdge.shared},
+            r"model\.control_layers=\[0\] needs model\.text=cross",
+        ),
         ({"position_scale": [1.0, 1.0]}, r"model\.position_scale=\[1\.0, 1\.0\]"),
     ],
 )

@@ -45,6 +45,8 @@ def strip_launcher_arguments(argv: list[str]) -> list[str]:
 
 def start_process(timeout_seconds: float) -> Process:
     """Join the process group that `torchrun`, `deepspeed` or Slurm describes in the environment; alone without one."""
+    if not torch.cuda.is_available():  # DeepSpeed would find the same, with a warning above every message of ours
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     # DeepSpeed calls collectives by the names that torch 2.13 deprecates, once a step.

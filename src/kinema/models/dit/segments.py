@@ -53,22 +53,35 @@ class Segment:
     cuts: dict[Span, Cut]
     rope: Rope | None = None
     """None for text, whose encoder has placed the words."""
+    places: Tensor | None = None
+    """(N, D), what blocks add to the tokens that are `placed`."""
 
 
 Segments = dict[str, Segment]
 
 
 def video_segment(
-    grids: Sequence[Grid], rows: Lengths, rope: Rope | None, spans: Iterable[Span], device: torch.device
+    grids: Sequence[Grid],
+    rows: Lengths,
+    rope: Rope | None,
+    places: Tensor | None,
+    spans: Iterable[Span],
+    device: torch.device,
 ) -> Segment:
     """The segment of clips with these token grids, with only the cuts that the model asks for."""
     cuts = {span: _cut(span, grids, device) for span in spans}
-    return Segment(tuple(t * h * w for t, h, w in grids), rows, cuts, rope)
+    return Segment(tuple(t * h * w for t, h, w in grids), rows, cuts, rope, places)
 
 
 def clip_segment(lengths: Lengths) -> Segment:
     """The segment of captions or images with these numbers of tokens, which have no grid."""
     return Segment(lengths, lengths, {Span.clip: Cut(lengths)})
+
+
+def seen(span: Span, grid: Grid) -> int:
+    """Pairs of tokens of one clip that attend to one another."""
+    t, h, w = grid
+    return {Span.clip: (t * h * w) ** 2, Span.frame: t * (h * w) ** 2, Span.place: h * w * t**2}[span]
 
 
 def _cut(span: Span, grids: Sequence[Grid], device: torch.device) -> Cut:
