@@ -30,10 +30,11 @@ from kinema.identity import digest, to_plain
 from kinema.models.dit import DiT
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
+from kinema.sampling.denoiser import check_condition
 from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import geometry_of
 from kinema.training.checkpoint import CheckpointStore, write_json
-from kinema.training.dit_task import DiTTask
+from kinema.training.dit_task import DiTTask, check_training
 from kinema.training.ema import EMA
 from kinema.training.loop import Outputs, Trainer, initial_weights
 from kinema.training.metrics import WandbTracker
@@ -98,7 +99,9 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     vae, vae_identity = load_vae(source, config.vae.weights)
     text_encoder = build_text_encoder(config.text)
     geometry = geometry_of(vae.geometry_strides, config.model)
+    check_condition(config.condition, config.model, vae.config)
     model = DiT(config.model, vae.config.latent_channels, text_encoder.width)
+    check_training(config.condition, geometry, config.data, vae.config)
     data = build_data(config, geometry, process, run, vae_identity["hash"])
     engine = build_engine(config, model, data.lanes_per_rank, run, process)
     task = DiTTask(
@@ -106,6 +109,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         vae=vae.to(process.device),
         text_encoder=text_encoder.to(process.device),
         objective=config.objective,
+        condition=config.condition,
         geometry=geometry,
         guidance_dropout=config.task.guidance_dropout,
         posterior=config.task.posterior,
@@ -122,6 +126,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         fps=config.data.fps,
         shapes=data.shapes,
         guidance_dropout=config.task.guidance_dropout,
+        condition=config.condition,
     )
     samples = SampleMaker(pipeline, config.task.samples, run.folder)
     manifest = {
@@ -133,6 +138,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         "fps": config.data.fps,
         "shapes": [list(shape) for shape in data.shapes],
         "guidance_dropout": config.task.guidance_dropout,
+        "condition": to_plain(config.condition),
         "posterior": config.task.posterior.value,
         **common_manifest(config, data),
     }
