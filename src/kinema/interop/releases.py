@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kinema.conditioning.text import PretrainedText, TextFamily, TextPadding
+from kinema.conditioning.text import CombinedText, PretrainedText
 from kinema.diffusion.objective import Objective
 from kinema.identity import to_plain
+from kinema.interop.captions import CAPTIONS
 from kinema.interop.reading import read_json
 from kinema.interop.schedulers import scheduled
 from kinema.sampling.pipeline import SamplingConfig
@@ -21,7 +22,8 @@ class Release:
     fps: float
     shapes: tuple[tuple[int, int, int], ...]
     guidance_dropout: float
-    text: PretrainedText
+    text: PretrainedText | CombinedText
+    """How captions are encoded; `path` is what its encoders are called."""
 
     def manifest(self) -> dict[str, Any]:
         """Its part of a manifest."""
@@ -44,8 +46,6 @@ class Habits:
     guidance_scale: float
     gives_sigmas: bool
     """Whether the pipeline hands the scheduler evenly spaced timesteps, or leaves them to it."""
-    text: PretrainedText
-    """How captions are encoded; `path` is where the release lies on the hub."""
 
 
 HABITS = {
@@ -55,7 +55,6 @@ HABITS = {
         num_steps=50,
         guidance_scale=5.0,
         gives_sigmas=False,
-        text=PretrainedText(path="google/umt5-xxl", family=TextFamily.umt5, max_tokens=512, padding=TextPadding.zeros),
     ),
 }
 """Pipeline class of the reference -> its habits."""
@@ -72,10 +71,11 @@ def release_of(pipeline: Path) -> Release | None:
             f"{pipeline} has two transformers, one for high and one for low noise; a checkpoint holds one. Import "
             f"each: kinema import {pipeline}/transformer --vae {pipeline}/vae --to DIR"
         )
-    habits = HABITS.get(index.get("_class_name", ""))
-    if habits is None:
+    name = index.get("_class_name", "")
+    if name not in HABITS:
         return None
+    habits = HABITS[name]
     config = read_json(pipeline / "scheduler" / "scheduler_config.json")
     objective, sampling = scheduled(config, gives_sigmas=habits.gives_sigmas)
     settings = SamplingConfig(num_steps=habits.num_steps, guidance_scale=habits.guidance_scale, **sampling)
-    return Release(objective, settings, habits.fps, habits.shapes, 0.1, habits.text)
+    return Release(objective, settings, habits.fps, habits.shapes, 0.1, CAPTIONS[name])
