@@ -22,6 +22,8 @@ class Extras:
     """Strength of guidance, for example 6.0."""
     glyphs: Sequence[Tensor] | None = None
     """Words that shall be seen in the picture, letter by letter (L, glyph_width); (0, glyph_width) for none."""
+    fps: Sequence[float] | None = None
+    """Frames a second of the clip, for a model with `rope_fps`, which may do without."""
     control: Sequence[Tensor] | None = None
     """Given latents (control_channels, T, H, W) that the control tower reads."""
 
