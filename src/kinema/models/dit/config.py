@@ -376,9 +376,9 @@ class DiTConfig:
             )
         if self.glyph_width and (self.text_channels or self.text_embedding is TextEmbedding.none):
             raise ValueError(
-                f"model.glyph_width={self.glyph_width} joins captions at the model's width, which those do not have "
-                f"with model.text_channels={self.text_channels} and model.text_embedding={self.text_embedding.name}. Type "
-                "model.glyph_width=0."
+                f"model.glyph_width={self.glyph_width} joins captions of the model's width, which those with "
+                f"model.text_channels={self.text_channels} and model.text_embedding={self.text_embedding.name} do not "
+                "have. Type model.glyph_width=0."
             )
         if self.image_positions and not self.image_width:
             raise ValueError(
