@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from kinema.models.attention import Attention, Lengths
 from kinema.models.dit.activations import gelu_tanh
-from kinema.models.dit.conditioning import Condition, LinearModulation, TableModulation, gated_sum, modulated
+from kinema.models.dit.conditioning import Condition, LinearModulation, TableModulation, gated_sum
 from kinema.models.dit.config import Activation, NormKind, QKNorm
+from kinema.models.dit.memory import made_again
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import Rope, Segments, Span, Tokens
 from kinema.models.position import apply_rope
@@ -52,8 +53,8 @@ class FeedForward(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         """x (N, D) -> (N, D)"""
         if self.gate is not None:
-            return self.project(F.silu(self.gate(x)) * self.expand(x))
-        return self.project(activate(self.expand(x), self.activation))
+            return made_again(lambda gate, x: self.project(F.silu(gate) * x), self.gate(x), self.expand(x))
+        return made_again(lambda x: self.project(activate(x, self.activation)), self.expand(x))
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip, for these segments."""
@@ -243,7 +244,7 @@ class SingleStream(nn.Module):
         """asking (N, D) of every segment, already normalised -> updates (N, D)"""
         triples = {name: self._heads(x, segments[name].rope) for name, x in asking.items()}
         mixed = attend_jointly(triples, segments, self.attention)
-        return {name: self.project(torch.cat([mixed[name], self._hidden(x)], dim=-1)) for name, x in asking.items()}
+        return {name: made_again(self._way_back, mixed[name], *self._hidden(x)) for name, x in asking.items()}
 
     def _heads(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         q = self.shape.normed_heads(self.query(x), self.query_norm)
@@ -253,10 +254,13 @@ class SingleStream(nn.Module):
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         return q.to(v.dtype), k.to(v.dtype), v
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        if self.gate is not None:
-            return F.silu(self.gate(x)) * self.expand(x)
-        return activate(self.expand(x), self.activation)
+    def _hidden(self, x: Tensor) -> list[Tensor]:
+        """x (N, D) -> what the MLP's non-linearity takes, (N, hidden) each"""
+        return [self.expand(x)] if self.gate is None else [self.expand(x), self.gate(x)]
+
+    def _way_back(self, mixed: Tensor, hidden: Tensor, gate: Tensor | None = None) -> Tensor:
+        active = activate(hidden, self.activation) if gate is None else F.silu(gate) * hidden
+        return self.project(torch.cat([mixed, active], dim=-1))
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip, for these segments."""
@@ -333,7 +337,7 @@ class Sublayer(nn.Module):
         return parts
 
     def _input(self, x: Tensor, rows: Lengths, part: Sequence[Tensor]) -> Tensor:
-        return modulated(self.norm(x), part[0], part[1], rows) if len(part) > 1 else self.norm(x)
+        return self.norm.modulated(x, part[0], part[1], rows) if len(part) > 1 else self.norm(x)
 
     def _sum(self, x: Tensor, update: Tensor, rows: Lengths, part: Sequence[Tensor]) -> Tensor:
         return gated_sum(x, part[-1], update, rows) if part else x + update
