@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kinema.models.dit import norms
-from kinema.models.dit.conditioning import gated_sum, modulated
 from kinema.models.dit.config import Activation, NormKind
 from kinema.models.dit.layers import FeedForward
 from kinema.models.dit.memory import made_again
+from kinema.models.dit.modulating import gated_sum, modulated
 from kinema.models.dit.norms import Norm
 from kinema.models.position import apply_rope
 

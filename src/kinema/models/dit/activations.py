@@ -24,7 +24,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 class _TanhGELU(torch.autograd.Function):
-    """Both directions with few passes over memory and few new buffers: on a CPU a fresh page costs more than its sum."""
+    """Both directions with few passes over memory and few buffers: on a CPU a fresh page costs more than its sum."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

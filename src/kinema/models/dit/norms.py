@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kinema.models.attention import Lengths
-from kinema.models.dit.conditioning import modulated
 from kinema.models.dit.config import NormKind
+from kinema.models.dit.modulating import modulated
 
 FEW_ROWS = 8
 
