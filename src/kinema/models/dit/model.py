@@ -94,6 +94,10 @@ class DiT(nn.Module):
             else None
         )
 
+        self.ofs_embedding = (
+            TimestepEmbedding(config.ofs_channels, config.condition_width, 1.0) if config.ofs_channels else None
+        )
+
         made = blocks(config)
         shared = {ModulationSource.table: slots_of(made[0]), ModulationSource.lora: SHARED_SLOTS}.get(config.modulation)
         self.shared_modulation = ExactLinear(config.condition_width, shared * width, bias) if shared else None
@@ -198,7 +202,11 @@ class DiT(nn.Module):
             embedded = self.text_embedding(words)
             if self.config.text is TextEdge.cross:
                 return embedded
-            return embedded.to(torch.promote_types(embedded.dtype, torch.float32))  # a residual stream, like the video
+            embedded = embedded.to(
+                torch.promote_types(embedded.dtype, torch.float32)
+            )  # a residual stream, like the video
+            places = self.places.of_words(lengths)
+            return embedded if places is None else embedded + places
         return self.text_embedding(words, lengths, _of_clips(timesteps))
 
     def _condition(self, timesteps: Timesteps, words: Tensor, lengths: Lengths, extras: Extras) -> Condition:
@@ -210,6 +218,8 @@ class DiT(nn.Module):
             clips.append(self.pooled_text(means(words.to(embedding.dtype), lengths)))
         if self.pooled_embedding is not None and extras.pooled is not None:
             clips.append(self.pooled_embedding(torch.stack(list(extras.pooled))))
+        if self.ofs_embedding is not None and extras.ofs is not None:
+            clips.append(self.ofs_embedding(rows.new_tensor(list(extras.ofs))))
         for clip in clips:
             embedding = embedding + _for_rows(clip, timesteps)
         if self.guidance_embedding is not None and extras.guidance is not None:
@@ -379,7 +389,13 @@ EDGES = {
 GIVEN = {"condition_channels": "channels", "control_channels": "control"}
 """Key of the config -> latents of a clip's own size that it makes the model demand."""
 
-EXTRAS = {**GIVEN, "image_width": "image", "pooled_width": "pooled", "guidance": "guidance"}
+EXTRAS = {
+    **GIVEN,
+    "image_width": "image",
+    "pooled_width": "pooled",
+    "guidance": "guidance",
+    "ofs_channels": "ofs",
+}
 """Key of the config -> what it makes the model demand."""
 
 
