@@ -31,10 +31,9 @@ from kinema.models.dit.conditioning import (
     Condition,
     LinearModulation,
     TableModulation,
-    gated_sum,
-    modulated,
     sinusoids,
 )
+from kinema.models.dit.modulating import gated_sum, modulated
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.patches import patchify, unpatchify
 from kinema.models.dit.segments import Span
@@ -537,6 +536,7 @@ AXES = {
     "position_extent": [[0, 0, 0], [0, 5, 5]],
     "learned_variance": [False, True],
     "position_grid": [[0, 0, 0], [4, 6, 4]],
+    "ofs_channels": [0, 4],
     "modulation_rank": [5],
     "timestep_norm": [False, True],
     "timestep_scale": [1000.0, 1.0],
@@ -580,6 +580,7 @@ def extras_for(config, latents):
         glyphs=[draw(3 * i, 4) for i in range(len(latents))] if config.glyph_width else None,
         pooled=[draw(3) for _ in latents] if config.pooled_width else None,
         guidance=[1.0 + i for i in range(len(latents))] if config.guidance else None,
+        ofs=[2.0 - i for i in range(len(latents))] if config.ofs_channels else None,
         control=[draw(config.control_channels, *x.shape[1:]) for x in latents] if config.control_channels else None,
     )
 
@@ -587,7 +588,8 @@ def extras_for(config, latents):
 def unread(name, config):
     """The last block of some published models changes captions that nobody reads any more."""
     block, last = f"blocks.{config.depth - 1}.", config.text_to_the_end
-    return last and name.startswith(block) and ("streams.text." in name or ".sublayers.2." in name)
+    captions_alone = ("streams.text.", ".sublayers.2.", ".modulation.down.3.", ".modulation.up.3.")
+    return last and name.startswith(block) and any(part in name for part in captions_alone)
 
 
 def test_random_points_of_the_product_of_the_axes_train():

@@ -22,10 +22,12 @@ class Extras:
     """Strength of guidance, for example 6.0."""
     glyphs: Sequence[Tensor] | None = None
     """Words that shall be seen in the picture, letter by letter (L, glyph_width); (0, glyph_width) for none."""
-    fps: Sequence[float] | None = None
-    """Frames a second of the clip, for a model with `rope_fps`, which may do without."""
     control: Sequence[Tensor] | None = None
     """Given latents (control_channels, T, H, W) that the control tower reads."""
+    ofs: Sequence[float] | None = None
+    """A number that CogVideoX 1.5 embeds like a timestep; its release was made with 2.0."""
+    fps: Sequence[float] | None = None
+    """Frames a second of the clip, for a model with `rope_fps`, which may do without."""
 
     def take(self, clips: Sequence[int]) -> "Extras":
         """The same for these clips, in this order."""

@@ -22,7 +22,6 @@ from kinema.models.dit.conditioning import (
     PooledEmbedding,
     TimestepEmbedding,
     means,
-    modulated,
 )
 from kinema.models.dit.config import (
     DiTConfig,
@@ -118,6 +117,10 @@ class DiT(nn.Module):
             else None
         )
 
+        self.ofs_embedding = (
+            TimestepEmbedding(config.ofs_channels, config.condition_width, 1.0) if config.ofs_channels else None
+        )
+
         made = blocks(config)
         shared = {ModulationSource.table: slots_of(made[0]), ModulationSource.lora: SHARED_SLOTS}.get(config.modulation)
         self.shared_modulation = ExactLinear(config.condition_width, shared * width, bias) if shared else None
@@ -204,7 +207,7 @@ class DiT(nn.Module):
         linear = isinstance(self.head_modulation, ExactLinear)
         both = self.head_modulation(condition.embedding if linear else condition)
         shift, scale = both.chunk(2, dim=-1)
-        return self.head(modulated(self.head_norm(video), rows.of(shift), rows.of(scale), rows.lengths))
+        return self.head(self.head_norm.modulated(video, rows.of(shift), rows.of(scale), rows.lengths))
 
     def _hints(self, tokens: Tokens, segments: Segments, condition: Condition, extras: Extras) -> dict[int, Tensor]:
         """What the control tower adds to the video after some blocks: layer -> (N, D)."""
@@ -236,7 +239,11 @@ class DiT(nn.Module):
             embedded = self.text_embedding(words)
             if self.config.text is TextEdge.cross:
                 return embedded
-            return embedded.to(torch.promote_types(embedded.dtype, torch.float32))  # a residual stream, like the video
+            embedded = embedded.to(
+                torch.promote_types(embedded.dtype, torch.float32)
+            )  # a residual stream, like the video
+            places = self.places.of_words(lengths)
+            return embedded if places is None else embedded + places
         return self.text_embedding(words, lengths, _of_clips(timesteps))
 
     def _condition(self, timesteps: Timesteps, text: Sequence[Tensor], extras: Extras) -> Condition:
@@ -248,6 +255,8 @@ class DiT(nn.Module):
             clips.append(self.pooled_text(means(torch.cat(list(text)).to(embedding.dtype), lengths_of(text))))
         if self.pooled_embedding is not None and extras.pooled is not None:
             clips.append(self.pooled_embedding(torch.stack(list(extras.pooled))))
+        if self.ofs_embedding is not None and extras.ofs is not None:
+            clips.append(self.ofs_embedding(rows.new_tensor(list(extras.ofs))))
         for clip in clips:
             embedding = embedding + _for_rows(clip, timesteps)
         if self.guidance_embedding is not None and extras.guidance is not None:
@@ -432,6 +441,7 @@ EXTRAS = {
     "glyph_width": "glyphs",
     "pooled_width": "pooled",
     "guidance": "guidance",
+    "ofs_channels": "ofs",
 }
 """Key of the config -> what it makes the model demand."""
 
