@@ -31,10 +31,9 @@ from kinema.models.dit.conditioning import (
     Condition,
     LinearModulation,
     TableModulation,
-    gated_sum,
-    modulated,
     sinusoids,
 )
+from kinema.models.dit.modulating import gated_sum, modulated
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.patches import patchify, unpatchify
 from kinema.models.dit.segments import Span

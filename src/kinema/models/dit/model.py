@@ -21,7 +21,6 @@ from kinema.models.dit.conditioning import (
     PooledEmbedding,
     TimestepEmbedding,
     means,
-    modulated,
 )
 from kinema.models.dit.config import (
     DiTConfig,
@@ -187,7 +186,7 @@ class DiT(nn.Module):
         linear = isinstance(self.head_modulation, ExactLinear)
         both = self.head_modulation(condition.embedding if linear else condition)
         shift, scale = both.chunk(2, dim=-1)
-        return self.head(modulated(self.head_norm(video), rows.of(shift), rows.of(scale), rows.lengths))
+        return self.head(self.head_norm.modulated(video, rows.of(shift), rows.of(scale), rows.lengths))
 
     def _hints(self, tokens: Tokens, segments: Segments, condition: Condition, extras: Extras) -> dict[int, Tensor]:
         """What the control tower adds to the video after some blocks: layer -> (N, D)."""
