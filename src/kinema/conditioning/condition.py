@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from kinema.conditioning.text import TextEncoder
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -29,6 +31,20 @@ class Condition:
         return 0 if self.frames is None else self.frames.shape[1]
 
 
-def without_text(conditions: Sequence[Condition], null_text: Tensor) -> list[Condition]:
-    """The same with the null text (L0, D): what guidance pushes away from. Images stay, as in published pipelines."""
-    return [replace(condition, text=null_text) for condition in conditions]
+Words = dict[str, Tensor]
+"""What an encoder makes of one caption: `text` (L, D), by the names of the fields of `Condition`."""
+
+
+def embed(encoder: TextEncoder, captions: Sequence[str]) -> list[Words]:
+    """The words of each caption, on the encoder's device."""
+    return [{"text": text} for text in encoder.encode(list(captions))]
+
+
+def null_words(encoder: TextEncoder) -> Words:
+    """The words of the null caption: the same bytes for dropout and for guidance."""
+    return {"text": encoder.null()}
+
+
+def with_words(conditions: Sequence[Condition], words: Words) -> list[Condition]:
+    """The same with other words: with the null ones, what guidance pushes away from. Images stay."""
+    return [replace(condition, **words) for condition in conditions]

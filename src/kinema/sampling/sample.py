@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from kinema.conditioning.frames import CleanFrame, FrameCondition
+from kinema.conditioning.frames import FRAME_CONDITIONS, FrameCondition
 from kinema.conditioning.text import HashText, PretrainedText, build_text_encoder, check_policy
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.encoding import write_video
@@ -41,6 +41,8 @@ class SampleConfig(SamplingConfig):
     """A text file with one caption a line, instead of `prompt`."""
     image: str | None = None
     """A picture: the first frame of every video, for weights that were trained with one."""
+    last_image: str | None = None
+    """A picture: the last frame, for weights that were trained with a first and a last one."""
     shape: list[int] = field(default_factory=list)
     """Frames, height, width; empty takes the first shape of the training, or the one that fits the image best."""
     fps: float | None = None
@@ -60,6 +62,13 @@ class SampleConfig(SamplingConfig):
             raise ValueError('type exactly one of prompt="a caption" and prompts_file=captions.txt.')
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+
+    def pictures(self) -> dict[str, str]:
+        """The picture files by their keys."""
+        if self.last_image and not self.image:
+            raise ValueError(f"last_image={self.last_image} needs the first frame too: type image=picture.png.")
+        named = {"image": self.image, "last_image": self.last_image}
+        return {key: path for key, path in named.items() if path}
 
     def captions(self) -> list[str]:
         """The captions to sample."""
@@ -131,7 +140,7 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
 def condition_of(manifest: dict[str, Any]) -> FrameCondition:
     """The frames that the training gave; runs from before there was a choice gave none."""
     plain = manifest.get("condition", to_plain(FrameCondition()))
-    return from_plain(plain, FrameCondition, CleanFrame)
+    return from_plain(plain, *FRAME_CONDITIONS)
 
 
 def geometry_of(strides: tuple[int, int], model: DiTConfig) -> Geometry:
@@ -144,7 +153,7 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     """Sample every caption into `NNN.mp4` and one `sheet.png`, both carrying seed, prompt and manifest."""
     loaded = load_pipeline(checkpoint_of(config.run, "run"), config.weights)
     pipeline, captions = loaded.pipeline, config.captions()
-    pictures = [read_image(config.image)] if config.image else []
+    pictures = [read_image(path, key) for key, path in config.pictures().items()]
     shape = chosen_shape(config.shape, pipeline.shapes, pictures)
     if config.allow_untrained_shape:
         pipeline.geometry.check(shape, key="shape")
@@ -201,7 +210,7 @@ def metadata(loaded: Loaded, config: SampleConfig, caption: str, index: int) -> 
                 "seed": config.seed + index,
                 "solver": config.solver.value,
                 "num_steps": config.num_steps,
-                "image": config.image,
+                **config.pictures(),
                 "guidance_scale": config.guidance_scale,
                 "timestep_shift": config.timestep_shift,
                 "weights": loaded.weights.value,
