@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from kinema.conditioning.frames import CleanFrame, FrameChannels, FrameCondition, PaddedClip
-from kinema.conditioning.text import HashText, PretrainedText
+from kinema.conditioning.text import CombinedText, HashText, PretrainedText
 from kinema.data.loading import DataConfig
 from kinema.diffusion.objective import DDPM, RectifiedFlow
 from kinema.distributed.engine import ParallelConfig
@@ -85,7 +85,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"dit": DiTConfig},
     "vae": {"causal": VAEConfig, "from_run": VAECheckpoint},
     "objective": {"rectified_flow": RectifiedFlow, "ddpm": DDPM},
-    "text": {"hash": HashText, "pretrained": PretrainedText},
+    "text": {"hash": HashText, "pretrained": PretrainedText, "combined": CombinedText},
     "condition": {
         "none": FrameCondition,
         "clean_frame": CleanFrame,

@@ -119,6 +119,12 @@ CASES = {
         HUNYUAN | {"in_channels": 9, "image_condition_type": "latent_concat", "guidance_embeds": False},
         {"I2V": {"in_channels": 33, "image_condition_type": "latent_concat", "guidance_embeds": False}},
     ),
+    "hunyuan, a given first frame": Case(
+        "hunyuan",
+        HUNYUAN | {"image_condition_type": "token_replace"},
+        {"I2V, token replacement": {"image_condition_type": "token_replace"}},
+        padded=True,
+    ),
     "cogvideox, sines": Case("cogvideox", COG, {"2B": {}}, words=226),
     "cogvideox, rotary": Case("cogvideox", COG_ROTARY, {"5B": COG_5B}),
     "cogvideox 1.5": Case("cogvideox", COG_ROTARY | {"patch_size_t": 2, "in_channels": 8}, {"1.5 5B": COG_15}),

@@ -75,4 +75,4 @@ def test_the_towers_flops_are_counted():
     latents, timesteps, text, control = inputs(torch.float32)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(latents[:1], timesteps[:1], text[:1], control.take([0]))
-    assert counter.get_total_flops() == model.flops(2 * 2 * 3, 4)
+    assert counter.get_total_flops() == model.flops((2, 2, 3), 4)

@@ -1,5 +1,7 @@
 """Given frames: the same in training and in sampling, clean at every call, and never learnt."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -11,9 +13,9 @@ from kinema.data.loading import DataConfig, Pack
 from kinema.diffusion.guidance import guided
 from kinema.diffusion.objective import DDPM, PredictionTarget, RectifiedFlow
 from kinema.diffusion.solvers import Solver, solve
-from kinema.models.dit import DiT, DiTConfig
+from kinema.models.dit import DiT, DiTConfig, Extras
 from kinema.models.vae import CausalVAE, Norm, VAEConfig
-from kinema.sampling.denoiser import Denoiser, check_condition, with_given_frames
+from kinema.sampling.denoiser import Denoiser, check_condition, extras_of, with_given_frames
 from kinema.sampling.pipeline import Pipeline, SamplingConfig
 from kinema.training.dit_task import DiTTask, PosteriorDraw, check_training
 
@@ -125,6 +127,13 @@ def test_the_loss_and_gradient_of_a_pack_are_those_of_each_clip_alone():
     expected = torch.autograd.grad(alone.sum(), parameters)
     for a, b in zip(torch.autograd.grad(together.sum(), parameters), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * b.abs().max().item())
+
+
+def test_what_a_condition_holds_reaches_the_model():
+    assert {field.name for field in fields(Condition)} <= {"text", "frames"} | {field.name for field in fields(Extras)}
+    pooled = [Condition(torch.zeros(1, 4), pooled=torch.ones(3)), Condition(torch.zeros(2, 4), pooled=torch.zeros(3))]
+    assert [x.sum().item() for x in extras_of(pooled).pooled] == [3, 0]
+    assert extras_of(pooled).channels is None
 
 
 def test_another_image_is_another_prediction():

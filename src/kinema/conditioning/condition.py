@@ -22,6 +22,8 @@ class Condition:
     """Tokens (L, image_width) of a given image."""
     pooled: Tensor | None = None
     """One vector (pooled_width,) for the caption."""
+    control: Tensor | None = None
+    """Given latents (control_channels, T, H, W) of a control tower."""
     guidance: float | None = None
     """Embedded strength of guidance, of a model that was distilled to need no second pass."""
 
@@ -32,17 +34,18 @@ class Condition:
 
 
 Words = dict[str, Tensor]
-"""What an encoder makes of one caption: `text` (L, D), by the names of the fields of `Condition`."""
+"""What an encoder makes of one caption, by the names of `Condition`: `text` (L, D), and for some models `pooled`."""
 
 
 def embed(encoder: TextEncoder, captions: Sequence[str]) -> list[Words]:
     """The words of each caption, on the encoder's device."""
-    return [{"text": text} for text in encoder.encode(list(captions))]
+    named = {"text": encoder.encode(captions), **encoder.beside(captions)}
+    return [{name: values[i] for name, values in named.items()} for i in range(len(captions))]
 
 
 def null_words(encoder: TextEncoder) -> Words:
     """The words of the null caption: the same bytes for dropout and for guidance."""
-    return {"text": encoder.null()}
+    return {"text": encoder.null(), **encoder.null_beside()}
 
 
 def with_words(conditions: Sequence[Condition], words: Words) -> list[Condition]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kinema.conditioning.frames import FRAME_CONDITIONS, FrameCondition
-from kinema.conditioning.text import HashText, PretrainedText, build_text_encoder, check_policy
+from kinema.conditioning.text import TEXT_CONFIGS, build_text_encoder, check_policy
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.encoding import write_video
 from kinema.data.geometry import ClipShape, Geometry
@@ -114,7 +114,7 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
             f"the VAE in {vae_checkpoint.folder} (hash {identity['hash']}) is not the one of the training "
             f"(hash {manifest['vae']['hash']})."
         )
-    text_encoder = build_text_encoder(from_plain(manifest["text"]["config"], HashText, PretrainedText))
+    text_encoder = build_text_encoder(from_plain(manifest["text"]["config"], *TEXT_CONFIGS))
     check_policy(text_encoder, manifest["text"]["policy"])
     model_config = from_plain(manifest["model"]["config"], DiTConfig)
     condition = condition_of(manifest)

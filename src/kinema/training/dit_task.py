@@ -55,8 +55,8 @@ class SamplesConfig(SamplingConfig):
         super().__post_init__()
         if self.images and (not self.prompts or len(self.images) % len(self.prompts)):
             raise ValueError(
-                f"task.samples.images has {len(self.images)} pictures for {len(self.prompts)} prompts: type as many for "
-                "each of task.samples.prompts, or none."
+                f"task.samples.images has {len(self.images)} pictures for {len(self.prompts)} prompts: type as many "
+                "for each of task.samples.prompts, or none."
             )
 
     def images_of_prompts(self) -> list[list[str]]:

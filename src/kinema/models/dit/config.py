@@ -201,6 +201,10 @@ class DiTConfig:
     """Between the two layers that bring captions to the model's width."""
     pooled_text: bool = False
     """Add the mean of the text embeddings to the timestep's: the caption also modulates every block."""
+    first_frame_given: bool = False
+    """The first frame of tokens holds a given image: blocks read it with timestep 0 and without guidance, the caption
+    and the head with the clip's own timestep (HunyuanVideo I2V, token replacement).
+    """
     image_width: int = 0
     """Channels of image tokens, which blocks read as they read the caption, in a softmax of their own; 0 for none."""
     image_positions: int = 0

@@ -13,10 +13,8 @@ from kinema.models.dit.activations import gelu_tanh
 from kinema.models.dit.conditioning import Condition, LinearModulation, TableModulation, gated_sum, modulated
 from kinema.models.dit.config import Activation, NormKind, QKNorm
 from kinema.models.dit.norms import Norm
-from kinema.models.dit.segments import Rope, Segments, Span, Tokens
+from kinema.models.dit.segments import Rope, Rows, Segments, Span, Tokens
 from kinema.models.position import apply_rope
-
-SLOTS = 3  # shift, scale and gate: the modulation of one segment in one sublayer
 
 
 class Linear(nn.Linear):
@@ -332,11 +330,13 @@ class Sublayer(nn.Module):
             start += slots
         return parts
 
-    def _input(self, x: Tensor, rows: Lengths, part: Sequence[Tensor]) -> Tensor:
-        return modulated(self.norm(x), part[0], part[1], rows) if len(part) > 1 else self.norm(x)
+    def _input(self, x: Tensor, rows: Rows, part: Sequence[Tensor]) -> Tensor:
+        if len(part) <= 1:
+            return self.norm(x)
+        return modulated(self.norm(x), rows.of(part[0]), rows.of(part[1]), rows.lengths)
 
-    def _sum(self, x: Tensor, update: Tensor, rows: Lengths, part: Sequence[Tensor]) -> Tensor:
-        return gated_sum(x, part[-1], update, rows) if part else x + update
+    def _sum(self, x: Tensor, update: Tensor, rows: Rows, part: Sequence[Tensor]) -> Tensor:
+        return gated_sum(x, rows.of(part[-1]), update, rows.lengths) if part else x + update
 
     def products(self, counts: Counts) -> int:
         """Multiplications on one clip."""

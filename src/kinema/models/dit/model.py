@@ -44,11 +44,14 @@ from kinema.models.dit.norms import Norm
 from kinema.models.dit.patches import patchify, token_grid, unpatchify
 from kinema.models.dit.places import Places
 from kinema.models.dit.refiner import TextRefiner
-from kinema.models.dit.segments import Grid, Segments, Span, Tokens, clip_segment, seen, video_segment
+from kinema.models.dit.segments import Grid, Rows, Segments, Span, Tokens, clip_segment, seen, video_segment
 from kinema.models.position import fractional_rope, grid_positions, rope_3d
 
 Timesteps: TypeAlias = Tensor | Sequence[Tensor]
-"""(B,), or for each clip one of every frame of tokens (T / patch_size[0],); in [0, 1]."""
+"""(B,), or for each clip one of every frame of tokens (T / patch_size[0],); in [0, 1].
+
+Where frames have their own, the clip's, which captions are modulated with, is the largest: that of the noisiest frame.
+"""
 
 NO_EXTRAS = Extras()
 IMAGE_NORM_EPSILON = 1e-5
@@ -109,7 +112,8 @@ class DiT(nn.Module):
 
         Clips and captions may all differ in size. Equal shapes side by side are fastest, so clips are sorted
         by shape on the way in and put back on the way out. Instead of (B,), timesteps may be one tensor for each
-        clip with a timestep for every frame of tokens: a given frame has 0 where the others have noise.
+        clip with a timestep for every frame of tokens: a given frame has 0 where the others have noise, and then no
+        guidance.
         """
         predictions = self.predict(latents, timesteps, text, extras)
         return [x[: self.latent_channels] for x in predictions] if self.config.learned_variance else predictions
@@ -134,6 +138,8 @@ class DiT(nn.Module):
         self, latents: Sequence[Tensor], timesteps: Timesteps, text: Sequence[Tensor], extras: Extras
     ) -> list[Tensor]:
         grids = [token_grid(clip.shape, self.config.patch_size) for clip in latents]
+        if self.config.first_frame_given and isinstance(timesteps, Tensor):
+            timesteps = [_first_given(time, frames) for time, (frames, _, _) in zip(timesteps, grids, strict=True)]
         words = torch.cat(list(text))
         lengths = tuple(len(caption) for caption in text)
         condition = self._condition(timesteps, words, lengths, extras)
@@ -157,14 +163,15 @@ class DiT(nn.Module):
 
         if self.final_norm is not None:
             tokens["video"] = self.final_norm(tokens["video"])
-        patches = self._head(tokens["video"], segments["video"].rows, condition)
+        rows = _clip_rows(grids, condition) if self.config.first_frame_given else segments["video"].rows
+        patches = self._head(tokens["video"], rows, condition)
         return unpatchify(patches.to(latents[0].dtype), grids, self.config.patch_size)
 
-    def _head(self, video: Tensor, rows: Lengths, condition: Condition) -> Tensor:
+    def _head(self, video: Tensor, rows: Rows, condition: Condition) -> Tensor:
         linear = isinstance(self.head_modulation, ExactLinear)
         both = self.head_modulation(condition.embedding if linear else condition)
         shift, scale = both.chunk(2, dim=-1)
-        return self.head(modulated(self.head_norm(video), shift, scale, rows))
+        return self.head(modulated(self.head_norm(video), rows.of(shift), rows.of(scale), rows.lengths))
 
     def _hints(self, tokens: Tokens, segments: Segments, condition: Condition, extras: Extras) -> dict[int, Tensor]:
         """What the control tower adds to the video after some blocks: layer -> (N, D)."""
@@ -181,21 +188,23 @@ class DiT(nn.Module):
             if self.config.text is TextEdge.cross:
                 return embedded
             return embedded.to(torch.promote_types(embedded.dtype, torch.float32))  # a residual stream, like the video
-        assert isinstance(timesteps, Tensor)
-        return self.text_embedding(words, lengths, timesteps)
+        return self.text_embedding(words, lengths, _of_clips(timesteps))
 
     def _condition(self, timesteps: Timesteps, words: Tensor, lengths: Lengths, extras: Extras) -> Condition:
-        rows = timesteps if isinstance(timesteps, Tensor) else torch.cat(list(timesteps))
+        """One row a clip; where frames have timesteps of their own, one for each of them and then one a clip."""
+        rows = timesteps if isinstance(timesteps, Tensor) else torch.cat([*timesteps, _of_clips(timesteps)])
         embedding = self.timestep_embedding(rows)
         clips = []  # what is the same for all frames of a clip
         if self.pooled_text is not None:
             clips.append(self.pooled_text(means(words.to(embedding.dtype), lengths)))
         if self.pooled_embedding is not None and extras.pooled is not None:
             clips.append(self.pooled_embedding(torch.stack(list(extras.pooled))))
-        if self.guidance_embedding is not None and extras.guidance is not None:
-            clips.append(self.guidance_embedding(rows.new_tensor(list(extras.guidance))))
         for clip in clips:
-            embedding = embedding + (clip if isinstance(timesteps, Tensor) else _for_frames(clip, timesteps))
+            embedding = embedding + _for_rows(clip, timesteps)
+        if self.guidance_embedding is not None and extras.guidance is not None:
+            guidance = _for_rows(self.guidance_embedding(rows.new_tensor(list(extras.guidance))), timesteps)
+            given = rows == 0 if isinstance(timesteps, Sequence) else torch.zeros_like(rows, dtype=torch.bool)
+            embedding = torch.where(given[:, None], embedding, embedding + guidance)
         active = F.silu(embedding)
         shared = None if self.shared_modulation is None else self.shared_modulation(active)
         return Condition(embedding, active, shared)
@@ -207,8 +216,8 @@ class DiT(nn.Module):
         like = condition.embedding
         rope, places = self._rope(grids, like), self.places.in_blocks(grids, like)
         segments = {
-            "video": video_segment(grids, _rows(grids, len(like)), rope, places, self._spans, like.device),
-            "text": clip_segment(tuple(len(caption) for caption in text)),
+            "video": video_segment(grids, _rows(grids, condition), rope, places, self._spans, like.device),
+            "text": clip_segment(tuple(len(caption) for caption in text), len(like) - len(grids)),
         }
         if extras.image is not None:
             segments["image"] = clip_segment(tuple(len(image) for image in extras.image))
@@ -251,11 +260,6 @@ class DiT(nn.Module):
             if times.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"timesteps have dtype {times.dtype}: keep them float32, half precision merges some.")
         if not isinstance(timesteps, Tensor):
-            if self.config.text is not TextEdge.cross or self.config.text_embedding is TextEmbedding.refiner:
-                raise ValueError(
-                    f"a timestep for each frame leaves captions without one, which model.text={self.config.text.name} "
-                    f"with model.text_embedding={self.config.text_embedding.name} needs. Give one timestep a clip."
-                )
             for clip, times in zip(latents, timesteps, strict=True):
                 frames = clip.shape[1] // self.config.patch_size[0]
                 if times.shape != (frames,):
@@ -378,14 +382,31 @@ def _runs(grids: Sequence[Grid], device: torch.device) -> Iterator[tuple[Tensor,
         yield grid_positions(*grid, device=device), len(list(group))
 
 
-def _rows(grids: Sequence[Grid], rows: int) -> Lengths:
-    """Tokens of each row of the condition: whole clips, or their frames where there are as many rows as frames."""
-    if rows == len(grids):
-        return tuple(t * h * w for t, h, w in grids)
-    return tuple(h * w for t, h, w in grids for _ in range(t))
+def _rows(grids: Sequence[Grid], condition: Condition) -> Rows:
+    """The video's rows of the condition: one a clip, or one a frame where there are rows for those."""
+    if len(condition.raw) == len(grids):
+        return _clip_rows(grids, condition)
+    return Rows(tuple(h * w for t, h, w in grids for _ in range(t)))
 
 
-def _for_frames(clips: Tensor, timesteps: Sequence[Tensor]) -> Tensor:
-    """One row a clip -> one row for each of its frames."""
+def _clip_rows(grids: Sequence[Grid], condition: Condition) -> Rows:
+    """The same with one row a clip in any case: the last ones."""
+    return Rows(tuple(t * h * w for t, h, w in grids), len(condition.raw) - len(grids))
+
+
+def _of_clips(timesteps: Timesteps) -> Tensor:
+    """One timestep a clip (B,): the largest of its frames'."""
+    return timesteps if isinstance(timesteps, Tensor) else torch.stack([times.max() for times in timesteps])
+
+
+def _first_given(timestep: Tensor, frames: int) -> Tensor:
+    """A clip's timestep () -> one for each of its frames, 0 for the first."""
+    return torch.cat([timestep.new_zeros(1), timestep.expand(frames - 1)])
+
+
+def _for_rows(clips: Tensor, timesteps: Timesteps) -> Tensor:
+    """One row a clip -> the same; where frames have timesteps, one for each of its frames, and then the clips' own."""
+    if isinstance(timesteps, Tensor):
+        return clips
     frames = torch.tensor([len(times) for times in timesteps], device=clips.device)
-    return clips.repeat_interleave(frames, dim=0)
+    return torch.cat([clips.repeat_interleave(frames, dim=0), clips])

@@ -43,13 +43,25 @@ class Cut(NamedTuple):
     order: Order | None = None
 
 
+class Rows(NamedTuple):
+    """The rows of the condition that modulate a segment: one for each of these numbers of tokens, from `first` on."""
+
+    lengths: Lengths
+    first: int = 0
+
+    def of(self, vectors: Tensor) -> Tensor:
+        """vectors (all rows, D) -> (rows of this segment, D)"""
+        count = len(self.lengths)
+        return vectors if len(vectors) == count else vectors[self.first : self.first + count]
+
+
 @dataclass(frozen=True)
 class Segment:
     """One modality of a pack: where its clips begin and end, its cuts, and its rotary table."""
 
     lengths: Lengths
-    rows: Lengths
-    """Tokens of each row of the condition: one row a clip, or one a frame of tokens."""
+    rows: Rows
+    """One a clip, or one a frame of tokens."""
     cuts: dict[Span, Cut]
     rope: Rope | None = None
     """None for text, whose encoder has placed the words."""
@@ -62,7 +74,7 @@ Segments = dict[str, Segment]
 
 def video_segment(
     grids: Sequence[Grid],
-    rows: Lengths,
+    rows: Rows,
     rope: Rope | None,
     places: Tensor | None,
     spans: Iterable[Span],
@@ -73,9 +85,9 @@ def video_segment(
     return Segment(tuple(t * h * w for t, h, w in grids), rows, cuts, rope, places)
 
 
-def clip_segment(lengths: Lengths) -> Segment:
+def clip_segment(lengths: Lengths, first_row: int = 0) -> Segment:
     """The segment of captions or images with these numbers of tokens, which have no grid."""
-    return Segment(lengths, lengths, {Span.clip: Cut(lengths)})
+    return Segment(lengths, Rows(lengths, first_row), {Span.clip: Cut(lengths)})
 
 
 def seen(span: Span, grid: Grid) -> int:
