@@ -61,7 +61,8 @@ class Sample:
     def extras(self) -> Extras:
         """The conditions as our model takes them."""
         guidance = None if self.guidance is None else self.guidance.tolist()
-        return Extras(_rows(self.channels), _rows(self.image), _rows(self.pooled), guidance, _rows(self.control))
+        control = _rows(self.control)
+        return Extras(_rows(self.channels), _rows(self.image), _rows(self.pooled), guidance, control=control)
 
     def given(self) -> Tensor:
         """Noisy latents and given channels together, as references take them."""
