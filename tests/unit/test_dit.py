@@ -31,10 +31,9 @@ from kinema.models.dit.conditioning import (
     Condition,
     LinearModulation,
     TableModulation,
-    gated_sum,
-    modulated,
     sinusoids,
 )
+from kinema.models.dit.modulating import gated_sum, modulated
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.patches import patchify, unpatchify
 from kinema.models.dit.segments import Span
@@ -515,6 +514,7 @@ AXES = {
     "position_extent": [[0, 0, 0], [0, 5, 5]],
     "learned_variance": [False, True],
     "position_grid": [[0, 0, 0], [4, 6, 4]],
+    "ofs_channels": [0, 4],
     "modulation_rank": [5],
     "timestep_norm": [False, True],
     "timestep_scale": [1000.0, 1.0],
@@ -555,6 +555,7 @@ def extras_for(config, latents):
         image=[draw(2 + i, 3) for i in range(len(latents))] if config.image_width else None,
         pooled=[draw(3) for _ in latents] if config.pooled_width else None,
         guidance=[1.0 + i for i in range(len(latents))] if config.guidance else None,
+        ofs=[2.0 - i for i in range(len(latents))] if config.ofs_channels else None,
         control=[draw(config.control_channels, *x.shape[1:]) for x in latents] if config.control_channels else None,
     )
 
