@@ -276,7 +276,9 @@ class DiT(nn.Module):
         """Angles (dtype and device of the condition), cuts and orders, made once; blocks only read them."""
         like = condition.embedding
         rope, places = self._rope(grids, fps, like), self.places.in_blocks(grids, like)
-        video = video_segment(grids, _rows(grids, condition), rope, places, self._spans, like.device)
+        video = video_segment(
+            grids, _rows(grids, condition), rope, places, self._spans, self.config.window, like.device
+        )
         own = len(like) - len(grids)
         return {"video": video, **{name: clip_segment(lengths, own) for name, lengths in told.items()}}
 
@@ -407,7 +409,9 @@ class DiT(nn.Module):
         Matrix products only; backward takes twice as many.
         """
         told = {"text": text_tokens, "image": image_tokens, "glyph": glyph_tokens}
-        counts = Counts({"video": math.prod(grid), **told}, {span: seen(span, grid) for span in self._spans})
+        counts = Counts(
+            {"video": math.prod(grid), **told}, {span: seen(span, grid, self.config.window) for span in self._spans}
+        )
         caption = sum(told[source] for source in self.config.caption_sources)
         blocks = Counts({**counts.tokens, "text": caption}, counts.seen)
         products = 0
