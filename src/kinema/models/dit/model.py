@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.attention import Attention, Lengths
-from kinema.models.dit.blocks import blocks, slots_of
+from kinema.models.dit.blocks import blocks, shared_slots
 from kinema.models.dit.conditioning import (
     Condition,
     ExactLinear,
@@ -91,7 +91,7 @@ class DiT(nn.Module):
 
         made = blocks(config)
         table = config.modulation is ModulationSource.table
-        self.shared_modulation = ExactLinear(config.condition_width, slots_of(made[0]) * width) if table else None
+        self.shared_modulation = ExactLinear(config.condition_width, shared_slots(made) * width) if table else None
         self.blocks = nn.ModuleList(made)
         self.control = ControlTower(config) if config.control_layers else None
 
