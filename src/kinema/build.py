@@ -126,6 +126,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         fps=config.data.fps,
         shapes=data.shapes,
         guidance_dropout=config.task.guidance_dropout,
+        sampling=config.task.samples.alone(),
         condition=config.condition,
     )
     samples = SampleMaker(pipeline, config.task.samples, run.folder)
@@ -140,6 +141,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         "guidance_dropout": config.task.guidance_dropout,
         "condition": to_plain(config.condition),
         "posterior": config.task.posterior.value,
+        "sampling": to_plain(config.task.samples.alone()),
         **common_manifest(config, data),
     }
     if process.is_main:

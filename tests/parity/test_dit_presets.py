@@ -6,7 +6,9 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.transformers import transformer_cosmos
 
+from kinema.interop.comparing import NearestResize
 from kinema.interop.presets import PRESETS
 from kinema.models.dit import Extras
 
@@ -55,6 +57,27 @@ COG = {
     "text_embed_dim": 12,
     "num_layers": 2,
 }
+COSMOS = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "text_embed_dim": 12,
+    "adaln_lora_dim": 6,
+    "max_size": (128, 240, 240),
+    "extra_pos_embed_type": None,
+    "rope_scale": (1.0, 3.0, 3.0),
+}
+COSMOS_PROJECTED = {
+    "in_channels": 5,
+    "use_crossattn_projection": True,
+    "crossattn_proj_in_channels": 20,
+    "encoder_hidden_states_channels": 12,
+}
+COSMOS_2B = {"num_attention_heads": 16, "in_channels": 17, "extra_pos_embed_type": None, "rope_scale": (1.0, 3.0, 3.0)}
+COSMOS_25 = COSMOS_2B | {"use_crossattn_projection": True, "crossattn_proj_in_channels": 100352}
+COSMOS_14B = {"num_attention_heads": 40, "num_layers": 36}
 LATTE = {
     "num_attention_heads": 2,
     "attention_head_dim": 16,
@@ -88,6 +111,7 @@ class Case:
     """A timestep for each latent frame, the first one 0."""
     words: int = 7
     """Tokens of a caption; some references know one number only."""
+    fps: float | None = None
     padded: bool = False
     """The second caption has three tokens less: masked there, absent here."""
 
@@ -109,6 +133,17 @@ LATTE_1 = LATTE | {
     "video_length": 16,
 }
 CASES = {
+    "cosmos": Case("cosmos", COSMOS, {"Predict 2 2B": COSMOS_2B, "Predict 2 14B": COSMOS_2B | COSMOS_14B}),
+    "cosmos, another rate": Case("cosmos", COSMOS | {"rope_scale": (20 / 24, 2.0, 2.0)}, fps=16.0),
+    "cosmos, a timestep for each frame": Case("cosmos", COSMOS | {"concat_padding_mask": False}, frame_times=True),
+    "cosmos, projected captions": Case(
+        "cosmos", COSMOS | COSMOS_PROJECTED, {"Predict 2.5 2B": COSMOS_25, "Predict 2.5 14B": COSMOS_25 | COSMOS_14B}
+    ),
+    "cosmos, learned places": Case(
+        "cosmos",
+        COSMOS | {"extra_pos_embed_type": "learnable", "max_size": (3, 12, 8), "rope_scale": (2.0, 1.0, 1.0)},
+        {"1 7B": {}, "1 14B": COSMOS_14B | {"rope_scale": (2.0, 2.0, 2.0)}},
+    ),
     "latte": Case("latte", LATTE, {"1": LATTE_1}),
     "latte, larger frames, no variance": Case("latte", LATTE | {"sample_size": 140, "out_channels": 4}),
     "ltx": Case("ltx", LTX, {"2B": {}, "13B": LTX_13B}, padded=True),
@@ -186,6 +221,7 @@ class Given:
     pooled: torch.Tensor | None = None
     guidance: list[float] | None = None
     control: torch.Tensor | None = None
+    fps: list[float] | None = None
     padding: int = 0
 
     def captions(self):
@@ -204,6 +240,7 @@ class Given:
             pooled=parts(self.pooled),
             guidance=self.guidance,
             control=parts(self.control),
+            fps=self.fps,
         )
 
 
@@ -231,6 +268,7 @@ def inputs(case, model):
         draw(config.pooled_width) if config.pooled_width else None,
         [6.0, 1.5] if config.guidance else None,
         draw(config.control_channels, *grid) if config.control_channels else None,
+        None if case.fps is None else [case.fps] * 2,
         3 if case.padded else 0,
     )
 
@@ -282,12 +320,23 @@ def run_cogvideox(theirs, given):
     return theirs(latents, given.text, given.timesteps * 1000, image_rotary_emb=rope).sample.transpose(1, 2)
 
 
+def run_cosmos(theirs, given):
+    transformer_cosmos.transforms = NearestResize
+    latents, timesteps = together(given), given.timesteps
+    mask = torch.zeros(1, 1, *[8 * side for side in latents.shape[-2:]])
+    if timesteps.ndim == 2:
+        timesteps = timesteps[:, None, :, None, None]
+    fps = None if given.fps is None else given.fps[0]
+    return theirs(latents, timesteps, given.text, fps=fps, padding_mask=mask).sample
+
+
 def run_latte(theirs, given):
     return theirs(given.latents, given.timesteps * 1000, given.text).sample
 
 
 RUN = {
     "cogvideox": run_cogvideox,
+    "cosmos": run_cosmos,
     "hunyuan": run_hunyuan,
     "latte": run_latte,
     "ltx": run_ltx,

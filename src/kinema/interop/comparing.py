@@ -122,6 +122,32 @@ def cogvideox(reference: Any, config: Record, sample: Sample) -> Tensor:
     return found.transpose(1, 2)
 
 
+class NearestResize:
+    """What Cosmos' class takes from torchvision, where that is not installed: a resize of its padding mask."""
+
+    class InterpolationMode:
+        """The one of the way below."""
+
+        NEAREST = "nearest"
+
+    class functional:
+        """The one function."""
+
+        @staticmethod
+        def resize(mask: Tensor, size: list[int], interpolation: str) -> Tensor:
+            """mask (B, 1, H, W) -> (B, 1, *size)"""
+            return torch.nn.functional.interpolate(mask, size, mode=interpolation)
+
+
+def cosmos(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """Cosmos-Predict: timesteps from 0 to 1, and nothing padded."""
+    module = import_module(type(reference).__module__)
+    if not hasattr(module, "transforms"):
+        module.transforms = NearestResize  # type: ignore[attr-defined]  # what its own import found missing
+    mask = torch.zeros(1, 1, *sample.latents.shape[-2:])
+    return reference(sample.given(), sample.timesteps, sample.text, padding_mask=mask).sample
+
+
 def latte(reference: Any, config: Record, sample: Sample) -> Tensor:
     """Latte: the reference adds a table in time that fits one number of frames; here it gets one that fits the clip."""
     table = reference.temp_pos_embed
@@ -132,6 +158,7 @@ def latte(reference: Any, config: Record, sample: Sample) -> Tensor:
 
 
 CALLS: dict[str, Call] = {
+    "CosmosTransformer3DModel": cosmos,
     "LatteTransformer3DModel": latte,
     "WanTransformer3DModel": wan,
     "WanVACETransformer3DModel": wan_vace,

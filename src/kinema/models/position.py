@@ -19,15 +19,21 @@ def rope_3d(
     axes: Sequence[int],
     theta: float,
     dtype: torch.dtype = torch.float32,
+    scale: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """Rotary angles of tokens in space and time: positions (N, 3) -> cos, sin (N, head_dim / 2).
 
     Su et al. 2021 (RoFormer), section 3.2.2, once for each axis: the first `axes[0]` channels of a head turn
     with t, the next `axes[1]` with h, the last with w. Angles are float64 inside: at position 1000 a float32
-    angle can be off by 3e-5. Positions need not be whole.
+    angle can be off by 3e-5. Positions need not be whole. A `scale` makes the slowest wave of its axis that much
+    longer and leaves the fastest (NTK-aware scaling; bloc97 2023).
     """
     check_rope_axes(axes, head_dim)
-    angles = [positions[:, axis, None] * _frequencies(size, theta, positions.device) for axis, size in enumerate(axes)]
+    bases = [theta if s == 1 else theta * s ** (size / (size - 2)) for size, s in zip(axes, scale, strict=True)]
+    angles = [
+        positions[:, axis, None] * _frequencies(size, base, positions.device)
+        for axis, (size, base) in enumerate(zip(axes, bases, strict=True))
+    ]
     whole = torch.cat(angles, dim=1)
     return whole.cos().to(dtype), whole.sin().to(dtype)
 

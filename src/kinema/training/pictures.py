@@ -38,11 +38,7 @@ class SampleMaker:
 
     def __post_init__(self) -> None:
         of = self.config
-        shift = "of training" if of.timestep_shift is None else of.timestep_shift
-        self.settings = (
-            f"samples every {of.every_steps} steps: {of.solver.value}, {of.num_steps} steps, "
-            f"guidance {of.guidance_scale:g}, seed {of.seed}, shift {shift}"
-        )
+        self.settings = f"samples every {of.every_steps} steps: {of.describe()}, seed {of.seed}"
         self.shape = ClipShape(*self.config.shape) if self.config.shape else self.pipeline.shapes[0]
         if self.config.prompts and self.config.every_steps:
             self.pipeline.check(self.config, self.shape, images=int(bool(of.images)))  # before training starts

@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.attention import Lengths, runs
+from kinema.models.dit.config import NormKind
+from kinema.models.dit.norms import Norm
 
-TIMESTEP_SCALE = 1000.0  # the sinusoids were made for DDPM's 1000 steps (Ho et al. 2020)
+TIMESTEP_EPSILON = 1e-6
+SHARED_SLOTS = 3  # shift, scale and gate
 
 
 class ExactLinear(nn.Linear):
@@ -24,32 +27,51 @@ class ExactLinear(nn.Linear):
         """x (..., in) of any float dtype -> (..., out) in at least float32."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
-def sinusoids(timesteps: Tensor, channels: int) -> Tensor:
+def sinusoids(timesteps: Tensor, channels: int, scale: float) -> Tensor:
     """Timesteps (B,) in [0, 1] -> cosines and sines (B, channels) of wavelengths from 2 pi to 2 pi * 10000.
 
-    Vaswani et al. 2017, section 3.5, in the precision of the timesteps, which are scaled by 1000 first.
+    Vaswani et al. 2017, section 3.5, in the precision of the timesteps, which are multiplied by `scale` first.
     """
     half = channels // 2
     steps = torch.arange(half, dtype=timesteps.dtype, device=timesteps.device)
-    angles = TIMESTEP_SCALE * timesteps[:, None] * torch.exp(-math.log(10000.0) * steps / half)
+    angles = scale * timesteps[:, None] * torch.exp(-math.log(10000.0) * steps / half)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class TimestepEmbedding(nn.Module):
     """Sinusoids and two linear layers, in float32 throughout."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, scale: float, *, bias: bool = True) -> None:
         super().__init__()
-        self.channels = channels
-        self.expand = ExactLinear(channels, width)
-        self.project = ExactLinear(width, width)
+        self.channels, self.scale = channels, scale
+        self.expand = ExactLinear(channels, width, bias)
+        self.project = ExactLinear(width, width, bias)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """timesteps (R,) in [0, 1] -> (R, D)."""
-        return self.project(F.silu(self.expand(sinusoids(timesteps, self.channels))))
+        return self.project(F.silu(self.expand(sinusoids(timesteps, self.channels, self.scale))))
+
+
+class NormedTimesteps(nn.Module):
+    """Sinusoids behind a norm, and from the same sinusoids a layer for what all sublayers share (Cosmos)."""
+
+    def __init__(self, channels: int, scale: float, *, bias: bool) -> None:
+        super().__init__()
+        self.channels, self.scale = channels, scale
+        self.norm = Norm(NormKind.rms, channels, TIMESTEP_EPSILON, affine=True)
+        self.expand = ExactLinear(channels, channels, bias)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """timesteps (R,) in [0, 1] -> (R, channels)."""
+        return self.norm(sinusoids(timesteps, self.channels, self.scale))
+
+    def for_all(self, timesteps: Tensor) -> Tensor:
+        """timesteps (R,) -> (R, channels), what shared modulation is made of."""
+        return F.silu(self.expand(sinusoids(timesteps, self.channels, self.scale)))
 
 
 class PooledEmbedding(nn.Module):
@@ -77,7 +99,9 @@ class Condition(NamedTuple):
     embedding: Tensor
     """(R, D), after its SiLU."""
     shared: Tensor | None
-    """(R, slots * D), the modulation that all blocks share; none when each block has its own linear layer."""
+    """(R, slots * D), the modulation that all blocks share, or (R, 3 * D), that all sublayers do; none when each block
+    has a linear layer of its own.
+    """
 
 
 class TableModulation(nn.Module):
@@ -109,6 +133,29 @@ class LinearModulation(nn.Module):
     def forward(self, condition: Condition) -> Tensor:
         """-> (R, slots * D)"""
         return self.linear(condition.embedding)
+
+
+class LowRankModulation(nn.Module):
+    """The product of two thin linear layers for each of some sublayers, beside what they share: adaLN-LoRA.
+
+    Gupta et al. 2023 (W.A.L.T.) and NVIDIA 2025 (Cosmos). `slots` has one entry for each; one that takes fewer than
+    three vectors takes the first of the shared ones.
+    """
+
+    def __init__(self, condition_width: int, width: int, rank: int, slots: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = [width * count for count in slots]
+        self.down = nn.ModuleList(ExactLinear(condition_width, rank, bias=False) for _ in slots)
+        self.up = nn.ModuleList(ExactLinear(rank, size, bias=False) for size in self.sizes)
+
+    def forward(self, condition: Condition) -> Tensor:
+        """-> (R, sum of slots * D)"""
+        assert condition.shared is not None
+        parts = [
+            up(down(condition.embedding)) + condition.shared[:, :size]
+            for down, up, size in zip(self.down, self.up, self.sizes, strict=True)
+        ]
+        return torch.cat(parts, dim=-1)
 
 
 class HeadTable(nn.Module):

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from kinema.models.attention import Attention, Lengths
 from kinema.models.dit.activations import gelu_tanh
-from kinema.models.dit.conditioning import Condition, LinearModulation, TableModulation, gated_sum, modulated
+from kinema.models.dit.conditioning import (
+    Condition,
+    LinearModulation,
+    LowRankModulation,
+    TableModulation,
+    gated_sum,
+    modulated,
+)
 from kinema.models.dit.config import Activation, NormKind, QKNorm
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import Rope, Rows, Segments, Span, Tokens, clip_segment, repeated
@@ -88,9 +95,9 @@ class HeadShape(NamedTuple):
     eps: float
     bias: bool
 
-    def linear(self) -> Linear:
-        """Width to width."""
-        return Linear(self.width, self.width, self.bias)
+    def linear(self, given: int | None = None) -> Linear:
+        """Width, or that of what is given, to width."""
+        return Linear(given or self.width, self.width, self.bias)
 
     def norm(self) -> nn.Module:
         """The norm of queries or keys."""
@@ -131,12 +138,18 @@ class SegmentAttention(nn.Module):
     """
 
     def __init__(
-        self, shape: HeadShape, asks: str, answers: Sequence[str], attention: Attention, span: Span = Span.clip
+        self,
+        shape: HeadShape,
+        asks: str,
+        answers: Sequence[str],
+        attention: Attention,
+        span: Span = Span.clip,
+        answer_width: int | None = None,
     ) -> None:
         super().__init__()
         self.asks, self.answers, self.span = asks, answers[0], span
         self.shape, self.attention = shape, attention
-        self.query, self.key, self.value = (shape.linear() for _ in range(3))
+        self.query, self.key, self.value = shape.linear(), shape.linear(answer_width), shape.linear(answer_width)
         self.query_norm, self.key_norm = shape.norm(), shape.norm()
         self.project = shape.linear()
         self.others = nn.ModuleDict({name: KeyValue(shape) for name in answers[1:]})
@@ -168,8 +181,9 @@ class SegmentAttention(nn.Module):
         if self.answers == self.asks:
             pairs = counts.seen[self.span] if self.asks == "video" else asking**2
             return 4 * asking * square + 2 * pairs * self.shape.width
-        answering = sum(counts.tokens[name] for name in (self.answers, *self.others))
-        return 2 * (asking + answering) * square + 2 * asking * answering * self.shape.width
+        others = sum(counts.tokens[name] for name in self.others)
+        keys = 2 * counts.tokens[self.answers] * self.key.weight.numel() + 2 * others * square
+        return 2 * asking * square + keys + 2 * asking * (counts.tokens[self.answers] + others) * self.shape.width
 
 
 class Stream(nn.Module):
@@ -389,7 +403,11 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, sublayers: Sequence[Sublayer], modulation: TableModulation | LinearModulation, *, placed: bool = False
+        self,
+        sublayers: Sequence[Sublayer],
+        modulation: TableModulation | LinearModulation | LowRankModulation,
+        *,
+        placed: bool = False,
     ) -> None:
         super().__init__()
         self.sublayers = nn.ModuleList(sublayers)
