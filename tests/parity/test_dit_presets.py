@@ -132,6 +132,15 @@ LATTE_1 = LATTE | {
     "caption_channels": 4096,
     "video_length": 16,
 }
+COG_5B_I2V = COG_5B | {"in_channels": 32, "use_learned_positional_embeddings": True}
+COG_LEARNED = COG_ROTARY | {
+    "in_channels": 8,
+    "use_learned_positional_embeddings": True,
+    "sample_width": 6,
+    "sample_height": 10,
+    "sample_frames": 9,
+    "max_text_seq_length": 5,
+}
 CASES = {
     "cosmos": Case("cosmos", COSMOS, {"Predict 2 2B": COSMOS_2B, "Predict 2 14B": COSMOS_2B | COSMOS_14B}),
     "cosmos, another rate": Case("cosmos", COSMOS | {"rope_scale": (20 / 24, 2.0, 2.0)}, fps=16.0),
@@ -163,6 +172,12 @@ CASES = {
     "cogvideox, sines": Case("cogvideox", COG, {"2B": {}}, words=226),
     "cogvideox, rotary": Case("cogvideox", COG_ROTARY, {"5B": COG_5B}),
     "cogvideox 1.5": Case("cogvideox", COG_ROTARY | {"patch_size_t": 2, "in_channels": 8}, {"1.5 5B": COG_15}),
+    "cogvideox, learned places": Case("cogvideox", COG_LEARNED, {"5B I2V": COG_5B_I2V}, words=5),
+    "cogvideox 1.5, another number": Case(
+        "cogvideox",
+        COG_ROTARY | {"patch_size_t": 2, "in_channels": 8, "ofs_embed_dim": 14},
+        {"1.5 5B I2V": COG_15 | {"in_channels": 32, "ofs_embed_dim": 512}},
+    ),
     "wan": Case("wan", WAN, {"1.3B": WAN_1B, "14B": {}}),
     "wan, a timestep for each frame": Case("wan", WAN, {"2.2 TI2V 5B": WAN_5B}, frame_times=True),
     "wan, given channels": Case("wan", WAN | {"in_channels": 9}, {"2.2 I2V A14B": {"in_channels": 36}}),
@@ -185,6 +200,9 @@ def reference(case, seed=0):
     """A float32 model of the reference's class, every parameter random: zeros and ones would hide mistakes."""
     torch.manual_seed(seed)
     model = getattr(diffusers, BY_NAME[case.preset].reference)(**case.config)
+    if case.config.get("use_learned_positional_embeddings"):  # a buffer there, which nothing could train
+        table = model.patch_embed._buffers.pop("pos_embedding")
+        model.patch_embed.pos_embedding = torch.nn.Parameter(table.float())
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 0.8 / parameter[0].numel() ** 0.5)
         if parameter.ndim == 1 and name.endswith("weight"):  # of a norm: near 0 it would flatten every softmax
@@ -222,6 +240,7 @@ class Given:
     guidance: list[float] | None = None
     control: torch.Tensor | None = None
     fps: list[float] | None = None
+    ofs: list[float] | None = None
     padding: int = 0
 
     def captions(self):
@@ -241,6 +260,7 @@ class Given:
             guidance=self.guidance,
             control=parts(self.control),
             fps=self.fps,
+            ofs=self.ofs,
         )
 
 
@@ -269,6 +289,7 @@ def inputs(case, model):
         [6.0, 1.5] if config.guidance else None,
         draw(config.control_channels, *grid) if config.control_channels else None,
         None if case.fps is None else [case.fps] * 2,
+        [2.0, 0.5] if config.ofs_channels else None,
         3 if case.padded else 0,
     )
 
@@ -317,7 +338,8 @@ def run_cogvideox(theirs, given):
             theirs.config.attention_head_dim, ((0, 0), (h // 2, w // 2)), (h // 2, w // 2), frames
         )
     latents = together(given).transpose(1, 2)
-    return theirs(latents, given.text, given.timesteps * 1000, image_rotary_emb=rope).sample.transpose(1, 2)
+    ofs = None if given.ofs is None else torch.tensor(given.ofs)
+    return theirs(latents, given.text, given.timesteps * 1000, ofs=ofs, image_rotary_emb=rope).sample.transpose(1, 2)
 
 
 def run_cosmos(theirs, given):

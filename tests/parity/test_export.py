@@ -209,6 +209,13 @@ FAMILIES = {
          "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
          "norm_eps": 1e-6, "caption_channels": 12, "num_embeds_ada_norm": 1000},
     ),
+    "cogvideox i2v": (
+        "CogVideoXTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 8, "out_channels": 4,
+         "time_embed_dim": 14, "text_embed_dim": 12, "num_layers": 2, "use_rotary_positional_embeddings": True,
+         "use_learned_positional_embeddings": True, "sample_width": 6, "sample_height": 10, "sample_frames": 9,
+         "max_text_seq_length": 5},
+    ),
     "hunyuan vae": (
         "AutoencoderKLHunyuanVideo",
         {"latent_channels": 4, "block_out_channels": (8, 16, 24, 24), "layers_per_block": 1, "norm_num_groups": 4},

@@ -32,11 +32,10 @@ from kinema.models.dit.conditioning import (
     Condition,
     LinearModulation,
     TableModulation,
-    gated_sum,
-    modulated,
     sinusoids,
 )
 from kinema.models.dit.layers import HeadShape, JointAttention
+from kinema.models.dit.modulating import gated_sum, modulated
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.patches import patchify, unpatchify
 from kinema.models.dit.segments import Span
@@ -49,6 +48,7 @@ WORDS = [3, 1, 9, 2]
 VARIANTS = {
     "full": {},
     "factorised": {"attention": AttentionPattern.factorised},
+    "windowed": {"attention": AttentionPattern.windowed, "window": [2, 2, 3]},
     "low rank": {
         "modulation": ModulationSource.lora,
         "modulation_rank": 5,
@@ -300,7 +300,7 @@ def reached(operation, segments, source: int, count: int, width: int) -> set[int
     return {i for i in range(count) if torch.autograd.grad(out[i].sum(), x, retain_graph=True)[0][source].any()}
 
 
-@pytest.mark.parametrize("span", list(Span))
+@pytest.mark.parametrize("span", [Span.clip, Span.frame, Span.place])
 def test_each_span_reaches_exactly_its_tokens(span):
     model = random_model(attention=AttentionPattern.factorised)
     grids = [(2, 3, 2), (3, 1, 4)]
@@ -354,6 +354,51 @@ def test_a_frame_and_the_caption_share_a_softmax_and_the_caption_sees_all_frames
         for x in (expected, actual)
     )
     torch.testing.assert_close(found, wanted)
+
+
+def same_window(grid, window, shifted):
+    """(n, n) whether two tokens share a box: boxes are numbered from the clip's edge or half a side before it."""
+    places = torch.cartesian_prod(*(torch.arange(size) for size in grid)).view(-1, 3)
+    moved = [side - side // 2 if shifted and side < size else 0 for size, side in zip(grid, window, strict=True)]
+    numbers = (places + torch.tensor(moved)) // torch.tensor(window)
+    return (numbers[:, None] == numbers).all(-1)
+
+
+@pytest.mark.parametrize("window", [[2, 2, 3], [1, 2, 2], [3, 1, 4], [9, 9, 9]])
+def test_windows_equal_a_dense_mask(window):
+    model = random_model(attention=AttentionPattern.windowed, window=window, depth=4)
+    shapes = [(4, 6, 10), (5, 10, 6), (4, 6, 10), (1, 2, 14)]  # in latents; the model sorts clips by shape
+    grids = sorted((t, h // 2, w // 2) for t, h, w in shapes)
+    given, calls = pack(shapes, [3, 1, 9, 2]), itertools.count()
+
+    def masked(present):
+        def dense(q, k, v, q_lengths, k_lengths, *, order=None):
+            if order is None:  # of captions
+                return present(q, k, v, q_lengths, k_lengths)
+            shifted = next(calls) % 2 == 1
+            whole = torch.block_diag(*(same_window(grid, window, shifted).double() for grid in grids)).bool()
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=whole).transpose(0, 1)
+
+        return dense
+
+    results = []
+    for replace in (lambda present: present, masked):
+        model.replace_attention(replace)
+        model.zero_grad()
+        predictions = model(*given)
+        torch.stack([out.sin().sum() for out in predictions]).sum().backward()
+        results.append([*predictions, *(p.grad.clone() for p in model.parameters())])
+    for ours, dense in zip(*results, strict=True):
+        torch.testing.assert_close(ours, dense)
+
+
+def test_windows_that_shift_reach_the_whole_clip():
+    model = random_model(attention=AttentionPattern.windowed, window=[2, 2, 2], depth=6)
+    (x,), timesteps, text = pack([(6, 12, 12)], [2])
+    x.requires_grad_()
+    corner = model([x], timesteps, text)[0][:, 0, 0, 0].sum()
+    assert torch.autograd.grad(corner, x)[0].abs().amax(0).count_nonzero() == 6 * 12 * 12
 
 
 def test_attention_can_be_replaced_from_outside():
@@ -546,6 +591,7 @@ def test_inputs_that_do_not_fit_are_refused():
 
 AXES = {
     "attention": list(AttentionPattern),
+    "window": [[2, 2, 3]],
     "activation": list(Activation),
     "bias": [True, False],
     "norm": list(NormKind),
@@ -561,6 +607,7 @@ AXES = {
     "position_extent": [[0, 0, 0], [0, 5, 5]],
     "learned_variance": [False, True],
     "position_grid": [[0, 0, 0], [4, 6, 4]],
+    "ofs_channels": [0, 4],
     "modulation_rank": [5],
     "timestep_norm": [False, True],
     "timestep_scale": [1000.0, 1.0],
@@ -601,6 +648,7 @@ def extras_for(config, latents):
         image=[draw(2 + i, 3) for i in range(len(latents))] if config.image_width else None,
         pooled=[draw(3) for _ in latents] if config.pooled_width else None,
         guidance=[1.0 + i for i in range(len(latents))] if config.guidance else None,
+        ofs=[2.0 - i for i in range(len(latents))] if config.ofs_channels else None,
         control=[draw(config.control_channels, *x.shape[1:]) for x in latents] if config.control_channels else None,
     )
 
@@ -710,7 +758,7 @@ def test_a_given_first_frame_is_read_without_noise_and_guidance():
         ({"text": TextEdge.joint, "single_depth": 1}, r"model\.modulation=table .*Type model\.modulation=linear"),
         (
             {"text": TextEdge.shared, "attention": AttentionPattern.alternating, "modulation": ModulationSource.linear},
-            r"alternating .*model\.text=shared",
+            r"model\.text=shared .*attention=alternating",
         ),
         ({"text": TextEdge.shared, "image_width": 3}, r"model\.image_width=3 needs model\.text=cross"),
         ({"single_depth": 1}, r"model\.single_depth=1 needs model\.text=joint"),
@@ -734,6 +782,7 @@ def test_a_given_first_frame_is_read_without_noise_and_guidance():
             {"control_layers": [0], "control_channels": 2, "text": TextEdge.shared},
             r"model\.control_layers=\[0\] needs model\.text=cross",
         ),
+        ({"window": [0, 2, 2]}, r"model\.window=\[0, 2, 2\]"),
         ({"position_scale": [1.0, 1.0]}, r"model\.position_scale=\[1\.0, 1\.0\]"),
     ],
 )

@@ -46,11 +46,38 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     A pair is one complex number and the turn one multiplication: a single pass over memory. Computed in the
     precision of the table, returned in that of x.
     """
-    turn = torch.complex(cos, sin)
-    if cos.ndim < x.ndim:  # the same for all heads
-        turn = turn.view(len(cos), *[1] * (x.ndim - 2), -1)
-    pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    if torch.compiler.is_compiling():  # which has no complex numbers, and fuses real ones
+        return _turned_apart(x, cos, sin)
+    return _Turned.apply(x, cos, sin)
+
+
+class _Turned(torch.autograd.Function):
+    """The turn; its backward turns back, and keeps the tables that all layers share, nothing else."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        turn = torch.complex(*(_for_heads(part, x) for part in (cos, sin)))
+        x = x if x.stride(-1) == 1 else x.contiguous()  # gradients of some kernels lie transposed
+        pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return _Turned.apply(grad, cos, -sin), None, None
+
+
+def _turned_apart(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = (_for_heads(part, x) for part in (cos, sin))
+    first, second = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def _for_heads(table: Tensor, x: Tensor) -> Tensor:
+    """(N, d / 2) -> (N, 1, d / 2), the same for all heads; a table (N, h, d / 2) as it is."""
+    return table if table.ndim == x.ndim else table.view(len(table), *[1] * (x.ndim - 2), -1)
 
 
 def fractional_rope(

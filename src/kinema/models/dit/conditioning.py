@@ -1,14 +1,14 @@
 """How timesteps (and optionally the whole caption) reach the blocks: embeddings and adaptive layer norm."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kinema.models.attention import Lengths, runs
+from kinema.models.attention import Lengths
 from kinema.models.dit.config import NormKind
 from kinema.models.dit.norms import Norm
 
@@ -168,36 +168,6 @@ class HeadTable(nn.Module):
     def forward(self, condition: Condition) -> Tensor:
         """-> (R, 2 * D)"""
         return torch.cat([condition.raw, condition.raw], dim=1) + self.table
-
-
-def modulated(normed: Tensor, shift: Tensor, scale: Tensor, lengths: Lengths) -> Tensor:
-    """normed * (1 + scale) + shift with one row for each length: normed (N, D), rows (R, D) -> (N, D)."""
-    return _by_rows(lambda x, a, b: torch.addcmul(a, x, b), lengths, [normed], [shift, 1 + scale])
-
-
-def gated_sum(tokens: Tensor, gate: Tensor, update: Tensor, lengths: Lengths) -> Tensor:
-    """tokens + gate * update, with one gate for each length: tokens and update (N, D), gate (R, D) -> (N, D)."""
-    return _by_rows(lambda x, y, a: torch.addcmul(x, a, y), lengths, [tokens, update], [gate])
-
-
-def _by_rows(
-    function: Callable[..., Tensor], lengths: Lengths, tokens: Sequence[Tensor], rows: Sequence[Tensor]
-) -> Tensor:
-    """Call `function` with tokens (b, n, D) and rows (b, 1, D) for each run of rows of equal length.
-
-    Rows broadcast and are never written out token by token: that costs more memory than the tokens.
-    """
-    parts = runs(lengths)
-    if len(parts) == 1:  # a plain batch; splitting it into one part would cost a copy in the backward
-        return _broadcast(function, tokens, rows)
-    token_parts = zip(*(x.split([clips * length for clips, length in parts]) for x in tokens), strict=True)
-    row_parts = zip(*(x.split([clips for clips, _ in parts]) for x in rows), strict=True)
-    return torch.cat([_broadcast(function, *part) for part in zip(token_parts, row_parts, strict=True)])
-
-
-def _broadcast(function: Callable[..., Tensor], tokens: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
-    batched = [x.unflatten(0, (len(rows[0]), -1)) for x in tokens]
-    return function(*batched, *(row[:, None] for row in rows)).flatten(0, 1)
 
 
 def means(words: Tensor, lengths: Lengths) -> Tensor:

@@ -22,6 +22,10 @@ class AttentionPattern(Enum):
     """The same in whole blocks that take turns: the even ones look within each frame and at the caption, the odd ones
     over time at each place and at nothing else (Ma et al. 2024, Latte, variant 1).
     """
+    windowed = "windowed"
+    """Within boxes of `window` tokens, which every other block moves by half their sides so that boxes talk (Liu et al.
+    2021, Swin; 2022, Video Swin).
+    """
 
 
 class PositionEmbedding(Enum):
@@ -41,6 +45,10 @@ class PositionEmbedding(Enum):
     learned_axes = "learned_axes"
     """A learned vector for each frame, row and column of tokens up to `position_grid`; their sum, brought to unit size,
     is added again in every block (NVIDIA 2025, Cosmos 1).
+    """
+    learned = "learned"
+    """A learned vector for each token of a clip, of exactly `position_grid`, and each word of a caption, of at most
+    `position_words` (Dosovitskiy et al. 2020, ViT; CogVideoX 5B I2V). With text=shared.
     """
 
 
@@ -170,6 +178,8 @@ class DiTConfig:
     padding_channel: bool = False
     """One channel more, which says where a frame is padding (Cosmos). No clip here is padded: it is zero."""
     attention: AttentionPattern = AttentionPattern.full
+    window: list[int] = field(default_factory=lambda: [8, 7, 7])
+    """Frames, rows and columns of tokens of a box of attention=windowed; at the edges of a clip boxes are smaller."""
     attention_kernel: AttentionKernel = AttentionKernel.sdpa
     text: TextEdge = TextEdge.cross
     text_to_the_end: bool = False
@@ -218,7 +228,9 @@ class DiTConfig:
     (PixArt-alpha, Latte); 0 leaves them as they are.
     """
     position_grid: list[int] = field(default_factory=lambda: [0, 0, 0])
-    """Frames, rows and columns of tokens of the largest clip, with position_embedding=learned_axes."""
+    """Frames, rows and columns of tokens of the largest clip, with position_embedding=learned_axes or learned."""
+    position_words: int = 0
+    """Words of the longest caption, with position_embedding=learned."""
     timestep_channels: int = 256
     """Sines and cosines of a timestep."""
     timestep_width: int = 0
@@ -229,6 +241,8 @@ class DiTConfig:
     """The sines themselves, normalised, are the embedding, and layers of their own make of them what all sublayers
     share (Cosmos). With modulation=lora.
     """
+    ofs_channels: int = 0
+    """Sines and cosines of `extras.ofs`, a number for each clip (CogVideoX 1.5 I2V); 0 for none."""
     guidance: bool = False
     """Embed the strength of guidance like a timestep: for models distilled to need no second pass."""
     pooled_width: int = 0
@@ -275,6 +289,8 @@ class DiTConfig:
             "image_width",
             "timestep_width",
             "text_channels",
+            "ofs_channels",
+            "position_words",
             "rope_fps",
             "pooled_width",
             "single_depth",
@@ -294,8 +310,9 @@ class DiTConfig:
                 f"model.patch_size={self.patch_size} must be three numbers from 1 up (frames, rows, columns)."
                 " Type for example model.patch_size=[1,2,2]."
             )
-        if self.timestep_channels % 2:
-            raise ValueError(f"model.timestep_channels={self.timestep_channels} must be even: half are cosines.")
+        for name in ("timestep_channels", "ofs_channels"):
+            if getattr(self, name) % 2:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be even: half are cosines.")
         if self.text_activation is Activation.swiglu:
             raise ValueError("model.text_activation=swiglu needs a third layer. Type gelu, gelu_tanh or silu.")
         for name in ("rope_extent", "rope_units", "rope_scale", "position_scale"):
@@ -322,16 +339,22 @@ class DiTConfig:
             raise ValueError(f"model.rope_fps={self.rope_fps} needs model.rope=axes. Type model.rope_fps=0.")
 
     def _check_positions(self) -> None:
-        is_learned = self.position_embedding is PositionEmbedding.learned_axes
+        is_learned = self.position_embedding in (PositionEmbedding.learned_axes, PositionEmbedding.learned)
         if len(self.position_grid) != 3 or min(self.position_grid) < 0 or is_learned is not all(self.position_grid):
             raise ValueError(
                 f"model.position_grid={self.position_grid} must be frames, rows and columns of tokens of the "
-                "largest clip with model.position_embedding=learned_axes, and [0,0,0] with any other."
+                "largest clip with model.position_embedding=learned_axes or learned, and [0,0,0] with any other."
+            )
+        of_words = self.position_embedding is PositionEmbedding.learned
+        if of_words is not bool(self.position_words) or (of_words and self.text is not TextEdge.shared):
+            raise ValueError(
+                f"model.position_words={self.position_words} must be the words of the longest caption with "
+                f"model.position_embedding=learned and model.text=shared (it is {self.text.name}), and 0 otherwise."
             )
         if is_learned and (any(self.position_extent) or any(scale != 1 for scale in self.position_scale)):
             raise ValueError(
                 f"model.position_extent={self.position_extent} and model.position_scale={self.position_scale} move "
-                "tokens between places, which model.position_embedding=learned_axes does not know. Type "
+                f"tokens between places; model.position_embedding={self.position_embedding.name} knows none. Type "
                 "model.position_extent=[0,0,0] model.position_scale=[1,1,1]."
             )
         if self.position_embedding is PositionEmbedding.sincos_quarters and self.width % 16:
@@ -374,10 +397,11 @@ class DiTConfig:
                 "Type their width, or model.image_positions=0."
             )
         if self.text is not TextEdge.cross:
-            if self.attention is AttentionPattern.alternating:
+            if self.attention not in (AttentionPattern.full, AttentionPattern.factorised):
                 raise ValueError(
-                    f"model.attention=alternating has whole blocks without captions, which model.text={self.text.name} "
-                    "changes in every block. Type model.attention=factorised or model.text=cross."
+                    f"model.text={self.text.name} puts captions into the softmax of a clip or of its frames, which "
+                    f"model.attention={self.attention.name} does not have. Type model.attention=factorised, "
+                    "model.attention=full or model.text=cross."
                 )
             if self.image_width:
                 raise ValueError(
@@ -395,6 +419,11 @@ class DiTConfig:
             )
 
     def _check_attention(self) -> None:
+        if len(self.window) != 3 or min(self.window) < 1:
+            raise ValueError(
+                f"model.window={self.window} must be three numbers from 1 up (frames, rows and columns of tokens). "
+                "Type for example model.window=[4,8,8]."
+            )
         if self.attention is not AttentionPattern.alternating:
             return
         if self.depth % 2:
@@ -473,5 +502,7 @@ class DiTConfig:
         """The self-attentions of a block, in order."""
         if self.attention is AttentionPattern.full:
             return [Span.clip]
+        if self.attention is AttentionPattern.windowed:
+            return [[Span.window, Span.shifted][block % 2]]
         both = [Span.frame, Span.place]
         return both if self.attention is AttentionPattern.factorised else [both[block % 2]]

@@ -15,10 +15,10 @@ from kinema.models.dit.conditioning import (
     LinearModulation,
     LowRankModulation,
     TableModulation,
-    gated_sum,
-    modulated,
 )
 from kinema.models.dit.config import Activation, NormKind, QKNorm
+from kinema.models.dit.memory import made_again
+from kinema.models.dit.modulating import gated_sum
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import Rope, Rows, Segments, Span, Tokens, clip_segment, repeated
 from kinema.models.position import apply_rope
@@ -57,8 +57,8 @@ class FeedForward(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         """x (N, D) -> (N, D)"""
         if self.gate is not None:
-            return self.project(F.silu(self.gate(x)) * self.expand(x))
-        return self.project(activate(self.expand(x), self.activation))
+            return made_again(lambda gate, x: self.project(F.silu(gate) * x), self.gate(x), self.expand(x))
+        return made_again(lambda x: self.project(activate(x, self.activation)), self.expand(x))
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip, for these segments."""
@@ -267,7 +267,7 @@ class SingleStream(nn.Module):
         """asking (N, D) of every segment, already normalised -> updates (N, D)"""
         triples = {name: self._heads(x, segments[name].rope) for name, x in asking.items()}
         mixed = attend_jointly(triples, segments, self.attention, self.span)
-        return {name: self.project(torch.cat([mixed[name], self._hidden(x)], dim=-1)) for name, x in asking.items()}
+        return {name: made_again(self._way_back, mixed[name], *self._hidden(x)) for name, x in asking.items()}
 
     def _heads(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         q = self.shape.normed_heads(self.query(x), self.query_norm)
@@ -277,10 +277,13 @@ class SingleStream(nn.Module):
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         return q.to(v.dtype), k.to(v.dtype), v
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        if self.gate is not None:
-            return F.silu(self.gate(x)) * self.expand(x)
-        return activate(self.expand(x), self.activation)
+    def _hidden(self, x: Tensor) -> list[Tensor]:
+        """x (N, D) -> what the MLP's non-linearity takes, (N, hidden) each"""
+        return [self.expand(x)] if self.gate is None else [self.expand(x), self.gate(x)]
+
+    def _way_back(self, mixed: Tensor, hidden: Tensor, gate: Tensor | None = None) -> Tensor:
+        active = activate(hidden, self.activation) if gate is None else F.silu(gate) * hidden
+        return self.project(torch.cat([mixed, active], dim=-1))
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip, for these segments."""
@@ -386,7 +389,7 @@ class Sublayer(nn.Module):
     def _input(self, x: Tensor, rows: Rows, part: Sequence[Tensor]) -> Tensor:
         if len(part) <= 1:
             return self.norm(x)
-        return modulated(self.norm(x), rows.of(part[0]), rows.of(part[1]), rows.lengths)
+        return self.norm.modulated(x, rows.of(part[0]), rows.of(part[1]), rows.lengths)
 
     def _sum(self, x: Tensor, update: Tensor, rows: Rows, part: Sequence[Tensor]) -> Tensor:
         return gated_sum(x, rows.of(part[-1]), update, rows.lengths) if part else x + update

@@ -21,7 +21,6 @@ from kinema.models.dit.conditioning import (
     PooledEmbedding,
     TimestepEmbedding,
     means,
-    modulated,
 )
 from kinema.models.dit.config import (
     DiTConfig,
@@ -93,6 +92,10 @@ class DiT(nn.Module):
             TimestepEmbedding(config.timestep_channels, config.condition_width, config.timestep_scale)
             if config.guidance
             else None
+        )
+
+        self.ofs_embedding = (
+            TimestepEmbedding(config.ofs_channels, config.condition_width, 1.0) if config.ofs_channels else None
         )
 
         made = blocks(config)
@@ -184,7 +187,7 @@ class DiT(nn.Module):
         linear = isinstance(self.head_modulation, ExactLinear)
         both = self.head_modulation(condition.embedding if linear else condition)
         shift, scale = both.chunk(2, dim=-1)
-        return self.head(modulated(self.head_norm(video), rows.of(shift), rows.of(scale), rows.lengths))
+        return self.head(self.head_norm.modulated(video, rows.of(shift), rows.of(scale), rows.lengths))
 
     def _hints(self, tokens: Tokens, segments: Segments, condition: Condition, extras: Extras) -> dict[int, Tensor]:
         """What the control tower adds to the video after some blocks: layer -> (N, D)."""
@@ -200,7 +203,11 @@ class DiT(nn.Module):
             embedded = self.text_embedding(words)
             if self.config.text is TextEdge.cross:
                 return embedded
-            return embedded.to(torch.promote_types(embedded.dtype, torch.float32))  # a residual stream, like the video
+            embedded = embedded.to(
+                torch.promote_types(embedded.dtype, torch.float32)
+            )  # a residual stream, like the video
+            places = self.places.of_words(lengths)
+            return embedded if places is None else embedded + places
         return self.text_embedding(words, lengths, _of_clips(timesteps))
 
     def _condition(self, timesteps: Timesteps, words: Tensor, lengths: Lengths, extras: Extras) -> Condition:
@@ -212,6 +219,8 @@ class DiT(nn.Module):
             clips.append(self.pooled_text(means(words.to(embedding.dtype), lengths)))
         if self.pooled_embedding is not None and extras.pooled is not None:
             clips.append(self.pooled_embedding(torch.stack(list(extras.pooled))))
+        if self.ofs_embedding is not None and extras.ofs is not None:
+            clips.append(self.ofs_embedding(rows.new_tensor(list(extras.ofs))))
         for clip in clips:
             embedding = embedding + _for_rows(clip, timesteps)
         if self.guidance_embedding is not None and extras.guidance is not None:
@@ -232,7 +241,9 @@ class DiT(nn.Module):
         like = condition.embedding
         rope, places = self._rope(grids, extras.fps, like), self.places.in_blocks(grids, like)
         segments = {
-            "video": video_segment(grids, _rows(grids, condition), rope, places, self._spans, like.device),
+            "video": video_segment(
+                grids, _rows(grids, condition), rope, places, self._spans, self.config.window, like.device
+            ),
             "text": clip_segment(tuple(len(caption) for caption in text), len(like) - len(grids)),
         }
         if extras.image is not None:
@@ -359,7 +370,7 @@ class DiT(nn.Module):
         Matrix products only; backward takes twice as many.
         """
         tokens = {"video": grid[0] * grid[1] * grid[2], "text": text_tokens, "image": image_tokens}
-        counts = Counts(tokens, {span: seen(span, grid) for span in self._spans})
+        counts = Counts(tokens, {span: seen(span, grid, self.config.window) for span in self._spans})
         products = sum(module.products(counts) for module in self.modules() if isinstance(module, Sublayer))
         for name, module in self.named_modules():  # layers outside the blocks see each token, or each clip, once
             if isinstance(module, nn.Linear) and ".operation." not in name:
@@ -381,7 +392,13 @@ EDGES = {
 GIVEN = {"condition_channels": "channels", "control_channels": "control"}
 """Key of the config -> latents of a clip's own size that it makes the model demand."""
 
-EXTRAS = {**GIVEN, "image_width": "image", "pooled_width": "pooled", "guidance": "guidance"}
+EXTRAS = {
+    **GIVEN,
+    "image_width": "image",
+    "pooled_width": "pooled",
+    "guidance": "guidance",
+    "ofs_channels": "ofs",
+}
 """Key of the config -> what it makes the model demand."""
 
 

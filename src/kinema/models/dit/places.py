@@ -1,11 +1,13 @@
 """Position embeddings that are added to tokens: with the patches, or again in blocks."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from kinema.models.attention import Lengths
 from kinema.models.dit.config import DiTConfig, PositionEmbedding
 from kinema.models.dit.segments import Grid
 from kinema.models.position import grid_positions, sincos_3d, sincos_quarters, sincos_space, sincos_time
@@ -31,11 +33,33 @@ class Places(nn.Module):
         learned = config.position_embedding is PositionEmbedding.learned_axes
         tables = [nn.Parameter(LEARNED_STD * torch.randn(size, config.width)) for size in config.position_grid]
         self.axes = nn.ParameterList(tables) if learned else None
+        is_whole = config.position_embedding is PositionEmbedding.learned
+        whole = (math.prod(config.position_grid), config.width)
+        self.tokens = nn.Parameter(LEARNED_STD * torch.randn(whole)) if is_whole else None
+        self.words = nn.Parameter(LEARNED_STD * torch.randn(config.position_words, config.width)) if is_whole else None
 
     def at_start(self, grids: Sequence[Grid], like: Tensor) -> Tensor | None:
         """(N, D) in the dtype of `like`, to be added to the patches; None for nothing."""
+        if self.tokens is not None:
+            for grid in grids:
+                if list(grid) != self.config.position_grid:
+                    raise ValueError(
+                        f"a clip of {grid} frames, rows and columns of tokens, where the model has learned places of "
+                        f"exactly model.position_grid={self.config.position_grid}."
+                    )
+            return _exact(self.tokens).repeat(len(grids), 1)
         waves = AT_START.get(self.config.position_embedding)
         return None if waves is None else self._waves(waves, grids, like)
+
+    def of_words(self, lengths: Lengths) -> Tensor | None:
+        """(M, D), to be added to captions of these numbers of tokens; None for nothing."""
+        if self.words is None:
+            return None
+        if max(lengths) > len(self.words):
+            raise ValueError(
+                f"a caption of {max(lengths)} tokens, where model.position_words={len(self.words)} have a place."
+            )
+        return torch.cat([_exact(self.words[:length]) for length in lengths])
 
     def in_blocks(self, grids: Sequence[Grid], like: Tensor) -> Tensor | None:
         """(N, D), to be added in the blocks that are placed; None for nothing."""
