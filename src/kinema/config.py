@@ -9,11 +9,12 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from kinema.conditioning.frames import CleanFrame, FrameCondition
+from kinema.conditioning.frames import CleanFrame, FrameChannels, FrameCondition, PaddedClip
 from kinema.conditioning.text import CombinedText, HashText, PretrainedText
 from kinema.data.loading import DataConfig
 from kinema.diffusion.objective import DDPM, RectifiedFlow
 from kinema.distributed.engine import ParallelConfig
+from kinema.identity import digest
 from kinema.models.dit import DiTConfig
 from kinema.models.vae import VAEConfig
 from kinema.sampling.sample import SampleConfig
@@ -86,7 +87,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "vae": {"causal": VAEConfig, "from_run": VAECheckpoint},
     "objective": {"rectified_flow": RectifiedFlow, "ddpm": DDPM},
     "text": {"hash": HashText, "pretrained": PretrainedText, "combined": CombinedText},
-    "condition": {"none": FrameCondition, "clean_frame": CleanFrame},
+    "condition": {
+        "none": FrameCondition,
+        "clean_frame": CleanFrame,
+        "frame_channels": FrameChannels,
+        "padded_clip": PaddedClip,
+    },
     "data": {"clips": DataConfig},
     "optim": {"adamw": AdamW},
     "schedule": {"cosine": Cosine, "constant": Constant},
@@ -107,12 +113,18 @@ FREE_TO_CHANGE = ("parallel.zero_stage", "parallel.timeout_seconds", "logging.",
 
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra; call before composing."""
+    OmegaConf.register_new_resolver("digest", _digest, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema_config", node=Config)
     store.store(name="schema_sample", node=SampleConfig)
     for group, choices in SCHEMAS.items():
         for name, schema in choices.items():
             store.store(group=group, name=f"schema_{name}", node=schema)
+
+
+def _digest(*groups: Any) -> str:
+    """`${digest:${model},${optim}}` in a YAML file: six letters that change when any of these groups does."""
+    return digest([OmegaConf.to_yaml(group, resolve=True) for group in groups])[:6]
 
 
 def to_dataclass(composed: DictConfig) -> Any:

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kinema.conditioning.condition import Condition, without_text
-from kinema.conditioning.frames import Encode, FrameCondition
+from kinema.conditioning.condition import Condition, Words, embed, null_words, with_words
+from kinema.conditioning.frames import FrameCondition
 from kinema.conditioning.text import NULL_CAPTION, TextEncoder
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.pixels import to_model_range, to_uint8
+from kinema.data.pixels import to_uint8
 from kinema.diffusion.guidance import check_guidance, guided
 from kinema.diffusion.objective import Objective
 from kinema.diffusion.solvers import Solver, solve
 from kinema.diffusion.timesteps import TimestepSpacing
 from kinema.models.vae import CausalVAE
+from kinema.sampling.conditioner import Conditioner
 from kinema.sampling.denoiser import Denoiser, with_given_frames
 
 
@@ -116,7 +117,7 @@ class Pipeline:
         size = (self.vae.config.latent_channels, *self.geometry.latent_shape(shape))
         noise = [initial_noise(size, config.seed + index).to(device) for index in range(len(captions))]
         conditions = self.conditions(captions, shape, images)
-        nulls = without_text(conditions, self.null_text(config.negative_prompt).to(device))
+        nulls = with_words(conditions, self.null_words(config.negative_prompt))
         denoiser = Denoiser(self.denoiser, self.geometry.patch_size[0])
         latents = solve(
             guided(denoiser, conditions, nulls, config.guidance_scale),
@@ -137,18 +138,13 @@ class Pipeline:
         self, captions: Sequence[str], shape: ClipShape, images: Sequence[Tensor] | None = None
     ) -> list[Condition]:
         """What the denoiser is told of each video, on its device."""
-        device = next(self.denoiser.parameters()).device
-        size = (self.vae.config.latent_channels, *self.geometry.latent_shape(shape))
-        conditions = []
-        for index, text in enumerate(self.text_encoder.encode(list(captions))):
-            given = to_model_range(images[index].to(device)).unbind(1) if images is not None else ()
-            frames = self.condition.of_images(given, shape.frames, size, encode_mean(self.vae))
-            conditions.append(Condition(text.to(device), *frames))
-        return conditions
+        given = images or [torch.empty(0, *shape[1:], 3, dtype=torch.uint8)] * len(captions)
+        conditioner = Conditioner(self.condition, self.vae, self.geometry)
+        return list(map(conditioner.of_images, embed(self.text_encoder, captions), [shape] * len(captions), given))
 
-    def null_text(self, negative_prompt: str) -> Tensor:
-        """What guidance leads away from, (L0, D)."""
-        return self.text_encoder.encode([negative_prompt])[0] if negative_prompt else self.text_encoder.null()
+    def null_words(self, negative_prompt: str) -> Words:
+        """What guidance leads away from: the null caption, or another."""
+        return embed(self.text_encoder, [negative_prompt])[0] if negative_prompt else null_words(self.text_encoder)
 
     @torch.no_grad()
     def videos(
@@ -164,16 +160,6 @@ class Pipeline:
         self.vae.eval()
         device = next(self.vae.parameters()).device
         return [to_uint8(self.vae.decode(clip[None].to(device))[0]).cpu() for clip in latents]
-
-
-def encode_mean(vae: CausalVAE) -> Encode:
-    """The encoding of given frames: the mean of the posterior, in training and in sampling."""
-
-    def encode(video: Tensor) -> Tensor:
-        with torch.no_grad():
-            return vae.encode(video[None]).mean[0]
-
-    return encode
 
 
 def initial_noise(size: Sequence[int], seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from kinema.conditioning.frames import CleanFrame, FrameCondition
+from kinema.conditioning.frames import FRAME_CONDITIONS, FrameCondition
 from kinema.conditioning.text import TEXT_CONFIGS, build_text_encoder, check_policy
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.encoding import write_video
@@ -61,6 +61,8 @@ class SampleConfig:
     """A text file with one caption a line, instead of `prompt`."""
     image: str | None = None
     """A picture: the first frame of every video, for weights that were trained with one."""
+    last_image: str | None = None
+    """A picture: the last frame, for weights that were trained with a first and a last one."""
     shape: list[int] = field(default_factory=list)
     """Frames, height, width; empty takes the first shape of the training, or the one that fits the image best."""
     fps: float | None = None
@@ -79,6 +81,13 @@ class SampleConfig:
             raise ValueError('type exactly one of prompt="a caption" and prompts_file=captions.txt.')
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+
+    def pictures(self) -> dict[str, str]:
+        """The picture files by their keys."""
+        if self.last_image and not self.image:
+            raise ValueError(f"last_image={self.last_image} needs the first frame too: type image=picture.png.")
+        named = {"image": self.image, "last_image": self.last_image}
+        return {key: path for key, path in named.items() if path}
 
     def settings(self, of: SamplingConfig) -> SamplingConfig:
         """The checkpoint's settings with what was typed; another solver leaves behind what only the former one read."""
@@ -161,7 +170,7 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
 def condition_of(manifest: dict[str, Any]) -> FrameCondition:
     """The frames that the training gave; runs from before there was a choice gave none."""
     plain = manifest.get("condition", to_plain(FrameCondition()))
-    return from_plain(plain, FrameCondition, CleanFrame)
+    return from_plain(plain, *FRAME_CONDITIONS)
 
 
 def geometry_of(strides: tuple[int, int], model: DiTConfig) -> Geometry:
@@ -174,7 +183,7 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     """Sample every caption into `NNN.mp4` and one `sheet.png`, both carrying seed, prompt and manifest."""
     loaded = load_pipeline(checkpoint_of(config.run, "run"), config.weights)
     pipeline, captions = loaded.pipeline, config.captions()
-    pictures = [read_image(config.image)] if config.image else []
+    pictures = [read_image(path, key) for key, path in config.pictures().items()]
     shape = chosen_shape(config.shape, pipeline.shapes, pictures)
     if config.allow_untrained_shape:
         pipeline.geometry.check(shape, key="shape")
@@ -198,13 +207,13 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
         videos = pipeline.videos(batch, shape, options, advance(bar, len(batch)), images)
         for offset, (caption, frames) in enumerate(zip(batch, videos, strict=True)):
             path = out / f"{start + offset:03d}.mp4"
-            origin = metadata(loaded, settings, caption, start + offset, config.image)
+            origin = metadata(loaded, settings, caption, start + offset, config.pictures())
             write_video(path, frames, pipeline.fps, metadata=origin)
             rows.append((frames.numpy(), caption))
             paths.append(path)
     bar.close()
     contact_sheet(rows, out / "sheet.png", columns=1 if len(rows) < 8 else 2)
-    stamp_png(out / "sheet.png", metadata(loaded, settings, " | ".join(captions), 0, config.image))
+    stamp_png(out / "sheet.png", metadata(loaded, settings, " | ".join(captions), 0, config.pictures()))
     say(f"wrote {len(paths)} video(s) and a contact sheet to {out}")
     return paths
 
@@ -229,7 +238,9 @@ def unused_folder(parent: Path, name: str) -> Path:
     return next(parent / each for each in names if not (parent / each).exists())
 
 
-def metadata(loaded: Loaded, config: SamplingConfig, caption: str, index: int, image: str | None) -> dict[str, str]:
+def metadata(
+    loaded: Loaded, config: SamplingConfig, caption: str, index: int, pictures: dict[str, str]
+) -> dict[str, str]:
     """What a file says of its origin: enough to make it again."""
     return {
         "title": caption,
@@ -240,7 +251,7 @@ def metadata(loaded: Loaded, config: SamplingConfig, caption: str, index: int, i
                 "prompt": caption,
                 "seed": config.seed + index,
                 **{name: value for name, value in to_plain(config).items() if name not in ("type", "seed")},
-                "image": image,
+                **pictures,
                 "weights": loaded.weights.value,
                 "fingerprint": loaded.fingerprint,
                 "manifest": loaded.manifest,

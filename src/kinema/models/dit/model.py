@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.attention import Attention, Lengths
-from kinema.models.dit.blocks import blocks, slots_of
+from kinema.models.dit.blocks import blocks, shared_slots
 from kinema.models.dit.conditioning import (
     SHARED_SLOTS,
     Condition,
@@ -99,8 +99,9 @@ class DiT(nn.Module):
         )
 
         made = blocks(config)
-        shared = {ModulationSource.table: slots_of(made[0]), ModulationSource.lora: SHARED_SLOTS}.get(config.modulation)
-        self.shared_modulation = ExactLinear(config.condition_width, shared * width, bias) if shared else None
+        shared = SHARED_SLOTS if config.modulation is ModulationSource.lora else shared_slots(made)
+        has_own = config.modulation is ModulationSource.linear
+        self.shared_modulation = None if has_own else ExactLinear(config.condition_width, shared * width, bias)
         self.blocks = nn.ModuleList(made)
         self.control = ControlTower(config) if config.control_layers else None
 
@@ -240,7 +241,9 @@ class DiT(nn.Module):
         like = condition.embedding
         rope, places = self._rope(grids, extras.fps, like), self.places.in_blocks(grids, like)
         segments = {
-            "video": video_segment(grids, _rows(grids, condition), rope, places, self._spans, like.device),
+            "video": video_segment(
+                grids, _rows(grids, condition), rope, places, self._spans, self.config.window, like.device
+            ),
             "text": clip_segment(tuple(len(caption) for caption in text), len(like) - len(grids)),
         }
         if extras.image is not None:
@@ -367,7 +370,7 @@ class DiT(nn.Module):
         Matrix products only; backward takes twice as many.
         """
         tokens = {"video": grid[0] * grid[1] * grid[2], "text": text_tokens, "image": image_tokens}
-        counts = Counts(tokens, {span: seen(span, grid) for span in self._spans})
+        counts = Counts(tokens, {span: seen(span, grid, self.config.window) for span in self._spans})
         products = sum(module.products(counts) for module in self.modules() if isinstance(module, Sublayer))
         for name, module in self.named_modules():  # layers outside the blocks see each token, or each clip, once
             if isinstance(module, nn.Linear) and ".operation." not in name:
