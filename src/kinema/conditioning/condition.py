@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+
+from kinema.conditioning.text import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,15 @@ class Condition:
         return 0 if self.frames is None else self.frames.shape[1]
 
 
-def without_text(conditions: Sequence[Condition], null_text: Tensor) -> list[Condition]:
+def of_captions(encoder: TextEncoder, captions: Sequence[str], device: torch.device) -> list[Condition]:
+    """What the text encoder says of each caption: its embedding, and what else the model reads of it."""
+    beside = encoder.beside(captions)
+    return [
+        Condition(text.to(device), **{name: found[index].to(device) for name, found in beside.items()})
+        for index, text in enumerate(encoder.encode(captions))
+    ]
+
+
+def without_text(conditions: Sequence[Condition], null_text: Tensor, pooled: Tensor | None = None) -> list[Condition]:
     """The same with the null text (L0, D): what guidance pushes away from. Images stay, as in published pipelines."""
-    return [replace(condition, text=null_text) for condition in conditions]
+    return [replace(condition, text=null_text, pooled=pooled) for condition in conditions]

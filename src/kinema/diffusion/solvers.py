@@ -45,8 +45,19 @@ class Solver(Enum):
     dpm_multistep = "dpm_multistep"
     """DPM-Solver++ multistep by `diffusers`, with its options; one call a step (Lu et al. 2022)."""
 
+    table_ddim = "table_ddim"
+    """DDIM by `diffusers`, with its options: how it spaces the rows of a table, and where it ends."""
 
-LIBRARY = {Solver.unipc: "UniPCMultistepScheduler", Solver.dpm_multistep: "DPMSolverMultistepScheduler"}
+    cogvideox_ddim = "cogvideox_ddim"
+    """The DDIM that CogVideoX is published with, by `diffusers`."""
+
+
+LIBRARY = {
+    Solver.unipc: "UniPCMultistepScheduler",
+    Solver.dpm_multistep: "DPMSolverMultistepScheduler",
+    Solver.table_ddim: "DDIMScheduler",
+    Solver.cogvideox_ddim: "CogVideoXDDIMScheduler",
+}
 """Solvers that the library steps, with its own timesteps, and its class of each."""
 
 
@@ -74,7 +85,7 @@ def solve(
     sizes = per_clip(num_tokens, len(noise))
 
     def predict_like_state(x: Clips, t: Tensor) -> Clips:
-        predictions = predict(x, t.float().to(x[0].device))
+        predictions = predict(x, objective.told(t).float().to(x[0].device))
         return [p.to(like.dtype) for p, like in zip(predictions, x, strict=True)]
 
     progress = progress or ignore_progress

@@ -1,13 +1,13 @@
 """The sampling pipeline: everything between captions and frames, for the trainer and for `sample.py` alike."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kinema.conditioning.condition import Condition, without_text
+from kinema.conditioning.condition import Condition, of_captions, without_text
 from kinema.conditioning.frames import Encode, FrameCondition
 from kinema.conditioning.text import NULL_CAPTION, TextEncoder
 from kinema.data.geometry import ClipShape, Geometry
@@ -32,6 +32,8 @@ class SamplingConfig:
     """Classifier-free guidance (Ho and Salimans 2022); 1 turns it off and halves the cost."""
     timestep_shift: float | None = None
     """Shift of the sampler's timesteps; null obeys the training objective, any number overrides it visibly."""
+    embedded_guidance: float | None = None
+    """Strength that a model is told of which was distilled to need no second pass, 6 for HunyuanVideo; or null."""
     seed: int = 0
     """Seed of the first video; the next ones count up from it."""
     negative_prompt: str = NULL_CAPTION
@@ -57,10 +59,27 @@ class SamplingConfig:
         rest = [
             f"timesteps {self.timestep_spacing.value}" * (self.timestep_spacing is not TimestepSpacing.trailing),
             f"the last from {self.timestep_terminal}" * (self.timestep_terminal is not None),
+            f"embedded guidance {self.embedded_guidance}" * (self.embedded_guidance is not None),
             f"negative prompt {self.negative_prompt!r}" * bool(self.negative_prompt),
         ]
         line = f"{self.solver.value}, {self.num_steps} steps, guidance {self.guidance_scale:g}, shift {shift}"
         return ", ".join([line, *filter(None, rest)])
+
+
+class OtherVAE(nn.Module):
+    """A published VAE that Kinema cannot be: its latents are sampled, and another library makes the frames."""
+
+    def __init__(self, name: str, strides: tuple[int, int]) -> None:
+        super().__init__()
+        self.name, self.geometry_strides = name, strides
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """ValueError."""
+        raise self.no_frames()
+
+    def no_frames(self) -> ValueError:
+        """Why there are none."""
+        return ValueError(f"Kinema's VAE cannot be {self.name}, so it makes no frames. Type latents_only=true.")
 
 
 @dataclass(frozen=True)
@@ -68,7 +87,7 @@ class Pipeline:
     """A denoiser with all that its numbers depend on."""
 
     denoiser: nn.Module
-    vae: CausalVAE
+    vae: CausalVAE | OtherVAE
     text_encoder: TextEncoder
     objective: Objective
     geometry: Geometry
@@ -97,6 +116,12 @@ class Pipeline:
             )
         check_guidance(config.guidance_scale, self.guidance_dropout)
         self.condition.check_images(images)
+        if self.denoiser.config.guidance is not (config.embedded_guidance is not None):
+            needed = "a number, such as 6" if self.denoiser.config.guidance else "null"
+            raise ValueError(
+                f"embedded_guidance={config.embedded_guidance} and model.guidance={self.denoiser.config.guidance}: a "
+                f"model is told of guidance exactly where it was built for it. Type embedded_guidance={needed}."
+            )
 
     @torch.no_grad()
     def latents(
@@ -113,10 +138,12 @@ class Pipeline:
         """
         self.denoiser.eval()
         device = next(self.denoiser.parameters()).device
-        size = (self.vae.config.latent_channels, *self.geometry.latent_shape(shape))
+        size = (self.denoiser.latent_channels, *self.geometry.latent_shape(shape))
         noise = [initial_noise(size, config.seed + index).to(device) for index in range(len(captions))]
-        conditions = self.conditions(captions, shape, images)
-        nulls = without_text(conditions, self.null_text(config.negative_prompt).to(device))
+        told = self.conditions(captions, shape, images)
+        conditions = [replace(condition, guidance=config.embedded_guidance) for condition in told]
+        null = of_captions(self.text_encoder, [config.negative_prompt], device)[0]
+        nulls = without_text(conditions, null.text, null.pooled)
         denoiser = Denoiser(self.denoiser, self.geometry.patch_size[0])
         latents = solve(
             guided(denoiser, conditions, nulls, config.guidance_scale),
@@ -138,17 +165,13 @@ class Pipeline:
     ) -> list[Condition]:
         """What the denoiser is told of each video, on its device."""
         device = next(self.denoiser.parameters()).device
-        size = (self.vae.config.latent_channels, *self.geometry.latent_shape(shape))
+        size = (self.denoiser.latent_channels, *self.geometry.latent_shape(shape))
         conditions = []
-        for index, text in enumerate(self.text_encoder.encode(list(captions))):
+        for index, caption in enumerate(of_captions(self.text_encoder, list(captions), device)):
             given = to_model_range(images[index].to(device)).unbind(1) if images is not None else ()
             frames = self.condition.of_images(given, shape.frames, size, encode_mean(self.vae))
-            conditions.append(Condition(text.to(device), *frames))
+            conditions.append(replace(caption, **frames._asdict()))
         return conditions
-
-    def null_text(self, negative_prompt: str) -> Tensor:
-        """What guidance leads away from, (L0, D)."""
-        return self.text_encoder.encode([negative_prompt])[0] if negative_prompt else self.text_encoder.null()
 
     @torch.no_grad()
     def videos(
@@ -166,10 +189,11 @@ class Pipeline:
         return [to_uint8(self.vae.decode(clip[None].to(device))[0]).cpu() for clip in latents]
 
 
-def encode_mean(vae: CausalVAE) -> Encode:
+def encode_mean(vae: CausalVAE | OtherVAE) -> Encode:
     """The encoding of given frames: the mean of the posterior, in training and in sampling."""
 
     def encode(video: Tensor) -> Tensor:
+        assert isinstance(vae, CausalVAE)
         with torch.no_grad():
             return vae.encode(video[None]).mean[0]
 
