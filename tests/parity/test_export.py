@@ -196,12 +196,25 @@ FAMILIES = {
         {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
          "time_embed_dim": 14, "text_embed_dim": 12, "num_layers": 2, "use_rotary_positional_embeddings": True},
     ),
+    "cosmos": (
+        "CosmosTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 5, "out_channels": 4, "num_layers": 2,
+         "text_embed_dim": 12, "adaln_lora_dim": 6, "rope_scale": (1.0, 3.0, 3.0), "extra_pos_embed_type": None,
+         "use_crossattn_projection": True, "crossattn_proj_in_channels": 20, "encoder_hidden_states_channels": 12},
+    ),
     "latte": (
         "LatteTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,
          "cross_attention_dim": 32, "attention_bias": True, "sample_size": 16, "patch_size": 2, "video_length": 16,
          "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
          "norm_eps": 1e-6, "caption_channels": 12, "num_embeds_ada_norm": 1000},
+    ),
+    "cogvideox i2v": (
+        "CogVideoXTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 8, "out_channels": 4,
+         "time_embed_dim": 14, "text_embed_dim": 12, "num_layers": 2, "use_rotary_positional_embeddings": True,
+         "use_learned_positional_embeddings": True, "sample_width": 6, "sample_height": 10, "sample_frames": 9,
+         "max_text_seq_length": 5},
     ),
     "hunyuan vae": (
         "AutoencoderKLHunyuanVideo",
