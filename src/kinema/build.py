@@ -101,7 +101,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     geometry = geometry_of(vae.geometry_strides, config.model)
     check_condition(config.condition, config.model, vae.config)
     model = DiT(config.model, vae.config.latent_channels, text_encoder.width)
-    check_training(config.condition, geometry, config.data, vae.config)
+    check_training(config.condition, config.data, vae.config)
     data = build_data(config, geometry, process, run, vae_identity["hash"])
     engine = build_engine(config, model, data.lanes_per_rank, run, process)
     task = DiTTask(

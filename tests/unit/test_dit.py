@@ -46,6 +46,7 @@ WORDS = [3, 1, 9, 2]
 VARIANTS = {
     "full": {},
     "factorised": {"attention": AttentionPattern.factorised},
+    "windowed": {"attention": AttentionPattern.windowed, "window": [2, 2, 3]},
     "low rank": {
         "modulation": ModulationSource.lora,
         "modulation_rank": 5,
@@ -288,7 +289,7 @@ def reached(operation, segments, source: int, count: int, width: int) -> set[int
     return {i for i in range(count) if torch.autograd.grad(out[i].sum(), x, retain_graph=True)[0][source].any()}
 
 
-@pytest.mark.parametrize("span", list(Span))
+@pytest.mark.parametrize("span", [Span.clip, Span.frame, Span.place])
 def test_each_span_reaches_exactly_its_tokens(span):
     model = random_model(attention=AttentionPattern.factorised)
     grids = [(2, 3, 2), (3, 1, 4)]
@@ -307,6 +308,51 @@ def test_each_span_reaches_exactly_its_tokens(span):
     for source in [(0, 1, 2, 0), (1, 2, 0, 3)]:
         expected = {i for i, key in enumerate(keys) if all(key[part] == source[part] for part in shared)}
         assert reached(operation, segments, keys.index(source), len(keys), 24) == expected
+
+
+def same_window(grid, window, shifted):
+    """(n, n) whether two tokens share a box: boxes are numbered from the clip's edge or half a side before it."""
+    places = torch.cartesian_prod(*(torch.arange(size) for size in grid)).view(-1, 3)
+    moved = [side - side // 2 if shifted and side < size else 0 for size, side in zip(grid, window, strict=True)]
+    numbers = (places + torch.tensor(moved)) // torch.tensor(window)
+    return (numbers[:, None] == numbers).all(-1)
+
+
+@pytest.mark.parametrize("window", [[2, 2, 3], [1, 2, 2], [3, 1, 4], [9, 9, 9]])
+def test_windows_equal_a_dense_mask(window):
+    model = random_model(attention=AttentionPattern.windowed, window=window, depth=4)
+    shapes = [(4, 6, 10), (5, 10, 6), (4, 6, 10), (1, 2, 14)]  # in latents; the model sorts clips by shape
+    grids = sorted((t, h // 2, w // 2) for t, h, w in shapes)
+    given, calls = pack(shapes, [3, 1, 9, 2]), itertools.count()
+
+    def masked(present):
+        def dense(q, k, v, q_lengths, k_lengths, *, order=None):
+            if order is None:  # of captions
+                return present(q, k, v, q_lengths, k_lengths)
+            shifted = next(calls) % 2 == 1
+            whole = torch.block_diag(*(same_window(grid, window, shifted).double() for grid in grids)).bool()
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=whole).transpose(0, 1)
+
+        return dense
+
+    results = []
+    for replace in (lambda present: present, masked):
+        model.replace_attention(replace)
+        model.zero_grad()
+        predictions = model(*given)
+        torch.stack([out.sin().sum() for out in predictions]).sum().backward()
+        results.append([*predictions, *(p.grad.clone() for p in model.parameters())])
+    for ours, dense in zip(*results, strict=True):
+        torch.testing.assert_close(ours, dense)
+
+
+def test_windows_that_shift_reach_the_whole_clip():
+    model = random_model(attention=AttentionPattern.windowed, window=[2, 2, 2], depth=6)
+    (x,), timesteps, text = pack([(6, 12, 12)], [2])
+    x.requires_grad_()
+    corner = model([x], timesteps, text)[0][:, 0, 0, 0].sum()
+    assert torch.autograd.grad(corner, x)[0].abs().amax(0).count_nonzero() == 6 * 12 * 12
 
 
 def test_attention_can_be_replaced_from_outside():
@@ -499,6 +545,7 @@ def test_inputs_that_do_not_fit_are_refused():
 
 AXES = {
     "attention": list(AttentionPattern),
+    "window": [[2, 2, 3]],
     "activation": list(Activation),
     "bias": [True, False],
     "norm": list(NormKind),
@@ -682,6 +729,7 @@ def test_a_given_first_frame_is_read_without_noise_and_guidance():
             {"control_layers": [0], "control_channels": 2, "text": TextEdge.shared},
             r"model\.control_layers=\[0\] needs model\.text=cross",
         ),
+        ({"window": [0, 2, 2]}, r"model\.window=\[0, 2, 2\]"),
         ({"position_scale": [1.0, 1.0]}, r"model\.position_scale=\[1\.0, 1\.0\]"),
     ],
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kinema.diffusion.library import library_steps, make_scheduler
-from kinema.diffusion.objective import Clips, Objective, per_clip
+from kinema.diffusion.objective import DDPM, Clips, Objective, per_clip
 from kinema.diffusion.timesteps import TimestepSpacing
 
 Predict = Callable[[Clips, Tensor], Clips]
@@ -60,6 +60,9 @@ LIBRARY = {
 }
 """Solvers that the library steps, with its own timesteps, and its class of each."""
 
+FOR_TABLES = (Solver.table_ddim, Solver.cogvideox_ddim)
+"""Those of them that step over a table of noise levels only."""
+
 
 def solve(
     predict: Predict,
@@ -95,6 +98,8 @@ def solve(
                 f"solver={solver.value} has timesteps of its own: timestep_spacing={spacing.value} and "
                 f"timestep_terminal={terminal} are for euler, heun, ddim and dpmpp_2m. Leave them out."
             )
+        if solver in FOR_TABLES and not isinstance(objective, DDPM):
+            raise ValueError(f"solver={solver.value} steps over a table of noise levels (objective=ddpm): type unipc.")
         shifts = [objective.shift_for(tokens) if shift is None else shift for tokens in sizes]
         schedulers = [make_scheduler(LIBRARY[solver], objective, each, dict(scheduler or {})) for each in shifts]
         return library_steps(predict_like_state, state, objective, schedulers, num_steps, progress)

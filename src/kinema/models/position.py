@@ -58,7 +58,8 @@ class _Turned(torch.autograd.Function):
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
         turn = torch.complex(*(_for_heads(part, x) for part in (cos, sin)))
-        pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))
+        packed = x if x.stride(-1) == 1 else x.contiguous()  # gradients of some kernels lie crosswise
+        pairs = torch.view_as_complex(packed.to(cos.dtype).unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
     @staticmethod

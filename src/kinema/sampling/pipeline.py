@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kinema.conditioning.condition import Condition, of_captions, without_text
-from kinema.conditioning.frames import Encode, FrameCondition
+from kinema.conditioning.condition import Condition, Words, embed, null_words, with_words
+from kinema.conditioning.frames import FrameCondition
 from kinema.conditioning.text import NULL_CAPTION, TextEncoder
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.pixels import to_model_range, to_uint8
+from kinema.data.pixels import to_uint8
 from kinema.diffusion.guidance import check_guidance, guided
 from kinema.diffusion.objective import Objective
 from kinema.diffusion.solvers import Solver, solve
 from kinema.diffusion.timesteps import TimestepSpacing
 from kinema.models.vae import CausalVAE
+from kinema.sampling.conditioner import Conditioner
 from kinema.sampling.denoiser import Denoiser, with_given_frames
 
 
@@ -142,8 +143,7 @@ class Pipeline:
         noise = [initial_noise(size, config.seed + index).to(device) for index in range(len(captions))]
         told = self.conditions(captions, shape, images)
         conditions = [replace(condition, guidance=config.embedded_guidance) for condition in told]
-        null = of_captions(self.text_encoder, [config.negative_prompt], device)[0]
-        nulls = without_text(conditions, null.text, null.pooled)
+        nulls = with_words(conditions, self.null_words(config.negative_prompt))
         denoiser = Denoiser(self.denoiser, self.geometry.patch_size[0])
         latents = solve(
             guided(denoiser, conditions, nulls, config.guidance_scale),
@@ -164,14 +164,15 @@ class Pipeline:
         self, captions: Sequence[str], shape: ClipShape, images: Sequence[Tensor] | None = None
     ) -> list[Condition]:
         """What the denoiser is told of each video, on its device."""
-        device = next(self.denoiser.parameters()).device
-        size = (self.denoiser.latent_channels, *self.geometry.latent_shape(shape))
-        conditions = []
-        for index, caption in enumerate(of_captions(self.text_encoder, list(captions), device)):
-            given = to_model_range(images[index].to(device)).unbind(1) if images is not None else ()
-            frames = self.condition.of_images(given, shape.frames, size, encode_mean(self.vae))
-            conditions.append(replace(caption, **frames._asdict()))
-        return conditions
+        if isinstance(self.vae, OtherVAE):  # which encodes no image
+            return [Condition(**words) for words in embed(self.text_encoder, captions)]
+        given = images or [torch.empty(0, *shape[1:], 3, dtype=torch.uint8)] * len(captions)
+        conditioner = Conditioner(self.condition, self.vae, self.geometry)
+        return list(map(conditioner.of_images, embed(self.text_encoder, captions), [shape] * len(captions), given))
+
+    def null_words(self, negative_prompt: str) -> Words:
+        """What guidance leads away from: the null caption, or another."""
+        return embed(self.text_encoder, [negative_prompt])[0] if negative_prompt else null_words(self.text_encoder)
 
     @torch.no_grad()
     def videos(
@@ -187,17 +188,6 @@ class Pipeline:
         self.vae.eval()
         device = next(self.vae.parameters()).device
         return [to_uint8(self.vae.decode(clip[None].to(device))[0]).cpu() for clip in latents]
-
-
-def encode_mean(vae: CausalVAE | OtherVAE) -> Encode:
-    """The encoding of given frames: the mean of the posterior, in training and in sampling."""
-
-    def encode(video: Tensor) -> Tensor:
-        assert isinstance(vae, CausalVAE)
-        with torch.no_grad():
-            return vae.encode(video[None]).mean[0]
-
-    return encode
 
 
 def initial_noise(size: Sequence[int], seed: int) -> Tensor:

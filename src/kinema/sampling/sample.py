@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from kinema.conditioning.frames import CleanFrame, FrameCondition
+from kinema.conditioning.frames import FRAME_CONDITIONS, FrameCondition
 from kinema.conditioning.text import TEXT_CONFIGS, build_text_encoder, check_policy
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.encoding import write_video
@@ -65,6 +65,8 @@ class SampleConfig:
     """A text file with one caption a line, instead of `prompt`."""
     image: str | None = None
     """A picture: the first frame of every video, for weights that were trained with one."""
+    last_image: str | None = None
+    """A picture: the last frame, for weights that were trained with a first and a last one."""
     shape: list[int] = field(default_factory=list)
     """Frames, height, width; empty takes the first shape of the training, or the one that fits the image best."""
     fps: float | None = None
@@ -85,6 +87,13 @@ class SampleConfig:
             raise ValueError('type exactly one of prompt="a caption" and prompts_file=captions.txt.')
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+
+    def pictures(self) -> dict[str, str]:
+        """The picture files by their keys."""
+        if self.last_image and not self.image:
+            raise ValueError(f"last_image={self.last_image} needs the first frame too: type image=picture.png.")
+        named = {"image": self.image, "last_image": self.last_image}
+        return {key: path for key, path in named.items() if path}
 
     def settings(self, of: SamplingConfig) -> SamplingConfig:
         """The checkpoint's settings with what was typed; another solver leaves behind what only the former one read."""
@@ -180,7 +189,7 @@ def carried_vae(checkpoint: Checkpoint, manifest: dict[str, Any]) -> CausalVAE |
 def condition_of(manifest: dict[str, Any]) -> FrameCondition:
     """The frames that the training gave; runs from before there was a choice gave none."""
     plain = manifest.get("condition", to_plain(FrameCondition()))
-    return from_plain(plain, FrameCondition, CleanFrame)
+    return from_plain(plain, *FRAME_CONDITIONS)
 
 
 def geometry_of(strides: tuple[int, int], model: DiTConfig) -> Geometry:
@@ -193,7 +202,7 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     """Sample every caption into `NNN.mp4` and one `sheet.png`, both carrying seed, prompt and manifest."""
     loaded = load_pipeline(checkpoint_of(config.run, "run"), config.weights)
     pipeline, captions = loaded.pipeline, config.captions()
-    pictures = [read_image(config.image)] if config.image else []
+    pictures = [read_image(path, key) for key, path in config.pictures().items()]
     shape = chosen_shape(config.shape, pipeline.shapes, pictures)
     if config.allow_untrained_shape:
         pipeline.geometry.check(shape, key="shape")
@@ -219,7 +228,7 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
         make = pipeline.latents if config.latents_only else pipeline.videos
         made = make(batch, shape, options, advance(bar, len(batch)), images)
         for offset, (caption, clip) in enumerate(zip(batch, made, strict=True)):
-            origin = metadata(loaded, settings, caption, start + offset, config.image)
+            origin = metadata(loaded, settings, caption, start + offset, config.pictures())
             path = out / f"{start + offset:03d}.{'safetensors' if config.latents_only else 'mp4'}"
             if config.latents_only:
                 save_file({"latents": clip.cpu().contiguous()}, path, metadata=origin)
@@ -232,7 +241,7 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
         say(f"wrote the latents of {len(paths)} video(s) to {out}")
         return paths
     contact_sheet(rows, out / "sheet.png", columns=1 if len(rows) < 8 else 2)
-    stamp_png(out / "sheet.png", metadata(loaded, settings, " | ".join(captions), 0, config.image))
+    stamp_png(out / "sheet.png", metadata(loaded, settings, " | ".join(captions), 0, config.pictures()))
     say(f"wrote {len(paths)} video(s) and a contact sheet to {out}")
     return paths
 
@@ -257,7 +266,9 @@ def unused_folder(parent: Path, name: str) -> Path:
     return next(parent / each for each in names if not (parent / each).exists())
 
 
-def metadata(loaded: Loaded, config: SamplingConfig, caption: str, index: int, image: str | None) -> dict[str, str]:
+def metadata(
+    loaded: Loaded, config: SamplingConfig, caption: str, index: int, pictures: dict[str, str]
+) -> dict[str, str]:
     """What a file says of its origin: enough to make it again."""
     return {
         "title": caption,
@@ -268,7 +279,7 @@ def metadata(loaded: Loaded, config: SamplingConfig, caption: str, index: int, i
                 "prompt": caption,
                 "seed": config.seed + index,
                 **{name: value for name, value in to_plain(config).items() if name not in ("type", "seed")},
-                "image": image,
+                **pictures,
                 "weights": loaded.weights.value,
                 "fingerprint": loaded.fingerprint,
                 "manifest": loaded.manifest,

@@ -19,6 +19,10 @@ class AttentionPattern(Enum):
     """The same in whole blocks that take turns: the even ones look within each frame and at the caption, the odd ones
     over time at each place and at nothing else (Ma et al. 2024, Latte, variant 1).
     """
+    windowed = "windowed"
+    """Within boxes of `window` tokens, which every other block moves by half their sides so that boxes talk (Liu et al.
+    2021, Swin; 2022, Video Swin).
+    """
 
 
 class PositionEmbedding(Enum):
@@ -171,6 +175,8 @@ class DiTConfig:
     padding_channel: bool = False
     """One channel more, which says where a frame is padding (Cosmos). No clip here is padded: it is zero."""
     attention: AttentionPattern = AttentionPattern.full
+    window: list[int] = field(default_factory=lambda: [8, 7, 7])
+    """Frames, rows and columns of tokens of a box of attention=windowed; at the edges of a clip boxes are smaller."""
     attention_kernel: AttentionKernel = AttentionKernel.sdpa
     text: TextEdge = TextEdge.cross
     text_to_the_end: bool = False
@@ -414,6 +420,11 @@ class DiTConfig:
             )
 
     def _check_attention(self) -> None:
+        if len(self.window) != 3 or min(self.window) < 1:
+            raise ValueError(
+                f"model.window={self.window} must be three numbers from 1 up (frames, rows and columns of tokens). "
+                "Type for example model.window=[4,8,8]."
+            )
         if self.attention is not AttentionPattern.alternating:
             return
         if self.depth % 2:
@@ -493,5 +504,7 @@ class DiTConfig:
         """The self-attentions of a block, in order."""
         if self.attention is AttentionPattern.full:
             return [Span.clip]
+        if self.attention is AttentionPattern.windowed:
+            return [[Span.window, Span.shifted][block % 2]]
         both = [Span.frame, Span.place]
         return both if self.attention is AttentionPattern.factorised else [both[block % 2]]

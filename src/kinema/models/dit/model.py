@@ -240,7 +240,9 @@ class DiT(nn.Module):
         like = condition.embedding
         rope, places = self._rope(grids, extras.fps, like), self.places.in_blocks(grids, like)
         segments = {
-            "video": video_segment(grids, _rows(grids, condition), rope, places, self._spans, like.device),
+            "video": video_segment(
+                grids, _rows(grids, condition), rope, places, self._spans, self.config.window, like.device
+            ),
             "text": clip_segment(tuple(len(caption) for caption in text), len(like) - len(grids)),
         }
         if extras.image is not None:
@@ -367,7 +369,7 @@ class DiT(nn.Module):
         Matrix products only; backward takes twice as many.
         """
         tokens = {"video": grid[0] * grid[1] * grid[2], "text": text_tokens, "image": image_tokens}
-        counts = Counts(tokens, {span: seen(span, grid) for span in self._spans})
+        counts = Counts(tokens, {span: seen(span, grid, self.config.window) for span in self._spans})
         products = sum(module.products(counts) for module in self.modules() if isinstance(module, Sublayer))
         for name, module in self.named_modules():  # layers outside the blocks see each token, or each clip, once
             if isinstance(module, nn.Linear) and ".operation." not in name:
