@@ -14,7 +14,10 @@ class AttentionPattern(Enum):
     full = "full"
     """Every token sees every other: one attention over the clip."""
     factorised = "factorised"
-    """First within each frame, then over time at each place: cheaper for long clips."""
+    """First within each frame, then over time at each place: cheaper for long clips (Bertasius et al. 2021,
+    TimeSformer). With text=joint or shared, a frame shares its softmax with the caption, the caption asks all frames,
+    and over time the video looks alone.
+    """
     alternating = "alternating"
     """The same in whole blocks that take turns: the even ones look within each frame and at the caption, the odd ones
     over time at each place and at nothing else (Ma et al. 2024, Latte, variant 1).
@@ -117,7 +120,7 @@ class NormKind(Enum):
 
 
 class CrossNorm(Enum):
-    """What stands before and after the attention to the caption."""
+    """What stands before and after the attention to the caption; says nothing with text=joint or shared."""
 
     modulated = "modulated"
     """The same as for every other sublayer: norm, shift and scale, and a gate."""
@@ -394,19 +397,15 @@ class DiTConfig:
                 "Type their width, or model.image_positions=0."
             )
         if self.text is not TextEdge.cross:
-            if self.attention is not AttentionPattern.full:
+            if self.attention not in (AttentionPattern.full, AttentionPattern.factorised):
                 raise ValueError(
-                    f"model.text={self.text.name} puts captions into the softmax of the whole clip, which "
-                    f"model.attention={self.attention.name} does not have. Type model.text=cross."
+                    f"model.text={self.text.name} puts captions into the softmax of a clip or of its frames, which "
+                    f"model.attention={self.attention.name} does not have. Type model.attention=factorised, "
+                    "model.attention=full or model.text=cross."
                 )
             if self.image_width:
                 raise ValueError(
                     f"model.image_width={self.image_width} needs model.text=cross: images join its queries."
-                )
-            if self.cross_norm is not CrossNorm.modulated:
-                raise ValueError(
-                    f"model.cross_norm={self.cross_norm.name} needs model.text=cross: model.text={self.text.name} "
-                    "has no cross-attention."
                 )
         if self.single_depth and (self.text is not TextEdge.joint or self.single_depth >= self.depth):
             raise ValueError(
@@ -450,11 +449,10 @@ class DiTConfig:
                 f"model.timestep_norm=true needs model.modulation=lora (it is {self.modulation.name}), "
                 f"and has model.timestep_channels itself: type model.timestep_width=0 (it is {self.timestep_width})."
             )
-        alike = self.text is not TextEdge.joint or self.text_to_the_end
-        if self.modulation is ModulationSource.table and not alike:
+        if self.modulation is ModulationSource.table and self.single_depth:
             raise ValueError(
-                "model.modulation=table is shared by all blocks, but with model.text=joint the last ones have other "
-                "sublayers. Type model.modulation=linear."
+                "model.modulation=table is shared by all blocks, but those of model.single_depth="
+                f"{self.single_depth} have other sublayers. Type model.modulation=linear or model.single_depth=0."
             )
         if self.head_modulation is HeadModulation.table and self.condition_width != self.width:
             raise ValueError(
