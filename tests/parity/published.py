@@ -43,14 +43,17 @@ def umt5(width=12):
     return randomise(UMT5EncoderModel(config))
 
 
-def wan_pipeline(scheduler, **config):
-    """A whole WanPipeline."""
+def wan_pipeline(scheduler, low_noise=False, **config):
+    """A whole WanPipeline, on demand with a second transformer for low noise."""
+    made = [randomise(diffusers.WanTransformer3DModel(**WAN | config), seed) for seed in range(1 + low_noise)]
     return diffusers.WanPipeline(
         tokenizer=tokenizer(),
         text_encoder=umt5(),
         vae=randomise(diffusers.AutoencoderKLWan(**WAN_VAE)),
         scheduler=scheduler,
-        transformer=randomise(diffusers.WanTransformer3DModel(**WAN | config)),
+        transformer=made[0],
+        transformer_2=made[1] if low_noise else None,
+        boundary_ratio=0.875 if low_noise else None,
     )
 
 

@@ -85,6 +85,14 @@ def test_wan(tmp_path, name, steps):
     assert largest(our_steps(ours, config), expected) <= 1e-5
 
 
+def test_wan_with_two_transformers(tmp_path):
+    whole = wan_pipeline(SCHEDULERS["unipc"], low_noise=True)
+    ours = imported(whole, tmp_path)
+    config = replace(ours.sampling, seed=7, num_steps=4, negative_prompt=NEGATIVE)
+    expected = published_steps(whole, our_noise(ours, config), **wan_call(4))
+    assert largest(our_steps(ours, config), expected) <= 1e-5
+
+
 @pytest.mark.parametrize("make", [wan_pipeline, hunyuan_pipeline])
 def test_frames(tmp_path, make):
     whole = make(diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0))

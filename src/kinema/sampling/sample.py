@@ -22,7 +22,7 @@ from kinema.diffusion.objective import DDPM, RectifiedFlow
 from kinema.diffusion.solvers import LIBRARY, Solver
 from kinema.diffusion.timesteps import TimestepSpacing
 from kinema.identity import from_plain, to_plain
-from kinema.models.dit import DiT, DiTConfig
+from kinema.models.dit import DiTConfig, make_denoiser
 from kinema.models.vae import CausalVAE
 from kinema.sampling.denoiser import check_condition
 from kinema.sampling.images import fit_images, nearest_shape, read_image
@@ -149,7 +149,7 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
     if isinstance(vae, CausalVAE):
         check_condition(condition, model_config, vae.config)
         channels = vae.config.latent_channels
-    denoiser = DiT(model_config, channels, text_encoder.width)
+    denoiser = make_denoiser(model_config, channels, text_encoder.width)
     found = load_weights(denoiser, checkpoint, weights)
     if found != manifest["fingerprints"][weights.value]:
         raise ValueError(f"{checkpoint.folder}: the {weights.value} weights are not those that its manifest names.")
