@@ -11,13 +11,20 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from kinema.diffusion.objective import DDPM
 from kinema.identity import digest, fingerprint, to_plain
 from kinema.interop.folders import published_folder
-from kinema.interop.reading import is_pipeline
-from kinema.interop.recognising import Recognised, recognise
+from kinema.interop.reading import is_pipeline, read_json
+from kinema.interop.recognising import (
+    Recognised,
+    RecognisedPair,
+    known_classes,
+    recognise,
+    recognise_transformers,
+)
 from kinema.interop.releases import Release, release_of
 from kinema.interop.texts import carry_text, has_text
-from kinema.models.dit import DiT
+from kinema.models.dit import DiT, Experts
 from kinema.models.vae import CausalVAE
 from kinema.training.checkpoint import CheckpointStore, Writer, json_writer, tensor_writer
 
@@ -53,10 +60,12 @@ class Found:
     """What a path holds: a transformer, a VAE, or both."""
 
     path: Path
-    dit: Recognised | None
+    dit: Recognised | RecognisedPair | None
     vae: Recognised | None
     release: Release | None
     """None for parts, and for pipelines that Kinema cannot sample yet."""
+    other_vae: str | None = None
+    """Class of a pipeline's VAE that Kinema cannot be; its latents can be sampled."""
 
     @property
     def can_sample(self) -> bool:
@@ -65,6 +74,8 @@ class Found:
 
     def pipeline_lines(self) -> list[str]:
         """What a whole pipeline lacks for sampling, for people."""
+        if self.other_vae is not None and self.can_sample:
+            return [f"{self.path}/vae: Kinema's VAE cannot be {self.other_vae}; sample.py latents_only=true"]
         if not is_pipeline(self.path) or self.can_sample:
             return []
         missing = "a release that Kinema can sample" if self.release is None else "text_encoder/ and tokenizer/"
@@ -84,7 +95,15 @@ def recognise_all(path: Path, vae: Path | None = None, prefix: str | None = None
             raise ValueError(f"--vae {vae} is a {second.preset.name}, which is no VAE.")
         return Found(path, first, second, None)
     release = release_of(path)
-    return Found(path, recognise(path / "transformer"), recognise(vae or path / "vae"), release)
+    other = None if vae is not None or release is None or release.strides is None else other_vae(path / "vae")
+    found = recognise(vae or path / "vae") if other is None else None
+    return Found(path, recognise_transformers(path), found, release, other)
+
+
+def other_vae(folder: Path) -> str | None:
+    """The class of a pipeline's VAE that no preset is of; None for one of ours."""
+    name = str(read_json(folder / "config.json").get("_class_name"))
+    return None if name in known_classes() else name
 
 
 def _import_vae(found: Found, aside: Path, to: Path) -> list[str]:
@@ -132,6 +151,8 @@ def dit_manifest(found: Found) -> dict[str, Any]:
         "model": model_record(found.dit.skeleton),
         **(found.release.manifest() if found.release else {}),
     }
+    if found.other_vae is not None and found.release is not None and found.release.strides is not None:
+        manifest["other_vae"] = {"class": found.other_vae, "strides": list(found.release.strides)}
     if found.vae is not None:
         config, mark = _vae_config(found.vae), fingerprint(found.vae.tensors())
         manifest["vae"] = {"config": config, "weights": "ema", "fingerprint": mark, "hash": digest([config, mark])}
@@ -140,7 +161,7 @@ def dit_manifest(found: Found) -> dict[str, Any]:
 
 def model_record(model: nn.Module) -> dict[str, Any]:
     """A DiT's configuration and what it is made for, as a manifest holds it."""
-    assert isinstance(model, DiT)
+    assert isinstance(model, DiT | Experts)
     return {
         "config": to_plain(model.config),
         "latent_channels": model.latent_channels,
@@ -153,7 +174,7 @@ def _vae_config(vae: Recognised) -> dict[str, Any]:
     return to_plain(vae.skeleton.config)
 
 
-def _common(found: Found, part: Recognised, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _common(found: Found, part: Recognised | RecognisedPair, tensors: dict[str, Tensor]) -> dict[str, Any]:
     mark = fingerprint(tensors)
     return {
         "format_version": 1,
@@ -175,7 +196,7 @@ def _common(found: Found, part: Recognised, tensors: dict[str, Tensor]) -> dict[
 def _write_configs(found: Found, aside: Path, to: Path, text: dict[str, Any] | None) -> None:
     """Hydra groups of this model, for `python train.py --config-dir DIR/configs experiment=imported`."""
     assert found.dit is not None
-    assert isinstance(found.dit.skeleton, DiT)
+    assert isinstance(found.dit.skeleton, DiT | Experts)
     choices = [{"override /task": "dit"}, {"override /model": "imported"}]
     experiment: dict[str, Any] = {"defaults": choices, "init_from": str(to)}
     model = to_plain(found.dit.skeleton.config)
@@ -183,7 +204,8 @@ def _write_configs(found: Found, aside: Path, to: Path, text: dict[str, Any] | N
     if found.release is not None:
         choices.append({"override /objective": "imported"})
         objective = to_plain(found.release.objective)
-        write_group(aside, "objective", "rectified_flow", objective, "The shift that the release is sampled with.")
+        schema = "ddpm" if isinstance(found.release.objective, DDPM) else "rectified_flow"
+        write_group(aside, "objective", schema, objective, "The objective that the release is sampled with.")
     if text is not None:
         choices.append({"override /text": "imported"})
         schema = "pretrained" if text["config"]["type"] == "PretrainedText" else "combined"
@@ -212,7 +234,7 @@ def write_yaml(path: Path, content: dict[str, Any], comment: str) -> None:
     path.write_text(f"# {comment}\n{OmegaConf.to_yaml(OmegaConf.create(content))}")
 
 
-def _line(part: Recognised, tensors: dict[str, Tensor]) -> str:
+def _line(part: Recognised | RecognisedPair, tensors: dict[str, Tensor]) -> str:
     published = part.published
     numbers = sum(tensor.numel() for tensor in tensors.values())
     left = f", {published.left_out} tensors of other parts left out" if published.left_out else ""

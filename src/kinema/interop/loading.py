@@ -12,9 +12,9 @@ from kinema.identity import from_plain, to_plain
 from kinema.interop.importing import import_model, recognise_all
 from kinema.interop.reading import is_pipeline
 from kinema.interop.recognising import recognise
-from kinema.models.dit import DiT, DiTConfig
+from kinema.models.dit import DiTConfig, Experts, make_denoiser, split_experts
 from kinema.models.vae import CausalVAE
-from kinema.sampling.pipeline import Pipeline
+from kinema.sampling.pipeline import OtherVAE, Pipeline
 from kinema.sampling.sample import load_pipeline
 from kinema.training.checkpoint import SEAL, Checkpoint, CheckpointStore
 from kinema.training.run_folder import Weights, checkpoint_of, load_vae, load_weights
@@ -38,6 +38,8 @@ class Held:
     models: dict[str, Model]
     manifest: dict[str, Any] | None
     vae_manifest: dict[str, Any] | None = None
+    boundary: float | None = None
+    """Timestep from which on `transformer` is used, and below which `transformer_2`, where there are two."""
 
     def only(self, part: str) -> "Held":
         """This with one of its models, or with all."""
@@ -46,6 +48,15 @@ class Held:
         if part not in self.models:
             raise ValueError(f"--part {part}: there is only {', '.join(self.models)}.")
         return Held({part: self.models[part]}, self.manifest, self.vae_manifest)
+
+    def apart(self) -> "Held":
+        """This with two experts as two transformers, as the reference has them."""
+        model, tensors = self.models.get("transformer", (None, {}))
+        if not isinstance(model, Experts):
+            return self
+        high, low = split_experts(tensors)
+        models = {**self.models, "transformer": (model.high, high), "transformer_2": (model.low, low)}
+        return Held(models, self.manifest, self.vae_manifest, model.config.expert_boundary)
 
     def objective(self) -> Objective | None:
         """The objective of the training; None for a module without a manifest."""
@@ -86,8 +97,9 @@ def load(path: "str | Path") -> Any:
 
 def load_published_pipeline(path: Path) -> "Pipeline | Parts":
     """A pipeline's folder: ready to sample where it holds its text encoder, its denoiser and VAE otherwise."""
-    if not recognise_all(path).can_sample:
-        return Parts(recognise(path / "transformer").module(), recognise(path / "vae").module())
+    found = recognise_all(path)
+    if not found.can_sample and found.dit is not None and found.vae is not None:
+        return Parts(found.dit.module(), found.vae.module())
     with TemporaryDirectory() as folder:
         import_model(path, Path(folder) / "run")
         return load_pipeline(checkpoint_of(f"{folder}/run", "path")).pipeline
@@ -102,7 +114,7 @@ def held_of(source: "nn.Module | Pipeline | Parts | str | Path", weights: Weight
     """The models of a run, or of a module or a pipeline that is given itself."""
     if isinstance(source, Pipeline | Parts):
         given = {"vae": source.vae, "transformer": source.denoiser}
-        models = {name: (model, model.state_dict()) for name, model in given.items()}
+        models = {n: (model, model.state_dict()) for n, model in given.items() if not isinstance(model, OtherVAE)}
         return Held(models, pipeline_manifest(source) if isinstance(source, Pipeline) else None)
     if isinstance(source, nn.Module):
         name = "vae" if isinstance(source, CausalVAE) else "transformer"
@@ -142,7 +154,7 @@ def vae_of(checkpoint: Checkpoint, weights: Weights) -> Model:
 def transformer_of(checkpoint: Checkpoint, manifest: dict[str, Any], weights: Weights, vae: nn.Module | None) -> Model:
     """The DiT of a checkpoint, its fingerprint verified."""
     config = from_plain(manifest["model"]["config"], DiTConfig)
-    model = DiT(config, *dit_widths(manifest, vae))
+    model = make_denoiser(config, *dit_widths(manifest, vae))
     if load_weights(model, checkpoint, weights) != manifest["fingerprints"][weights.value]:
         raise ValueError(f"{checkpoint.folder}: the weights are not those that its manifest names.")
     return model, checkpoint.tensors(file_of(weights))

@@ -110,6 +110,17 @@ class HeadModulation(Enum):
     """As in the blocks, with modulation=lora."""
 
 
+class Expert(Enum):
+    """Which of two experts a training moves."""
+
+    both = "both"
+    """Neither is set apart: for import, sampling and export. It cannot be trained so."""
+    high = "high"
+    """That for high noise, on timesteps from the boundary on."""
+    low = "low"
+    """That for low noise, on timesteps below it."""
+
+
 class NormKind(Enum):
     """What a block normalises its tokens with."""
 
@@ -265,6 +276,12 @@ class DiTConfig:
     image_positions: int = 0
     """Image tokens that each have a learned position, where their order matters (a first and a last frame); 0 for none.
     """
+    expert_boundary: float = 0.0
+    """Timestep from which on clips go to a second set of weights, made for high noise (Balaji et al. 2022, eDiff-I; Wan
+    2.2, with 0.875 for text and 0.9 for images); 0 for one model.
+    """
+    expert: Expert = Expert.both
+    """Which of the two a training moves, with timesteps of its range alone; the other stays, and sampling uses both."""
     learned_variance: bool = False
     """The head also says, in as many channels again, where between its bounds the variance of a step lies (Nichol and
     Dhariwal 2021). `DiT.predict` returns it; `forward`, and so training and sampling here, leave it out: it keeps the
@@ -322,6 +339,7 @@ class DiTConfig:
             check_rope_axes(self.rope_axes, self.head_dim)
         self._check_scaling()
         self._check_positions()
+        self._check_experts()
         self._check_attention()
         self._check_text()
         self._check_modulation()
@@ -418,6 +436,14 @@ class DiTConfig:
                 "the last block has no weights for captions alone."
             )
 
+    def _check_experts(self) -> None:
+        if not 0 <= self.expert_boundary < 1:
+            raise ValueError(f"model.expert_boundary={self.expert_boundary} must be in [0, 1), for example 0.875.")
+        if self.expert is not Expert.both and not self.expert_boundary:
+            raise ValueError(
+                f"model.expert={self.expert.name} needs two experts: type model.expert_boundary=0.875, or leave it out."
+            )
+
     def _check_attention(self) -> None:
         if len(self.window) != 3 or min(self.window) < 1:
             raise ValueError(
@@ -482,6 +508,12 @@ class DiTConfig:
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.width // self.num_heads
+
+    @property
+    def timestep_range(self) -> tuple[float, float]:
+        """Timesteps that a training draws: those of the expert that it moves."""
+        low = self.expert_boundary if self.expert is Expert.high else 0.0
+        return low, self.expert_boundary if self.expert is Expert.low else 1.0
 
     @property
     def condition_width(self) -> int:
