@@ -84,5 +84,5 @@ def test_a_video_model_is_not_an_image_model(tmp_path):
     wan = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 12,
            "freq_dim": 16, "ffn_dim": 40, "num_layers": 1}  # fmt: skip
     diffusers.WanTransformer3DModel(**wan).save_pretrained(tmp_path / "wan")
-    with pytest.raises(ValueError, match=r"--inflate is for models of images.*not: model\.rope=axes"):
+    with pytest.raises(ValueError, match=r"--inflate is for models of images.*, not model\.rope=axes"):
         import_model(tmp_path / "wan", tmp_path / "to", inflate=AttentionPattern.full)

@@ -36,8 +36,8 @@ def inflated_config(image: DiTConfig, attention: AttentionPattern) -> DiTConfig:
     }
     if wrong := [f"model.{choice}" for choice, fits in checks.items() if not fits]:
         raise ValueError(
-            "--inflate is for models of images with full attention, modulation=table or linear, and no rotary positions, "
-            f"which this one is not: {', '.join(wrong)}."
+            "--inflate is for models of images with full attention, modulation=table or linear, no rotary positions, "
+            f"not {', '.join(wrong)}."
         )
     depth = image.depth * (2 if attention is AttentionPattern.alternating else 1)
     return replace(image, attention=attention, depth=depth, rope=Rope.axes, rope_axes=[image.head_dim, 0, 0])
@@ -123,6 +123,12 @@ class Inflated:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return inflate(image.config, self.image.tensors(), self._new())
+
+    def module(self) -> DiT:
+        """Our module with these weights, float32, in evaluation mode."""
+        module = self._new()
+        module.load_state_dict(self.tensors())
+        return module.eval()
 
     def _new(self) -> DiT:
         image = self.image.skeleton
