@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kinema.conditioning.frames import FrameCondition
 from kinema.conditioning.text import CombinedText, PretrainedText
 from kinema.diffusion.objective import Objective
 from kinema.identity import to_plain
 from kinema.interop.captions import CAPTIONS
+from kinema.interop.given import published_condition
 from kinema.interop.reading import read_json
 from kinema.interop.schedulers import scheduled
 from kinema.sampling.pipeline import SamplingConfig
@@ -24,6 +26,8 @@ class Release:
     guidance_dropout: float
     text: PretrainedText | CombinedText
     """How captions are encoded; `path` is what its encoders are called."""
+    condition: FrameCondition
+    """Frames that its pipeline gives; the path of an image encoder is what it is called."""
 
     def manifest(self) -> dict[str, Any]:
         """Its part of a manifest."""
@@ -33,6 +37,7 @@ class Release:
             "fps": self.fps,
             "shapes": [list(shape) for shape in self.shapes],
             "guidance_dropout": self.guidance_dropout,
+            "condition": to_plain(self.condition),
         }
 
 
@@ -48,15 +53,14 @@ class Habits:
     """Whether the pipeline hands the scheduler evenly spaced timesteps, or leaves them to it."""
 
 
-HABITS = {
-    "WanPipeline": Habits(
-        fps=16.0,
-        shapes=((81, 480, 832), (81, 720, 1280)),
-        num_steps=50,
-        guidance_scale=5.0,
-        gives_sigmas=False,
-    ),
-}
+WAN = Habits(
+    fps=16.0,
+    shapes=((81, 480, 832), (81, 720, 1280)),
+    num_steps=50,
+    guidance_scale=5.0,
+    gives_sigmas=False,
+)
+HABITS = {"WanPipeline": WAN, "WanImageToVideoPipeline": WAN}
 """Pipeline class of the reference -> its habits."""
 
 
@@ -78,4 +82,5 @@ def release_of(pipeline: Path) -> Release | None:
     config = read_json(pipeline / "scheduler" / "scheduler_config.json")
     objective, sampling = scheduled(config, gives_sigmas=habits.gives_sigmas)
     settings = SamplingConfig(num_steps=habits.num_steps, guidance_scale=habits.guidance_scale, **sampling)
-    return Release(objective, settings, habits.fps, habits.shapes, 0.1, CAPTIONS[name])
+    condition = published_condition(index, read_json(pipeline / "transformer" / "config.json"))
+    return Release(objective, settings, habits.fps, habits.shapes, 0.1, CAPTIONS[name], condition)
