@@ -35,6 +35,8 @@ class Sample:
     """(2, pooled_width)"""
     guidance: Tensor | None = None
     """(2,)"""
+    glyphs: Tensor | None = None
+    """(2, L, glyph_width)"""
     ofs: Tensor | None = None
     """(2,)"""
     control: Tensor | None = None
@@ -58,6 +60,7 @@ class Sample:
             image=draw(6, config.image_width) if config.image_width else None,
             pooled=draw(config.pooled_width) if config.pooled_width else None,
             guidance=torch.tensor([6.0, 1.5]) if config.guidance else None,
+            glyphs=draw(4, config.glyph_width) if config.glyph_width else None,
             ofs=torch.tensor([2.0, 1.0]) if config.ofs_channels else None,
             control=draw(config.control_channels, *grid) if config.control_channels else None,
         )
@@ -70,6 +73,7 @@ class Sample:
             image=_rows(self.image),
             pooled=_rows(self.pooled),
             guidance=guidance,
+            glyphs=_rows(self.glyphs),
             control=_rows(self.control),
             ofs=None if self.ofs is None else self.ofs.tolist(),
         )
@@ -112,6 +116,15 @@ def hunyuan_video(reference: Any, config: Record, sample: Sample) -> Tensor:
     mask = torch.ones(sample.text.shape[:2], dtype=torch.long)
     guidance = None if sample.guidance is None else sample.guidance * 1000
     return reference(sample.given(), sample.timesteps * 1000, sample.text, mask, sample.pooled, guidance).sample
+
+
+def hunyuan_video_15(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """HunyuanVideo-1.5: a caption, glyphs and an image, each with a mask."""
+    assert sample.glyphs is not None
+    masks = [torch.ones(source.shape[:2], dtype=torch.long) for source in (sample.text, sample.glyphs)]
+    told = {"encoder_hidden_states_2": sample.glyphs, "encoder_attention_mask_2": masks[1]}
+    timesteps = sample.timesteps * 1000
+    return reference(sample.given(), timesteps, sample.text, masks[0], image_embeds=sample.image, **told).sample
 
 
 def cogvideox(reference: Any, config: Record, sample: Sample) -> Tensor:
@@ -168,16 +181,27 @@ def latte(reference: Any, config: Record, sample: Sample) -> Tensor:
     return reference(sample.latents, sample.timesteps * 1000, sample.text).sample
 
 
+def pixart(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """PixArt: one frame, and timesteps that count to 1000."""
+    return reference(sample.latents[:, :, 0], sample.text, sample.timesteps * 1000).sample.unsqueeze(2)
+
+
 CALLS: dict[str, Call] = {
+    "PixArtTransformer2DModel": pixart,
     "CosmosTransformer3DModel": cosmos,
     "LatteTransformer3DModel": latte,
     "WanTransformer3DModel": wan,
     "WanVACETransformer3DModel": wan_vace,
     "LTXVideoTransformer3DModel": ltx_video,
     "HunyuanVideoTransformer3DModel": hunyuan_video,
+    "HunyuanVideo15Transformer3DModel": hunyuan_video_15,
     "CogVideoXTransformer3DModel": cogvideox,
 }
 """How the forward of each class of the reference takes a sample."""
+
+
+IMAGES = ("PixArtTransformer2DModel",)
+"""Classes of the reference that take one frame."""
 
 
 def words_of(config: Record) -> int:
@@ -198,7 +222,7 @@ def difference(ours: nn.Module, reference: Any, config: Record) -> float:
     name = type(reference).__name__
     if name not in CALLS:
         raise ValueError(f"{name}: Kinema cannot run this class for a comparison yet; it has calls for {list(CALLS)}.")
-    sample = Sample.of(ours, words_of(config))
+    sample = Sample.of(ours, words_of(config), tokens=(1, 5, 3) if name in IMAGES else (3, 3, 5))
     expected = CALLS[name](reference, config, sample)
     actual = ours.predict(list(sample.latents), sample.timesteps, list(sample.text), sample.extras())
     return relative(torch.stack(actual), expected)

@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from kinema.diffusion.objective import DDPM
 from kinema.identity import digest, fingerprint, to_plain
 from kinema.interop.folders import published_folder
 from kinema.interop.given import carry_image, has_image_encoder
+from kinema.interop.inflating import Inflated
 from kinema.interop.reading import is_pipeline, read_json
 from kinema.interop.recognising import (
     Recognised,
@@ -25,7 +26,7 @@ from kinema.interop.recognising import (
 )
 from kinema.interop.releases import Release, release_of
 from kinema.interop.texts import carry_text, has_text
-from kinema.models.dit import DiT, Experts
+from kinema.models.dit import AttentionPattern, DiT, Experts
 from kinema.models.vae import CausalVAE
 from kinema.training.checkpoint import CheckpointStore, Writer, json_writer, tensor_writer
 
@@ -35,25 +36,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="a diffusers folder, the maker's own folder, or one .safetensors file")
     parser.add_argument("--to", type=Path, required=True, help="the folder to make")
     parser.add_argument("--vae", type=Path, default=None, help="the VAE that belongs to a transformer given alone")
+    parser.add_argument(
+        "--inflate",
+        choices=["full", "factorised", "alternating"],
+        default=None,
+        help="make a model of videos of an image model, with this attention",
+    )
     parser.add_argument("--prefix", default=None, help="part of a single file, for example model.diffusion_model.")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Import, and say what came in."""
-    for line in import_model(arguments.path, arguments.to, vae=arguments.vae, prefix=arguments.prefix):
+    attention = None if arguments.inflate is None else AttentionPattern[arguments.inflate]
+    for line in import_model(arguments.path, arguments.to, arguments.vae, arguments.prefix, attention):
         print(line)
     return 0
 
 
-def import_model(path: Path, to: Path, vae: Path | None = None, prefix: str | None = None) -> list[str]:
+def import_model(
+    path: Path,
+    to: Path,
+    vae: Path | None = None,
+    prefix: str | None = None,
+    inflate: AttentionPattern | None = None,
+) -> list[str]:
     """Write the Kinema checkpoint of a published model into the new folder `to`; returns lines that say what it is.
 
-    Everything is checked on shapes before anything is written, and on any error nothing is left behind.
+    Everything is checked on shapes before anything is written, and on any error nothing is left behind. With `inflate`
+    an image model becomes one of videos with that attention.
     """
     found = recognise_all(path, vae, prefix)
+    if inflate is not None:
+        found = replace(found, dit=_inflated(found, inflate))
     with published_folder(to) as aside:
         lines = [line for part in (_import_vae(found, aside, to), _import_dit(found, aside, to)) for line in part]
     return [*lines, *found.pipeline_lines(), f"READY {to}"]
+
+
+Transformer = Recognised | RecognisedPair | Inflated
 
 
 @dataclass(frozen=True)
@@ -61,7 +81,7 @@ class Found:
     """What a path holds: a transformer, a VAE, or both."""
 
     path: Path
-    dit: Recognised | RecognisedPair | None
+    dit: Transformer | None
     vae: Recognised | None
     release: Release | None
     """None for parts, and for pipelines that Kinema cannot sample yet."""
@@ -107,6 +127,12 @@ def other_vae(folder: Path) -> str | None:
     """The class of a pipeline's VAE that no preset is of; None for one of ours."""
     name = str(read_json(folder / "config.json").get("_class_name"))
     return None if name in known_classes() else name
+
+
+def _inflated(found: Found, attention: AttentionPattern) -> Inflated:
+    if not isinstance(found.dit, Recognised):
+        raise ValueError(f"--inflate {attention.name}: {found.path} holds no single transformer.")
+    return Inflated(found.dit, attention)
 
 
 def _import_vae(found: Found, aside: Path, to: Path) -> list[str]:
@@ -178,7 +204,7 @@ def _vae_config(vae: Recognised) -> dict[str, Any]:
     return to_plain(vae.skeleton.config)
 
 
-def _common(found: Found, part: Recognised | RecognisedPair, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _common(found: Found, part: Transformer, tensors: dict[str, Tensor]) -> dict[str, Any]:
     mark = fingerprint(tensors)
     return {
         "format_version": 1,
@@ -241,7 +267,7 @@ def write_yaml(path: Path, content: dict[str, Any], comment: str) -> None:
     path.write_text(f"# {comment}\n{OmegaConf.to_yaml(OmegaConf.create(content))}")
 
 
-def _line(part: Recognised | RecognisedPair, tensors: dict[str, Tensor]) -> str:
+def _line(part: Transformer, tensors: dict[str, Tensor]) -> str:
     published = part.published
     numbers = sum(tensor.numel() for tensor in tensors.values())
     left = f", {published.left_out} tensors of other parts left out" if published.left_out else ""
