@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kinema.diffusion.objective import DDPM
 from kinema.identity import digest, fingerprint, to_plain
 from kinema.interop.folders import published_folder
+from kinema.interop.given import carry_image, has_image_encoder
 from kinema.interop.inflating import Inflated
 from kinema.interop.reading import is_pipeline, read_json
 from kinema.interop.recognising import (
@@ -90,7 +91,9 @@ class Found:
     @property
     def can_sample(self) -> bool:
         """Whether all is there that `sample.py` needs."""
-        return self.release is not None and has_text(self.path, self.release.text)
+        if self.release is None:
+            return False
+        return has_text(self.path, self.release.text) and has_image_encoder(self.path, self.release.condition)
 
     def pipeline_lines(self) -> list[str]:
         """What a whole pipeline lacks for sampling, for people."""
@@ -98,7 +101,7 @@ class Found:
             return [f"{self.path}/vae: Kinema's VAE cannot be {self.other_vae}; sample.py latents_only=true"]
         if not is_pipeline(self.path) or self.can_sample:
             return []
-        missing = "a release that Kinema can sample" if self.release is None else "text_encoder/ and tokenizer/"
+        missing = "its text or image encoder" if self.release else "a release that Kinema can sample"
         return [f"{self.path} lacks {missing}: its weights can be trained from, not sampled with sample.py"]
 
 
@@ -153,8 +156,9 @@ def _import_dit(found: Found, aside: Path, to: Path) -> list[str]:
     manifest = {**dit_manifest(found), **_common(found, found.dit, tensors)}
     if found.release is not None and found.can_sample:
         manifest["text"] = carry_text(found.path, aside, to, found.release.text)
+        manifest |= carry_image(found.path, aside, to, found.release.condition)
     publish(aside, tensors, manifest)
-    _write_configs(found, aside, to, manifest.get("text"))
+    _write_configs(found, aside, to, manifest)
     return [_line(found.dit, tensors)]
 
 
@@ -219,7 +223,7 @@ def _common(found: Found, part: Transformer, tensors: dict[str, Tensor]) -> dict
     }
 
 
-def _write_configs(found: Found, aside: Path, to: Path, text: dict[str, Any] | None) -> None:
+def _write_configs(found: Found, aside: Path, to: Path, manifest: dict[str, Any]) -> None:
     """Hydra groups of this model, for `python train.py --config-dir DIR/configs experiment=imported`."""
     assert found.dit is not None
     assert isinstance(found.dit.skeleton, DiT | Experts)
@@ -232,7 +236,10 @@ def _write_configs(found: Found, aside: Path, to: Path, text: dict[str, Any] | N
         objective = to_plain(found.release.objective)
         schema = "ddpm" if isinstance(found.release.objective, DDPM) else "rectified_flow"
         write_group(aside, "objective", schema, objective, "The objective that the release is sampled with.")
-    if text is not None:
+        condition = manifest["condition"]
+        choices.append({"override /condition": "imported"})
+        write_group(aside, "condition", found.release.condition.name, condition, "The frames that the release gives.")
+    if (text := manifest.get("text")) is not None:
         choices.append({"override /text": "imported"})
         schema = "pretrained" if text["config"]["type"] == "PretrainedText" else "combined"
         write_group(aside, "text", schema, text["config"], "The text encoder of the release, by its own policy.")
