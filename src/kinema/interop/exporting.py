@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from kinema.conditioning.frames import CleanFrame
 from kinema.diffusion.objective import Objective, RectifiedFlow
 from kinema.identity import fingerprint
 from kinema.interop.card import model_card
@@ -292,6 +293,7 @@ def write_pipeline(folder: Path, held: Held, models: dict[str, Described]) -> st
         "scheduler": ["diffusers", type(scheduler).__name__],
         **{name: [None, None] for name in absent if name not in models},
         **boundary,
+        **({"expand_timesteps": True} if isinstance(held.condition(), CleanFrame) else {}),
     }
     write_json(folder / "model_index.json", index)
     shift = f"shift {objective.shift_for(None):g}" if is_one_shift(objective) else type(scheduler).__name__

@@ -80,7 +80,7 @@ def sampled(
     index = read_json(folder / "model_index.json")
     name = index["_class_name"]
     settings = settings_of(folder, name, shift)
-    pipeline = reference_class(name)(**{**parts, **boundary_of(index)}, scheduler=scheduler_in(folder))
+    pipeline = reference_class(name)(**{**parts, **choices_in(index)}, scheduler=scheduler_in(folder))
     pipeline.set_progress_bar_config(disable=True)
     one = getattr(denoiser, "high", denoiser)
     sample = Sample.of(one, words_of(config), tokens=tokens_of(config))
@@ -146,9 +146,9 @@ def scheduler_in(folder: Path) -> Any:
     return reference_class(name).from_pretrained(folder / "scheduler")
 
 
-def boundary_of(index: Record) -> Record:
-    """Where one transformer takes over from the other, for the class that has two."""
-    return {key: index[key] for key in ("boundary_ratio",) if key in index}
+def choices_in(index: Record) -> Record:
+    """What a model_index.json says of the pipeline itself, for the class that has choices."""
+    return {key: index[key] for key in ("boundary_ratio", "expand_timesteps") if key in index}
 
 
 def strides(pipeline: Any) -> tuple[int, int]:
