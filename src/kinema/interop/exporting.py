@@ -306,11 +306,16 @@ def reload_single_file(path: Path, model: Described) -> Any:
     return reference
 
 
+def whole_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of weights that have taken in their adapters."""
+    return {key: value for key, value in manifest.items() if key not in ("finetune", "base")}
+
+
 def write_kinema(folder: Path, held: Held) -> list[str]:
     """Only the chosen weights, in a folder that `init_from`, `vae.path` and `sample.py` take."""
     lines = []
     for name, (_, tensors) in held.models.items():
-        manifest, mark = held.manifest_of(name), fingerprint(tensors)
+        manifest, mark = whole_manifest(held.manifest_of(name)), fingerprint(tensors)
         alone = name == "transformer" or len(held.models) == 1
         publish(folder if alone else folder / "vae", tensors, {**manifest, "fingerprints": {"raw": mark, "ema": mark}})
         lines.append(f"{name}: {len(tensors)} tensors, fingerprint {mark}")

@@ -17,10 +17,13 @@ from kinema.models.vae import CausalVAE
 from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import load_pipeline
 from kinema.training.checkpoint import SEAL, Checkpoint, CheckpointStore
-from kinema.training.run_folder import Weights, checkpoint_of, load_vae, load_weights
+from kinema.training.finetune import merged_weights
+from kinema.training.run_folder import Weights, checkpoint_of, is_adapted, load_vae, load_weights
 
 Model = tuple[nn.Module, dict[str, Tensor]]
-"""A module in float32, and its tensors in the types that they were stored in."""
+"""A module in float32, with adapters if it was trained so, and its tensors in the types that they were stored in,
+with adapters merged into them.
+"""
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,11 @@ def held_of(source: "nn.Module | Pipeline | Parts | str | Path", weights: Weight
     """The models of a run, or of a module or a pipeline that is given itself."""
     if isinstance(source, Pipeline | Parts):
         given = {"vae": source.vae, "transformer": source.denoiser}
-        models = {name: (model, model.state_dict()) for name, model in given.items()}
+        models = {name: (model, merged_weights(model)) for name, model in given.items()}
         return Held(models, pipeline_manifest(source) if isinstance(source, Pipeline) else None)
     if isinstance(source, nn.Module):
         name = "vae" if isinstance(source, CausalVAE) else "transformer"
-        return Held({name: (source, source.state_dict())}, None)
+        return Held({name: (source, merged_weights(source))}, None)
     if not is_run(Path(source)):
         raise ValueError(f"{source} is no run of Kinema: it holds no checkpoints. Import it first (kinema import).")
     checkpoint = checkpoint_of(str(source), "run")
@@ -144,7 +147,7 @@ def transformer_of(checkpoint: Checkpoint, manifest: dict[str, Any], weights: We
     model = DiT(config, *dit_widths(manifest, vae))
     if load_weights(model, checkpoint, weights) != manifest["fingerprints"][weights.value]:
         raise ValueError(f"{checkpoint.folder}: the weights are not those that its manifest names.")
-    return model, checkpoint.tensors(file_of(weights))
+    return model, merged_weights(model) if is_adapted(manifest) else checkpoint.tensors(file_of(weights))
 
 
 def dit_widths(manifest: dict[str, Any], vae: nn.Module | None) -> tuple[int, int]:

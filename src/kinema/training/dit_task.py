@@ -78,6 +78,7 @@ class DiTTask:
         posterior: PosteriorDraw,
         seed: int,
         device: torch.device,
+        frozen: dict[str, Tensor],
     ) -> None:
         self.engine = engine
         self.vae = vae
@@ -88,6 +89,7 @@ class DiTTask:
         self.posterior = posterior
         self.seed = seed
         self.device = device
+        self.frozen = frozen
 
     def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
         """One pack's share of the step: forward, backward, and the engine's step. Returns sums, to be reduced."""
@@ -105,6 +107,7 @@ class DiTTask:
                 torch.randn(clip.shape, generator=generator).to(self.device)
                 for clip, generator in zip(latents, generators, strict=True)
             ]
+        torch.manual_seed(keyed_seed(self.seed, "adapters", pack.step, pack.lane))  # of their dropout, drawn by torch
         with clock.phase("forward"):
             losses = self.objective.loss(self.engine, latents, text, timesteps, noise, tokens)  # (B,)
             weights = pack.weights.to(self.device)
@@ -166,8 +169,8 @@ class DiTTask:
         return {"model": self.engine}
 
     def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Full weights as they go into a checkpoint."""
-        return weights
+        """Full weights as they go into a checkpoint: the trained ones, and the others as they always were."""
+        return {**self.frozen, **weights}
 
     def generator(self, *key: int | str) -> torch.Generator:
         """The generator of one clip's draws; a function of the seed and the key alone."""

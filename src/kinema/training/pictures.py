@@ -19,6 +19,7 @@ from kinema.models.vae import CausalVAE
 from kinema.sampling.pipeline import Pipeline
 from kinema.training.checkpoint import write_json
 from kinema.training.dit_task import SamplesConfig
+from kinema.training.finetune import assign
 
 
 @dataclass
@@ -48,7 +49,7 @@ class SampleMaker:
         prompts = list(self.config.prompts)
         if not prompts:
             return None
-        self.pipeline.denoiser.load_state_dict(weights)
+        assign(self.pipeline.denoiser, weights)
         videos = self.pipeline.videos(prompts, self.shape, self.config)
         folder = self.run_dir / "samples" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ class OverfitCheck:
     @torch.no_grad()
     def __call__(self, weights: dict[str, Tensor]) -> tuple[bool, str]:
         """Passed, and the verdict in words: PSNR of samples beside that of the VAE's own reconstruction."""
-        self.pipeline.denoiser.load_state_dict(weights)
+        assign(self.pipeline.denoiser, weights)
         frames, height, width, _ = self.clip.shape
         videos = self.pipeline.videos([self.caption] * self.samples, ClipShape(frames, height, width), self.config)
         device = next(self.pipeline.vae.parameters()).device

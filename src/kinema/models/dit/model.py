@@ -148,7 +148,7 @@ class DiT(nn.Module):
         return unpatchify(patches.to(latents[0].dtype), grids, self.config.patch_size)
 
     def _head(self, video: Tensor, rows: Lengths, condition: Condition) -> Tensor:
-        linear = isinstance(self.head_modulation, ExactLinear)
+        linear = self.config.head_modulation is HeadModulation.linear
         both = self.head_modulation(condition.embedding if linear else condition)
         shift, scale = both.chunk(2, dim=-1)
         return self.head(modulated(self.head_norm(video), shift, scale, rows))
