@@ -31,10 +31,11 @@ from kinema.identity import digest, to_plain
 from kinema.models.dit import DiT
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
+from kinema.sampling.denoiser import check_condition
 from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import geometry_of
 from kinema.training.checkpoint import Checkpoint, CheckpointStore, write_json
-from kinema.training.dit_task import DiTTask
+from kinema.training.dit_task import DiTTask, check_training
 from kinema.training.ema import EMA
 from kinema.training.finetune import LoRA, frozen_parameters
 from kinema.training.loop import Outputs, Trainer, initial_weights
@@ -103,7 +104,9 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     vae, vae_identity = load_vae(source, config.vae.weights)
     text_encoder = build_text_encoder(config.text)
     geometry = geometry_of(vae.geometry_strides, config.model)
+    check_condition(config.condition, config.model, vae.config)
     model = DiT(config.model, vae.config.latent_channels, text_encoder.width)
+    check_training(config.condition, geometry, config.data, vae.config)
     data = build_data(config, geometry, process, run, vae_identity["hash"])
     line, base = start_weights(config, model, run, process)
     twin = deepcopy(model)
@@ -113,6 +116,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         vae=vae.to(process.device),
         text_encoder=text_encoder.to(process.device),
         objective=config.objective,
+        condition=config.condition,
         geometry=geometry,
         guidance_dropout=config.task.guidance_dropout,
         posterior=config.task.posterior,
@@ -129,6 +133,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         fps=config.data.fps,
         shapes=data.shapes,
         guidance_dropout=config.task.guidance_dropout,
+        condition=config.condition,
     )
     samples = SampleMaker(pipeline, config.task.samples, run.folder)
     manifest = {
@@ -140,6 +145,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         "fps": config.data.fps,
         "shapes": [list(shape) for shape in data.shapes],
         "guidance_dropout": config.task.guidance_dropout,
+        "condition": to_plain(config.condition),
         "posterior": config.task.posterior.value,
         **({} if base is None else {"base": base}),
         **common_manifest(config, data),
@@ -446,7 +452,7 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
 
 def dit_flops(config: Config, model: DiT, data: Data, geometry: Geometry) -> float:
     """Floating-point operations of one step: three times the forward pass of every clip of a step."""
-    return 3 * sum(model.flops(geometry.num_tokens(shape), config.text.max_tokens) for shape in data.step_shapes)
+    return 3 * sum(model.flops(geometry.token_grid(shape), config.text.max_tokens) for shape in data.step_shapes)
 
 
 def describe_run(

@@ -9,7 +9,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from kinema.conditioning.text import HashText, PretrainedText
+from kinema.conditioning.frames import CleanFrame, FrameCondition
+from kinema.conditioning.text import CombinedText, HashText, PretrainedText
 from kinema.data.loading import DataConfig
 from kinema.diffusion.objective import DDPM, RectifiedFlow
 from kinema.distributed.engine import ParallelConfig
@@ -54,6 +55,8 @@ class Config:
     """Diffusion objective (task=dit)."""
     text: Any = None
     """Text encoder (task=dit)."""
+    condition: Any = None
+    """Frames of its own that a clip is given (task=dit)."""
     data: Any = None
     """Clips: where they lie, their shapes, and how a step is filled."""
     finetune: Any = None
@@ -85,7 +88,8 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"dit": DiTConfig},
     "vae": {"causal": VAEConfig, "from_run": VAECheckpoint},
     "objective": {"rectified_flow": RectifiedFlow, "ddpm": DDPM},
-    "text": {"hash": HashText, "pretrained": PretrainedText},
+    "text": {"hash": HashText, "pretrained": PretrainedText, "combined": CombinedText},
+    "condition": {"none": FrameCondition, "clean_frame": CleanFrame},
     "data": {"clips": DataConfig},
     "finetune": {"full": Full, "parts": Parts, "lora": LoRA},
     "optim": {"adamw": AdamW},
@@ -95,6 +99,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "logging": {"file": LoggingConfig},
 }
 """The classes of each group. `configs/GROUP/*.yaml` starts from `schema_NAME` and says what differs."""
+
+DIT_GROUPS = ("model", "vae", "objective", "text", "condition")
+"""Groups that task=dit needs; task=vae reads no other of them than `vae`."""
 
 FREE_TO_CHANGE = ("parallel.zero_stage", "parallel.timeout_seconds", "logging.", "checkpoint.", "validation.",
                   "task.samples.", "data.num_workers", "data.prefetch", "data.timeout_seconds", "run_root",
@@ -133,10 +140,10 @@ def to_config(composed: DictConfig) -> Config:
     """The composed configuration as dataclasses, checked as a whole, and watched for keys that nothing reads."""
     config = to_dataclass(composed)
     assert isinstance(config, Config)
-    wanted = {DiTTaskConfig: ("model", "vae", "objective", "text"), VAETaskConfig: ("vae",)}
+    wanted = {DiTTaskConfig: DIT_GROUPS, VAETaskConfig: ("vae",)}
     if type(config.task) not in wanted:
         raise ValueError("task is missing; type task=dit or task=vae.")
-    for group in ("model", "vae", "objective", "text"):
+    for group in DIT_GROUPS:
         needed, given = group in wanted[type(config.task)], getattr(config, group) is not None
         if needed and not given:
             raise ValueError(f"{group} is missing; this task needs one of {group}={_choices(group)}.")

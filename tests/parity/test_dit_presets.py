@@ -24,6 +24,7 @@ WAN = {
     "num_layers": 2,
 }
 WAN_IMAGE = WAN | {"in_channels": 9, "image_dim": 10, "added_kv_proj_dim": 32}
+WAN_VACE = WAN | {"num_layers": 3, "vace_layers": [0, 2], "vace_in_channels": 6}
 
 LTX = {
     "num_attention_heads": 2,
@@ -54,6 +55,24 @@ COG = {
     "text_embed_dim": 12,
     "num_layers": 2,
 }
+LATTE = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "cross_attention_dim": 32,
+    "attention_bias": True,
+    "sample_size": 10,
+    "patch_size": 2,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "caption_channels": 12,
+    "video_length": 3,  # the reference takes clips of no other length
+}
 COG_ROTARY = COG | {"use_rotary_positional_embeddings": True}
 
 
@@ -80,7 +99,18 @@ WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 LTX_13B = {"num_attention_heads": 32, "attention_head_dim": 128, "num_layers": 48, "cross_attention_dim": 4096}
 COG_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 COG_15 = COG_5B | {"patch_size_t": 2}
+LATTE_1 = LATTE | {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "num_layers": 28,
+    "cross_attention_dim": 1152,
+    "sample_size": 64,
+    "caption_channels": 4096,
+    "video_length": 16,
+}
 CASES = {
+    "latte": Case("latte", LATTE, {"1": LATTE_1}),
+    "latte, larger frames, no variance": Case("latte", LATTE | {"sample_size": 140, "out_channels": 4}),
     "ltx": Case("ltx", LTX, {"2B": {}, "13B": LTX_13B}, padded=True),
     "ltx, a timestep for each frame": Case("ltx", LTX, frame_times=True),
     "hunyuan": Case("hunyuan", HUNYUAN, {"13B": {}}, padded=True),
@@ -88,6 +118,12 @@ CASES = {
         "hunyuan",
         HUNYUAN | {"in_channels": 9, "image_condition_type": "latent_concat", "guidance_embeds": False},
         {"I2V": {"in_channels": 33, "image_condition_type": "latent_concat", "guidance_embeds": False}},
+    ),
+    "hunyuan, a given first frame": Case(
+        "hunyuan",
+        HUNYUAN | {"image_condition_type": "token_replace"},
+        {"I2V, token replacement": {"image_condition_type": "token_replace"}},
+        padded=True,
     ),
     "cogvideox, sines": Case("cogvideox", COG, {"2B": {}}, words=226),
     "cogvideox, rotary": Case("cogvideox", COG_ROTARY, {"5B": COG_5B}),
@@ -97,6 +133,15 @@ CASES = {
     "wan, given channels": Case("wan", WAN | {"in_channels": 9}, {"2.2 I2V A14B": {"in_channels": 36}}),
     "wan, image tokens": Case("wan", WAN_IMAGE, {"I2V 14B": WAN_I2V}, words=512),
     "wan, first and last image": Case("wan", WAN_IMAGE | {"pos_embed_seq_len": 6}, {"FLF2V 14B": WAN_FLF}, words=512),
+    "wan vace": Case(
+        "wan_vace",
+        WAN_VACE,
+        {
+            "1.3B": WAN_1B | {"vace_layers": list(range(0, 30, 2))},
+            "14B": {},
+        },
+    ),
+    "wan vace with image tokens": Case("wan_vace", WAN_IMAGE | {"vace_layers": [0, 1]}, words=512),
     "wan without cross norm": Case("wan", WAN | {"cross_attn_norm": False, "patch_size": (2, 1, 2), "eps": 1e-5}),
 }
 
@@ -140,6 +185,7 @@ class Given:
     image: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
     guidance: list[float] | None = None
+    control: torch.Tensor | None = None
     padding: int = 0
 
     def captions(self):
@@ -153,7 +199,11 @@ class Given:
 
     def extras(self):
         return Extras(
-            channels=parts(self.channels), image=parts(self.image), pooled=parts(self.pooled), guidance=self.guidance
+            channels=parts(self.channels),
+            image=parts(self.image),
+            pooled=parts(self.pooled),
+            guidance=self.guidance,
+            control=parts(self.control),
         )
 
 
@@ -180,6 +230,7 @@ def inputs(case, model):
         draw(6, config.image_width) if config.image_width else None,
         draw(config.pooled_width) if config.pooled_width else None,
         [6.0, 1.5] if config.guidance else None,
+        draw(config.control_channels, *grid) if config.control_channels else None,
         3 if case.padded else 0,
     )
 
@@ -193,7 +244,8 @@ def run_wan(theirs, given):
     image = given.image
     if theirs.config.pos_embed_seq_len:  # two images a clip, one after the other in the batch
         image = image.view(4, 3, -1)
-    return theirs(latents, timesteps, given.text, image).sample
+    control = {} if given.control is None else {"control_hidden_states": given.control}
+    return theirs(latents, timesteps, given.text, image, **control).sample
 
 
 def together(given, dim=1):
@@ -230,12 +282,23 @@ def run_cogvideox(theirs, given):
     return theirs(latents, given.text, given.timesteps * 1000, image_rotary_emb=rope).sample.transpose(1, 2)
 
 
-RUN = {"wan": run_wan, "ltx": run_ltx, "hunyuan": run_hunyuan, "cogvideox": run_cogvideox}
+def run_latte(theirs, given):
+    return theirs(given.latents, given.timesteps * 1000, given.text).sample
+
+
+RUN = {
+    "cogvideox": run_cogvideox,
+    "hunyuan": run_hunyuan,
+    "latte": run_latte,
+    "ltx": run_ltx,
+    "wan": run_wan,
+    "wan_vace": run_wan,
+}
 
 
 def run_ours(model, given):
     timesteps = given.timesteps if given.timesteps.ndim == 1 else list(given.timesteps)
-    return torch.stack(model(list(given.latents), timesteps, given.captions(), given.extras()))
+    return torch.stack(model.predict(list(given.latents), timesteps, given.captions(), given.extras()))
 
 
 def meta_record(case, config):
@@ -300,7 +363,7 @@ def test_weights_come_back_bit_for_bit(case):
 
 def test_a_model_describes_itself_as_the_reference_does(case):
     preset, theirs = BY_NAME[case.preset], reference(case)
-    described = preset.describe(ours(case, theirs))
+    described = preset.describe(ours(case, theirs)) | {key: case.config[key] for key in case.config.keys() & UNSAID}
     public = {key: value for key, value in record(theirs).items() if not key.startswith("_")}
     assert plain(described) == plain(public)
 
@@ -309,6 +372,9 @@ def plain(value):
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+UNSAID = {"video_length"}  # what says nothing of a model
 
 
 RELEASED = [(case, name) for case, entry in CASES.items() for name in entry.released]
@@ -327,7 +393,9 @@ def test_every_tensor_of_a_release_has_its_place(case_name, release):
     assert {n: x.shape for n, x in back.items()} == {n: x.shape for n, x in tensors.items()}
 
 
-@pytest.mark.parametrize("case_name", [name for name, case in CASES.items() if case.preset in ("wan", "ltx")])
+@pytest.mark.parametrize(
+    "case_name", [name for name, case in CASES.items() if case.preset in ("wan", "wan_vace", "ltx")]
+)
 def test_a_vendors_own_names_are_those_that_diffusers_converts(case_name):
     """Through `diffusers`' conversion of original files: one fact, two independent tables."""
     from diffusers.loaders import single_file_utils as files
@@ -335,6 +403,7 @@ def test_a_vendors_own_names_are_those_that_diffusers_converts(case_name):
     case = CASES[case_name]
     convert = {
         "wan": files.convert_wan_transformer_to_diffusers,
+        "wan_vace": files.convert_wan_transformer_to_diffusers,
         "ltx": files.convert_ltx_transformer_checkpoint_to_diffusers,
     }[case.preset]
     theirs = reference(case)
@@ -365,6 +434,15 @@ def test_two_original_tensors_that_swap_halves_differ():
     assert torch.equal(torch.cat([scale, shift]), theirs.state_dict()["norm_out.linear.weight"])
     q = theirs.state_dict()["single_transformer_blocks.1.attn.to_q.weight"]
     assert torch.equal(original["single_blocks.1.linear1.weight"][: len(q)], q)
+
+
+def test_latte_tells_a_single_frame_of_no_time():
+    theirs = reference(CASES["latte"])
+    model = ours(CASES["latte"], theirs)
+    g = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(1, 4, 1, 6, 10, generator=g), torch.randn(1, 5, 12, generator=g)
+    expected = theirs(latents, torch.tensor([300.0]), text).sample
+    assert close(model.predict(list(latents), torch.tensor([0.3]), list(text))[0], expected[0]) <= TOLERANCE
 
 
 def test_a_choice_that_the_reference_lacks_is_named():

@@ -229,6 +229,7 @@ def test_a_vae_comes_in_and_out_with_its_statistics(tmp_path):
 
 FAMILIES = {
     "wan, image tokens": ("WanTransformer3DModel", WAN | {"in_channels": 9, "image_dim": 10, "added_kv_proj_dim": 32}),
+    "wan, a control tower": ("WanVACETransformer3DModel", WAN | {"vace_layers": [0], "vace_in_channels": 3}),
     "ltx": (
         "LTXVideoTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 20, "in_channels": 6, "out_channels": 6,
@@ -243,6 +244,13 @@ FAMILIES = {
         "CogVideoXTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
          "time_embed_dim": 14, "text_embed_dim": 12, "num_layers": 2, "use_rotary_positional_embeddings": True},
+    ),
+    "latte": (
+        "LatteTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+         "cross_attention_dim": 32, "attention_bias": True, "sample_size": 16, "patch_size": 2, "video_length": 16,
+         "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
+         "norm_eps": 1e-6, "caption_channels": 12, "num_embeds_ada_norm": 1000},
     ),
     "hunyuan vae": (
         "AutoencoderKLHunyuanVideo",

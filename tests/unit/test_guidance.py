@@ -35,7 +35,7 @@ class Model:
 
 def test_guidance_is_the_formula_in_one_call_of_twice_the_clips():
     model, timesteps = Model(), torch.tensor([0.3, 0.8])
-    actual = guided(model, text(), NULL, 4.0)(clips(), timesteps)
+    actual = guided(model, text(), [NULL, NULL], 4.0)(clips(), timesteps)
     assert model.batches == [4]
     for clip, x, t, c in zip(actual, clips(), timesteps, text(), strict=True):
         null, with_text = x * t, x * t + c.mean()
@@ -44,19 +44,19 @@ def test_guidance_is_the_formula_in_one_call_of_twice_the_clips():
 
 def test_guidance_scale_1_is_the_unguided_model_and_costs_no_more():
     model, timesteps = Model(), torch.tensor([0.3, 0.8])
-    actual = guided(model, text(), NULL, 1.0)(clips(), timesteps)
+    actual = guided(model, text(), [NULL, NULL], 1.0)(clips(), timesteps)
     assert model.batches == [2]
     assert all(map(torch.equal, actual, Model()(clips(), timesteps, text())))
 
 
 def test_guidance_scale_0_is_the_model_without_text():
     timesteps = torch.tensor([0.3, 0.8])
-    actual = guided(Model(), text(), NULL, 0.0)(clips(), timesteps)
+    actual = guided(Model(), text(), [NULL, NULL], 0.0)(clips(), timesteps)
     torch.testing.assert_close(actual, Model()(clips(), timesteps, [NULL, NULL]))
 
 
 def test_bfloat16_predictions_are_combined_in_float32():
-    actual = guided(Model(torch.bfloat16), text(), NULL, 7.5)(clips(), torch.tensor([0.3, 0.8]))
+    actual = guided(Model(torch.bfloat16), text(), [NULL, NULL], 7.5)(clips(), torch.tensor([0.3, 0.8]))
     assert {x.dtype for x in actual} == {torch.float32}
 
 
@@ -68,7 +68,7 @@ def test_guided_sampling_equals_sampling_the_guided_velocity():
         b = Model()(noisy, timesteps, [NULL, NULL])
         return [3.0 * x - 2.0 * y for x, y in zip(a, b, strict=True)]
 
-    actual = solve(guided(Model(), text(), NULL, 3.0), noise, objective, Solver.heun, 4)
+    actual = solve(guided(Model(), text(), [NULL, NULL], 3.0), noise, objective, Solver.heun, 4)
     torch.testing.assert_close(actual, solve(by_hand, noise, objective, Solver.heun, 4))
 
 

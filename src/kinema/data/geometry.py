@@ -76,9 +76,14 @@ class Geometry:
             width // self.spatial_stride,
         )
 
+    def token_grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Patches of a legal clip shape along time, height and width."""
+        t, h, w = (side // patch for side, patch in zip(self.latent_shape(shape), self.patch_size, strict=True))
+        return t, h, w
+
     def num_tokens(self, shape: Sequence[int]) -> int:
         """Patches of a legal clip shape."""
-        return math.prod(side // patch for side, patch in zip(self.latent_shape(shape), self.patch_size, strict=True))
+        return math.prod(self.token_grid(shape))
 
     @property
     def _steps(self) -> tuple[int, int, int]:

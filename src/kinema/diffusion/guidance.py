@@ -1,6 +1,7 @@
 """Classifier-free guidance: the prediction with the text, pushed away from the prediction without it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +10,8 @@ from kinema.diffusion.objective import Clips, Model
 from kinema.diffusion.solvers import Predict
 
 
-def guided(model: Model, text: Sequence[Tensor], null_text: Tensor, guidance_scale: float) -> Predict:
-    """A model, text (L_i, D) of each clip, the null text (L0, D) -> predict(noisy, timesteps) for `solve`.
+def guided(model: Model, conditions: Sequence[Any], nulls: Sequence[Any], guidance_scale: float) -> Predict:
+    """A model, what it is told of each clip with the text and without -> predict(noisy, timesteps) for `solve`.
 
     prediction = null + guidance_scale * (with_text - null), in float32 (Ho and Salimans 2022, equation 6,
     whose w is guidance_scale - 1). One call of 2B clips; at guidance_scale 1 the null text would cancel, and
@@ -19,9 +20,8 @@ def guided(model: Model, text: Sequence[Tensor], null_text: Tensor, guidance_sca
 
     def predict(noisy: Clips, timesteps: Tensor) -> Clips:
         if guidance_scale == 1:
-            return model(noisy, timesteps, list(text))
-        nulls = [null_text] * len(noisy)
-        both = model([*noisy, *noisy], torch.cat([timesteps, timesteps]), [*text, *nulls])
+            return model(noisy, timesteps, list(conditions))
+        both = model([*noisy, *noisy], torch.cat([timesteps, timesteps]), [*conditions, *nulls])
         with_text, without = both[: len(noisy)], both[len(noisy) :]
         return [guide(a, b, guidance_scale) for a, b in zip(with_text, without, strict=True)]
 

@@ -30,7 +30,7 @@ from kinema.diffusion.timesteps import (
 
 Clips = list[Tensor]
 Model = Callable[[Clips, Tensor, Any], Clips]
-"""model(noisy clips, timesteps (B,) float32, text) -> predictions, one a clip and of its size."""
+"""model(noisy clips, timesteps (B,) float32, conditions) -> predictions, one a clip and of its size."""
 
 
 class PredictionTarget(Enum):
@@ -191,18 +191,21 @@ class Objective:
         self,
         model: Model,
         latents: Clips,
-        text: Any,
+        conditions: Sequence[Any],
         timesteps: Tensor,
         noise: Clips,
         num_tokens: Sequence[int] | None = None,
+        given_frames: Sequence[int] | None = None,
     ) -> Tensor:
         """Clips with one timestep (B,) each -> mean squared error of each clip (B,), float32, weighted.
 
+        The mean is over the frames after the first `given_frames` of a clip, which the model need not predict.
         `num_tokens` is needed only where both the shift depends on it and a weighting is chosen.
         """
-        prediction = model(self.add_noise(latents, noise, timesteps), timesteps.float(), text)
+        prediction = model(self.add_noise(latents, noise, timesteps), timesteps.float(), conditions)
         target = self.target(latents, noise, timesteps)
-        errors = [(p.float() - y.float()).square().mean() for p, y in zip(prediction, target, strict=True)]
+        clips = zip(prediction, target, given_frames or [0] * len(latents), strict=True)
+        errors = [(p.float() - y.float())[:, given:].square().mean() for p, y, given in clips]
         return torch.stack(errors) * self.loss_weights(timesteps, num_tokens).to(errors[0].device)
 
     def loss_weights(self, timesteps: Tensor, num_tokens: Sequence[int] | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kinema.interop.preset import Record
 from kinema.models.dit import DiT, Extras
+from kinema.models.dit.segments import Grid
 from kinema.models.vae import CausalVAE
 
 LIMIT = 1e-4
@@ -34,12 +35,14 @@ class Sample:
     """(2, pooled_width)"""
     guidance: Tensor | None = None
     """(2,)"""
+    control: Tensor | None = None
+    """(2, control_channels, T, H, W)"""
 
     @classmethod
-    def of(cls, model: DiT, words: int, seed: int = 0) -> "Sample":
-        """A small odd grid of patches, captions of `words` tokens, and all conditions that the model reads."""
+    def of(cls, model: DiT, words: int, seed: int = 0, tokens: Grid = (3, 3, 5)) -> "Sample":
+        """An odd grid of tokens, captions of `words` tokens, and all conditions that the model reads."""
         generator, config = torch.Generator().manual_seed(seed), model.config
-        grid = [patch * count for patch, count in zip(config.patch_size, (3, 3, 5), strict=True)]
+        grid = [patch * count for patch, count in zip(config.patch_size, tokens, strict=True)]
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(2, *shape, generator=generator)
@@ -52,12 +55,13 @@ class Sample:
             image=draw(6, config.image_width) if config.image_width else None,
             pooled=draw(config.pooled_width) if config.pooled_width else None,
             guidance=torch.tensor([6.0, 1.5]) if config.guidance else None,
+            control=draw(config.control_channels, *grid) if config.control_channels else None,
         )
 
     def extras(self) -> Extras:
         """The conditions as our model takes them."""
         guidance = None if self.guidance is None else self.guidance.tolist()
-        return Extras(_rows(self.channels), _rows(self.image), _rows(self.pooled), guidance)
+        return Extras(_rows(self.channels), _rows(self.image), _rows(self.pooled), guidance, _rows(self.control))
 
     def given(self) -> Tensor:
         """Noisy latents and given channels together, as references take them."""
@@ -74,6 +78,12 @@ Call = Callable[[Any, Record, Sample], Tensor]
 def wan(reference: Any, config: Record, sample: Sample) -> Tensor:
     """Wan 2.1 and 2.2: timesteps count to 1000."""
     return reference(sample.given(), sample.timesteps * 1000, sample.text, sample.image).sample
+
+
+def wan_vace(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """Wan VACE: as Wan, with the control tower's channels."""
+    found = reference(sample.given(), sample.timesteps * 1000, sample.text, sample.image, sample.control)
+    return found.sample
 
 
 def ltx_video(reference: Any, config: Record, sample: Sample) -> Tensor:
@@ -112,8 +122,19 @@ def cogvideox(reference: Any, config: Record, sample: Sample) -> Tensor:
     return found.transpose(1, 2)
 
 
+def latte(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """Latte: the reference adds a table in time that fits one number of frames; here it gets one that fits the clip."""
+    table = reference.temp_pos_embed
+    embed = import_module("diffusers.models.embeddings").get_1d_sincos_pos_embed_from_grid
+    frames = torch.arange(sample.latents.shape[2]).unsqueeze(1)
+    reference.temp_pos_embed = embed(table.shape[-1], frames, output_type="pt").to(table)[None]
+    return reference(sample.latents, sample.timesteps * 1000, sample.text).sample
+
+
 CALLS: dict[str, Call] = {
+    "LatteTransformer3DModel": latte,
     "WanTransformer3DModel": wan,
+    "WanVACETransformer3DModel": wan_vace,
     "LTXVideoTransformer3DModel": ltx_video,
     "HunyuanVideoTransformer3DModel": hunyuan_video,
     "CogVideoXTransformer3DModel": cogvideox,
@@ -141,7 +162,7 @@ def difference(ours: nn.Module, reference: Any, config: Record) -> float:
         raise ValueError(f"{name}: Kinema cannot run this class for a comparison yet; it has calls for {list(CALLS)}.")
     sample = Sample.of(ours, words_of(config))
     expected = CALLS[name](reference, config, sample)
-    actual = ours(list(sample.latents), sample.timesteps, list(sample.text), sample.extras())
+    actual = ours.predict(list(sample.latents), sample.timesteps, list(sample.text), sample.extras())
     return relative(torch.stack(actual), expected)
 
 

@@ -61,7 +61,7 @@ class Found:
     @property
     def can_sample(self) -> bool:
         """Whether all is there that `sample.py` needs."""
-        return self.release is not None and has_text(self.path)
+        return self.release is not None and has_text(self.path, self.release.text)
 
     def pipeline_lines(self) -> list[str]:
         """What a whole pipeline lacks for sampling, for people."""
@@ -186,7 +186,8 @@ def _write_configs(found: Found, aside: Path, to: Path, text: dict[str, Any] | N
         write_group(aside, "objective", "rectified_flow", objective, "The shift that the release is sampled with.")
     if text is not None:
         choices.append({"override /text": "imported"})
-        write_group(aside, "text", "pretrained", text["config"], "The text encoder of the release, by its own policy.")
+        schema = "pretrained" if text["config"]["type"] == "PretrainedText" else "combined"
+        write_group(aside, "text", schema, text["config"], "The text encoder of the release, by its own policy.")
     if found.vae is not None:
         experiment["vae"] = {"path": str(to / "vae")}
     write_experiment(aside, experiment)

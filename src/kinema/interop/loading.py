@@ -132,6 +132,7 @@ def pipeline_manifest(pipeline: Pipeline) -> dict[str, Any]:
         "fps": pipeline.fps,
         "shapes": [list(shape) for shape in pipeline.shapes],
         "guidance_dropout": pipeline.guidance_dropout,
+        "condition": to_plain(pipeline.condition),
         "text": {"policy": pipeline.text_encoder.policy()},
     }
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kinema.conditioning.text import PretrainedText, TextFamily, TextPadding
+from kinema.conditioning.text import CombinedText, PretrainedText
 from kinema.diffusion.objective import RectifiedFlow
 from kinema.identity import to_plain
+from kinema.interop.captions import CAPTIONS
 from kinema.interop.preset import Record
 from kinema.interop.reading import read_json
 
@@ -19,7 +20,8 @@ class Release:
     fps: float
     shapes: tuple[tuple[int, int, int], ...]
     guidance_dropout: float
-    text: PretrainedText
+    text: PretrainedText | CombinedText
+    """How captions are encoded; `path` is what its encoders are called."""
 
     def manifest(self) -> dict[str, Any]:
         """Its part of a manifest."""
@@ -37,16 +39,10 @@ class Habits:
 
     fps: float
     shapes: tuple[tuple[int, int, int], ...]
-    text: PretrainedText
-    """How captions are encoded; `path` is where the release lies on the hub."""
 
 
 HABITS = {
-    "WanPipeline": Habits(
-        fps=16.0,
-        shapes=((81, 480, 832), (81, 720, 1280)),
-        text=PretrainedText(path="google/umt5-xxl", family=TextFamily.umt5, max_tokens=512, padding=TextPadding.zeros),
-    ),
+    "WanPipeline": Habits(fps=16.0, shapes=((81, 480, 832), (81, 720, 1280))),
 }
 """Pipeline class of the reference -> its habits."""
 
@@ -62,11 +58,12 @@ def release_of(pipeline: Path) -> Release | None:
             f"{pipeline} has two transformers, one for high and one for low noise; a checkpoint holds one. Import "
             f"each: kinema import {pipeline}/transformer --vae {pipeline}/vae --to DIR"
         )
-    habits = HABITS.get(index.get("_class_name", ""))
-    if habits is None:
+    name = index.get("_class_name", "")
+    if name not in HABITS:
         return None
+    habits = HABITS[name]
     shift = scheduler_shift(read_json(pipeline / "scheduler" / "scheduler_config.json"))
-    return Release(RectifiedFlow(timestep_shift=shift), habits.fps, habits.shapes, 0.1, habits.text)
+    return Release(RectifiedFlow(timestep_shift=shift), habits.fps, habits.shapes, 0.1, CAPTIONS[name])
 
 
 def scheduler_shift(config: Record) -> float:

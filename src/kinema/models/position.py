@@ -79,6 +79,16 @@ def sincos_quarters(positions: Tensor, width: int, theta: float, dtype: torch.dt
     return sincos(positions, [(0, width // 4), (2, width // 8 * 3), (1, width // 8 * 3)], width, theta, dtype)
 
 
+def sincos_space(positions: Tensor, width: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Columns and rows alone, half of the channels each (Chen et al. 2023, PixArt-alpha)."""
+    return sincos(positions, [(2, width // 2), (1, width // 2)], width, theta, dtype)
+
+
+def sincos_time(positions: Tensor, width: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Frames alone, in all channels."""
+    return sincos(positions, [(0, width)], width, theta, dtype)
+
+
 def sincos(positions: Tensor, axes: Sequence[tuple[int, int]], width: int, theta: float, dtype: torch.dtype) -> Tensor:
     """Sines, then cosines, of each (axis of the positions, channels) in turn; the rest of the width is zero."""
     waves = []

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kinema.conditioning.condition import Condition, without_text
+from kinema.conditioning.frames import Encode, FrameCondition
 from kinema.conditioning.text import TextEncoder
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.pixels import to_uint8
+from kinema.data.pixels import to_model_range, to_uint8
 from kinema.diffusion.guidance import check_guidance, guided
 from kinema.diffusion.objective import Objective
 from kinema.diffusion.solvers import Solver, solve
 from kinema.models.vae import CausalVAE
+from kinema.sampling.denoiser import Denoiser, with_given_frames
 
 
 @dataclass
@@ -49,9 +52,11 @@ class Pipeline:
     """Shapes that the denoiser was trained on."""
     guidance_dropout: float
     """Share of captions that were dropped in training; 0 forbids guidance."""
+    condition: FrameCondition
+    """Images that a video can be given."""
 
-    def check(self, config: SamplingConfig, shape: ClipShape, fps: float | None = None) -> None:
-        """Refuse what contradicts the training: shape, frame rate, guidance."""
+    def check(self, config: SamplingConfig, shape: ClipShape, fps: float | None = None, images: int = 0) -> None:
+        """Refuse what contradicts the training: shape, frame rate, guidance, the number of given images."""
         self.geometry.check(shape, key="shape")
         if shape not in self.shapes:
             raise ValueError(
@@ -64,6 +69,7 @@ class Pipeline:
                 f"the motion would play at another speed. Leave fps out."
             )
         check_guidance(config.guidance_scale, self.guidance_dropout)
+        self.condition.check_images(images)
 
     @torch.no_grad()
     def latents(
@@ -72,16 +78,21 @@ class Pipeline:
         shape: ClipShape,
         config: SamplingConfig,
         progress: Callable[[int, int], None] | None = None,
+        images: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """Captions -> normalised latents (C, T, H, W) each; video i starts from the noise of seed + i alone."""
+        """Captions -> normalised latents (C, T, H, W) each; video i starts from the noise of seed + i alone.
+
+        `images` are the frames that each video is given, uint8 (n, H, W, 3) of the size of the video.
+        """
         self.denoiser.eval()
         device = next(self.denoiser.parameters()).device
         size = (self.vae.config.latent_channels, *self.geometry.latent_shape(shape))
         noise = [initial_noise(size, config.seed + index).to(device) for index in range(len(captions))]
-        text = [embedding.to(device) for embedding in self.text_encoder.encode(list(captions))]
-        predict = guided(self.denoiser, text, self.text_encoder.null().to(device), config.guidance_scale)
-        return solve(
-            predict,
+        conditions = self.conditions(captions, shape, images)
+        nulls = without_text(conditions, self.text_encoder.null().to(device))
+        denoiser = Denoiser(self.denoiser, self.geometry.patch_size[0])
+        latents = solve(
+            guided(denoiser, conditions, nulls, config.guidance_scale),
             noise,
             self.objective,
             config.solver,
@@ -90,6 +101,20 @@ class Pipeline:
             num_tokens=[self.geometry.num_tokens(shape)] * len(captions),
             progress=progress,
         )
+        return with_given_frames(latents, conditions)
+
+    def conditions(
+        self, captions: Sequence[str], shape: ClipShape, images: Sequence[Tensor] | None = None
+    ) -> list[Condition]:
+        """What the denoiser is told of each video, on its device."""
+        device = next(self.denoiser.parameters()).device
+        size = (self.vae.config.latent_channels, *self.geometry.latent_shape(shape))
+        conditions = []
+        for index, text in enumerate(self.text_encoder.encode(list(captions))):
+            given = to_model_range(images[index].to(device)).unbind(1) if images is not None else ()
+            frames = self.condition.of_images(given, shape.frames, size, encode_mean(self.vae))
+            conditions.append(Condition(text.to(device), *frames))
+        return conditions
 
     @torch.no_grad()
     def videos(
@@ -98,12 +123,23 @@ class Pipeline:
         shape: ClipShape,
         config: SamplingConfig,
         progress: Callable[[int, int], None] | None = None,
+        images: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """Captions -> frames uint8 (T, H, W, 3) each."""
-        latents = self.latents(captions, shape, config, progress)
+        """Captions, and the frames that each video is given -> frames uint8 (T, H, W, 3) each."""
+        latents = self.latents(captions, shape, config, progress, images)
         self.vae.eval()
         device = next(self.vae.parameters()).device
         return [to_uint8(self.vae.decode(clip[None].to(device))[0]).cpu() for clip in latents]
+
+
+def encode_mean(vae: CausalVAE) -> Encode:
+    """The encoding of given frames: the mean of the posterior, in training and in sampling."""
+
+    def encode(video: Tensor) -> Tensor:
+        with torch.no_grad():
+            return vae.encode(video[None]).mean[0]
+
+    return encode
 
 
 def initial_noise(size: Sequence[int], seed: int) -> Tensor:

@@ -1,7 +1,7 @@
 """From a checkpoint to video files: loads what the manifest says, and refuses what contradicts it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -9,15 +9,19 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 from tqdm import tqdm
 
-from kinema.conditioning.text import HashText, PretrainedText, build_text_encoder, check_policy
+from kinema.conditioning.frames import CleanFrame, FrameCondition
+from kinema.conditioning.text import TEXT_CONFIGS, build_text_encoder, check_policy
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.encoding import write_video
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.diffusion.objective import DDPM, RectifiedFlow
-from kinema.identity import from_plain
+from kinema.identity import from_plain, to_plain
 from kinema.models.dit import DiT, DiTConfig
+from kinema.sampling.denoiser import check_condition
+from kinema.sampling.images import fit_images, nearest_shape, read_image
 from kinema.sampling.pipeline import Pipeline, SamplingConfig
 from kinema.training.checkpoint import Checkpoint, CheckpointStore
 from kinema.training.run_folder import Weights, checkpoint_of, load_vae, load_weights
@@ -35,8 +39,10 @@ class SampleConfig(SamplingConfig):
     """The caption of the video."""
     prompts_file: str | None = None
     """A text file with one caption a line, instead of `prompt`."""
+    image: str | None = None
+    """A picture: the first frame of every video, for weights that were trained with one."""
     shape: list[int] = field(default_factory=list)
-    """Frames, height, width; empty takes the first shape of the training."""
+    """Frames, height, width; empty takes the first shape of the training, or the one that fits the image best."""
     fps: float | None = None
     """Only to state what is expected: another rate than the checkpoint's is refused."""
     allow_untrained_shape: bool = False
@@ -99,9 +105,11 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
             f"the VAE in {vae_checkpoint.folder} (hash {identity['hash']}) is not the one of the training "
             f"(hash {manifest['vae']['hash']})."
         )
-    text_encoder = build_text_encoder(from_plain(manifest["text"]["config"], HashText, PretrainedText))
+    text_encoder = build_text_encoder(from_plain(manifest["text"]["config"], *TEXT_CONFIGS))
     check_policy(text_encoder, manifest["text"]["policy"])
     model_config = from_plain(manifest["model"]["config"], DiTConfig)
+    condition = condition_of(manifest)
+    check_condition(condition, model_config, vae.config)
     denoiser = DiT(model_config, vae.config.latent_channels, text_encoder.width)
     found = load_weights(denoiser, checkpoint, weights)
     if found != manifest["fingerprints"][weights.value]:
@@ -115,8 +123,15 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
         fps=manifest["fps"],
         shapes=[ClipShape(*shape) for shape in manifest["shapes"]],
         guidance_dropout=manifest["guidance_dropout"],
+        condition=condition,
     )
     return Loaded(pipeline, manifest, checkpoint, weights, found)
+
+
+def condition_of(manifest: dict[str, Any]) -> FrameCondition:
+    """The frames that the training gave; runs from before there was a choice gave none."""
+    plain = manifest.get("condition", to_plain(FrameCondition()))
+    return from_plain(plain, FrameCondition, CleanFrame)
 
 
 def geometry_of(strides: tuple[int, int], model: DiTConfig) -> Geometry:
@@ -129,12 +144,14 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     """Sample every caption into `NNN.mp4` and one `sheet.png`, both carrying seed, prompt and manifest."""
     loaded = load_pipeline(checkpoint_of(config.run, "run"), config.weights)
     pipeline, captions = loaded.pipeline, config.captions()
-    shape = ClipShape(*config.shape) if config.shape else pipeline.shapes[0]
+    pictures = [read_image(config.image)] if config.image else []
+    shape = chosen_shape(config.shape, pipeline.shapes, pictures)
     if config.allow_untrained_shape:
         pipeline.geometry.check(shape, key="shape")
         pipeline = replace(pipeline, shapes=[*pipeline.shapes, shape])
-    pipeline.check(config, shape, config.fps)
+    pipeline.check(config, shape, config.fps, len(pictures))
     say(f"loaded {loaded.describe()}")
+    given = fit_images(pictures, shape, say) if pictures else None
     run_dir = loaded.checkpoint.folder.parent.parent
     name = f"step-{loaded.checkpoint.step:08d}-{config.weights.value}"
     out = Path(config.out) if config.out else unused_folder(run_dir / "videos", name)
@@ -145,7 +162,8 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     for start in range(0, len(captions), config.batch_size):
         batch = captions[start : start + config.batch_size]
         options = _from_seed(config, config.seed + start)
-        videos = pipeline.videos(batch, shape, options, advance(bar, len(batch)))
+        images = [given] * len(batch) if given is not None else None
+        videos = pipeline.videos(batch, shape, options, advance(bar, len(batch)), images)
         for offset, (caption, frames) in enumerate(zip(batch, videos, strict=True)):
             path = out / f"{start + offset:03d}.mp4"
             write_video(path, frames, pipeline.fps, metadata=metadata(loaded, config, caption, start + offset))
@@ -158,13 +176,20 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     return paths
 
 
+def chosen_shape(wanted: Sequence[int], trained: Sequence[ClipShape], pictures: Sequence[Tensor]) -> ClipShape:
+    """The wanted shape, or else a trained one: the first, or the first that a given picture fits best."""
+    if wanted:
+        return ClipShape(*wanted)
+    return nearest_shape(pictures[0], trained) if pictures else trained[0]
+
+
 def unused_folder(parent: Path, name: str) -> Path:
     """`parent/name`, or `parent/name-2` and so on: samples of another prompt never replace the ones before."""
     names = (name if number == 1 else f"{name}-{number}" for number in count(1))
     return next(parent / each for each in names if not (parent / each).exists())
 
 
-def metadata(loaded: Loaded, config: SamplingConfig, caption: str, index: int) -> dict[str, str]:
+def metadata(loaded: Loaded, config: SampleConfig, caption: str, index: int) -> dict[str, str]:
     """What a file says of its origin: enough to make it again."""
     return {
         "title": caption,
@@ -176,6 +201,7 @@ def metadata(loaded: Loaded, config: SamplingConfig, caption: str, index: int) -
                 "seed": config.seed + index,
                 "solver": config.solver.value,
                 "num_steps": config.num_steps,
+                "image": config.image,
                 "guidance_scale": config.guidance_scale,
                 "timestep_shift": config.timestep_shift,
                 "weights": loaded.weights.value,

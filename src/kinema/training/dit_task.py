@@ -7,16 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinema.conditioning.condition import Condition
 from kinema.conditioning.dropout import drop_text
+from kinema.conditioning.frames import FrameCondition, Given
 from kinema.conditioning.text import TextEncoder
 from kinema.data.geometry import Geometry
-from kinema.data.loading import Pack
+from kinema.data.loading import DataConfig, Pack
 from kinema.data.pixels import to_model_range
 from kinema.data.plan import keyed_seed
 from kinema.diffusion.objective import Objective
 from kinema.distributed.engine import Engine
-from kinema.models.vae import CausalVAE, Posterior
-from kinema.sampling.pipeline import SamplingConfig
+from kinema.models.vae import CausalVAE, Posterior, VAEConfig
+from kinema.sampling.denoiser import Denoiser
+from kinema.sampling.pipeline import SamplingConfig, encode_mean
 from kinema.training.metrics import Clock
 
 
@@ -41,8 +44,18 @@ class SamplesConfig(SamplingConfig):
     """Steps between samples; 0 makes none."""
     prompts: list[str] = field(default_factory=list)
     """Captions to sample, always the same, so that the pictures show progress."""
+    images: list[str] = field(default_factory=list)
+    """A picture file for each caption: the first frame that its video is given; empty gives none."""
     shape: list[int] = field(default_factory=list)
     """Frames, height, width; empty takes the first of data.shapes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images and len(self.images) != len(self.prompts):
+            raise ValueError(
+                f"task.samples.images has {len(self.images)} pictures for {len(self.prompts)} prompts: type one for "
+                "each of task.samples.prompts, or none."
+            )
 
 
 @dataclass
@@ -73,6 +86,7 @@ class DiTTask:
         vae: CausalVAE,
         text_encoder: TextEncoder,
         objective: Objective,
+        condition: FrameCondition,
         geometry: Geometry,
         guidance_dropout: float,
         posterior: PosteriorDraw,
@@ -84,7 +98,9 @@ class DiTTask:
         self.vae = vae
         self.text_encoder = text_encoder
         self.objective = objective
+        self.condition = condition
         self.geometry = geometry
+        self.denoiser = Denoiser(engine, geometry.patch_size[0])
         self.guidance_dropout = guidance_dropout
         self.posterior = posterior
         self.seed = seed
@@ -95,10 +111,14 @@ class DiTTask:
         """One pack's share of the step: forward, backward, and the engine's step. Returns sums, to be reduced."""
         with clock.phase("encode"):
             generators = [self.generator("noise", pack.step, pack.lane, i) for i in range(len(pack.keys))]
-            latents = self.encode(pack, generators)
+            posteriors = self.encode(pack)
+            latents = self.draw(posteriors, generators)
             text = [embedding.to(self.device) for embedding in self.text_encoder.encode(pack.captions)]
-            seeds = [keyed_seed(self.seed, "dropout", pack.step, pack.lane, i) for i in range(len(text))]
-            text, dropped = drop_text(text, self.text_encoder.null().to(self.device), self.guidance_dropout, seeds)
+            text, dropped = drop_text(
+                text, self.text_encoder.null().to(self.device), self.guidance_dropout, self.seeds("dropout", pack)
+            )
+            without = [self.condition.is_dropped(seed) for seed in self.seeds("condition", pack)]
+            conditions = self.conditions(pack, posteriors, text, without)
             tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]
             timesteps = torch.cat(
                 [self.objective.sample_timesteps(1, g, [count]) for g, count in zip(generators, tokens, strict=True)]
@@ -109,7 +129,7 @@ class DiTTask:
             ]
         torch.manual_seed(keyed_seed(self.seed, "adapters", pack.step, pack.lane))  # of their dropout, drawn by torch
         with clock.phase("forward"):
-            losses = self.objective.loss(self.engine, latents, text, timesteps, noise, tokens)  # (B,)
+            losses = self.loss(latents, conditions, timesteps, noise, tokens)  # (B,)
             weights = pack.weights.to(self.device)
             loss = (losses * weights).sum() / total_weight
         with clock.phase("backward"):
@@ -121,22 +141,49 @@ class DiTTask:
             "clips": float((weights > 0).sum()),
             "tokens": float(sum(tokens)),
             "captions_dropped": float(sum(dropped)),
+            **({"images_dropped": float(sum(without))} if self.condition.num_images() else {}),
             **by_noise_level(losses.detach().cpu(), timesteps.cpu(), pack.weights),
         }
 
-    def encode(self, pack: Pack, generators: list[torch.Generator]) -> list[Tensor]:
-        """Normalised latents (C, T, H, W) of each clip: a draw from its posterior or the mean, cached or fresh."""
+    def encode(self, pack: Pack) -> list[Posterior]:
+        """The normalised posterior of each clip, cached or fresh; a batch of one each."""
         if pack.latents is not None:
-            posteriors = [Posterior(mean[None], logvar[None]) for mean, logvar in pack.latents]
-        else:
-            assert pack.frames is not None
-            with torch.no_grad():
-                posteriors = encode_frames(self.vae, pack.frames, self.device)
+            return [Posterior(mean[None], logvar[None]) for mean, logvar in pack.latents]
+        assert pack.frames is not None
+        with torch.no_grad():
+            return encode_frames(self.vae, pack.frames, self.device)
+
+    def draw(self, posteriors: list[Posterior], generators: list[torch.Generator]) -> list[Tensor]:
+        """Latents (C, T, H, W) of each clip: a draw from its posterior, or the mean."""
         if self.posterior is PosteriorDraw.mean:
             return [p.mean[0].to(self.device) for p in posteriors]
         draws = [torch.randn(p.mean.shape, generator=g) for p, g in zip(posteriors, generators, strict=True)]
         samples = [p.sample(draw.to(p.mean.device))[0] for p, draw in zip(posteriors, draws, strict=True)]
         return [sample.to(self.device) for sample in samples]
+
+    def conditions(
+        self, pack: Pack, posteriors: list[Posterior], text: list[Tensor], without: list[bool]
+    ) -> list[Condition]:
+        """What the model is told of each clip; `without` says which go without their images."""
+        given = [self.given(pack, i, posteriors[i], drop) for i, drop in enumerate(without)]
+        return [Condition(words, *frames) for words, frames in zip(text, given, strict=True)]
+
+    def given(self, pack: Pack, clip: int, posterior: Posterior, without: bool) -> Given:
+        """What a clip is given of its own frames: from the frames themselves, or from its cached latents."""
+        size = (posterior.mean.shape[1], *self.geometry.latent_shape(pack.shapes[clip]))
+        if pack.frames is None:
+            return self.condition.of_latents(None if without else posterior.mean[0].to(self.device), size)
+        frames = pack.frames[clip][[0, -1][: 0 if without else self.condition.num_images()]]
+        images = to_model_range(frames.to(self.device)).unbind(1)
+        return self.condition.of_images(images, len(pack.frames[clip]), size, encode_mean(self.vae))
+
+    def loss(
+        self, latents: list[Tensor], conditions: list[Condition], timesteps: Tensor, noise: list[Tensor],
+        tokens: list[int],
+    ) -> Tensor:  # fmt: skip
+        """The objective's loss (B,) of clips with what the model is told of them."""
+        given = [condition.num_frames for condition in conditions]
+        return self.objective.loss(self.denoiser, latents, conditions, timesteps, noise, tokens, given)
 
     @torch.no_grad()
     def validate(self, packs: list[Pack]) -> dict[str, float]:
@@ -146,15 +193,17 @@ class DiTTask:
         for pack in packs:
             # Keyed by position alone: the same noise at every validation, on any number of ranks.
             generators = [self.generator("validation", position) for position in pack.positions]
-            latents = self.encode(pack, generators)
+            posteriors = self.encode(pack)
+            latents = self.draw(posteriors, generators)
             noise = [
                 torch.randn(x.shape, generator=g).to(self.device) for x, g in zip(latents, generators, strict=True)
             ]
             spread = torch.tensor([(position * 0.6180339887) % 1 for position in pack.positions])  # golden ratio
             timesteps = (0.02 + 0.96 * spread).to(self.device)
             text = [embedding.to(self.device) for embedding in self.text_encoder.encode(pack.captions)]
+            conditions = self.conditions(pack, posteriors, text, [False] * len(text))
             tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]
-            losses = self.objective.loss(self.engine, latents, text, timesteps, noise, tokens).cpu()
+            losses = self.loss(latents, conditions, timesteps, noise, tokens).cpu()
             sums = {
                 "loss": float((losses * pack.weights).sum()),
                 "weight": float(pack.weights.sum()),
@@ -172,9 +221,28 @@ class DiTTask:
         """Full weights as they go into a checkpoint: the trained ones, and the others as they always were."""
         return {**self.frozen, **weights}
 
+    def seeds(self, name: str, pack: Pack) -> list[int]:
+        """One seed for each clip of a pack, for draws of this name."""
+        return [keyed_seed(self.seed, name, pack.step, pack.lane, i) for i in range(len(pack.keys))]
+
     def generator(self, *key: int | str) -> torch.Generator:
         """The generator of one clip's draws; a function of the seed and the key alone."""
         return torch.Generator().manual_seed(keyed_seed(self.seed, *key))
+
+
+def check_training(condition: FrameCondition, geometry: Geometry, data: DataConfig, vae: VAEConfig) -> None:
+    """Refuse clips of which nothing would be left to learn, and cached latents that hold no image alone."""
+    for shape in data.clip_shapes:
+        if condition.num_frames() >= geometry.latent_shape(shape)[0]:
+            raise ValueError(
+                f"data.shapes has {list(shape)}, of which condition={type(condition).__name__} gives every latent "
+                "frame: nothing is left to learn. Leave that shape out, or type condition=none."
+            )
+    if condition.num_images() and data.latents is not None and (reason := vae.encoder_looks_ahead()):
+        raise ValueError(
+            f"data.latents={data.latents}: {reason}, so the first latent frame of a clip is not the latent of its "
+            "first image. Type data.latents=null to encode both in every step."
+        )
 
 
 def encode_frames(vae: CausalVAE, frames: list[Tensor], device: torch.device) -> list[Posterior]:

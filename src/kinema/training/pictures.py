@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.encoding import write_video
@@ -16,6 +17,7 @@ from kinema.data.pixels import to_model_range, to_uint8
 from kinema.diffusion.objective import Objective
 from kinema.diffusion.timesteps import realised_histogram
 from kinema.models.vae import CausalVAE
+from kinema.sampling.images import fit_images, read_image
 from kinema.sampling.pipeline import Pipeline
 from kinema.training.checkpoint import write_json
 from kinema.training.dit_task import SamplesConfig
@@ -32,6 +34,8 @@ class SampleMaker:
     shape: ClipShape = field(init=False)
     settings: str = field(init=False)
     """One line for the run's header."""
+    images: list[Tensor] = field(init=False)
+    """What each video is given; none where the videos come from captions alone."""
 
     def __post_init__(self) -> None:
         of = self.config
@@ -42,7 +46,10 @@ class SampleMaker:
         )
         self.shape = ClipShape(*self.config.shape) if self.config.shape else self.pipeline.shapes[0]
         if self.config.prompts and self.config.every_steps:
-            self.pipeline.check(self.config, self.shape)  # before training, not at the first sample
+            self.pipeline.check(self.config, self.shape, images=int(bool(of.images)))  # before training starts
+        self.images = [
+            fit_images([read_image(path, "task.samples.images")], self.shape, tqdm.write) for path in of.images
+        ]
 
     def __call__(self, step: int, weights: dict[str, Tensor]) -> dict[str, Any] | None:
         """Write one video a prompt and a contact sheet; returns the record for the metrics."""
@@ -50,7 +57,7 @@ class SampleMaker:
         if not prompts:
             return None
         assign(self.pipeline.denoiser, weights)
-        videos = self.pipeline.videos(prompts, self.shape, self.config)
+        videos = self.pipeline.videos(prompts, self.shape, self.config, images=self.images or None)
         folder = self.run_dir / "samples" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{i:02d}.mp4" for i in range(len(videos))]
@@ -125,7 +132,9 @@ class OverfitCheck:
         """Passed, and the verdict in words: PSNR of samples beside that of the VAE's own reconstruction."""
         assign(self.pipeline.denoiser, weights)
         frames, height, width, _ = self.clip.shape
-        videos = self.pipeline.videos([self.caption] * self.samples, ClipShape(frames, height, width), self.config)
+        shape, count = ClipShape(frames, height, width), self.pipeline.condition.num_images()
+        images = [self.clip[[0, -1][:count]]] * self.samples if count else None
+        videos = self.pipeline.videos([self.caption] * self.samples, shape, self.config, images=images)
         device = next(self.pipeline.vae.parameters()).device
         latents = self.pipeline.vae.encode(to_model_range(self.clip.to(device))[None]).mean
         restored = to_uint8(self.pipeline.vae.decode(latents)[0]).cpu()

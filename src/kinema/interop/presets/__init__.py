@@ -4,16 +4,19 @@ from kinema.interop.preset import Preset
 from kinema.interop.presets.cogvideox import COGVIDEOX
 from kinema.interop.presets.hunyuan import HUNYUAN
 from kinema.interop.presets.hunyuan_vae import HUNYUAN_15_VAE, HUNYUAN_VAE
+from kinema.interop.presets.latte import LATTE
 from kinema.interop.presets.ltx import LTX
 from kinema.interop.presets.ltx_vae import LTX2_VAE
-from kinema.interop.presets.wan import WAN
+from kinema.interop.presets.wan import WAN, WAN_VACE
 from kinema.interop.presets.wan_vae import WAN_22_VAE, WAN_VAE
 
 PRESETS: list[Preset] = [
     COGVIDEOX,
     HUNYUAN,
+    LATTE,
     LTX,
     WAN,
+    WAN_VACE,
     WAN_VAE,
     WAN_22_VAE,
     HUNYUAN_15_VAE,

@@ -138,7 +138,7 @@ def describe(module: nn.Module) -> Record:
         "pooled_projection_dim": config.pooled_width,
         "rope_theta": config.rope_theta,
         "rope_axes_dim": list(config.rope_axes),
-        "image_condition_type": "latent_concat" if config.condition_channels else None,
+        "image_condition_type": _image_condition(config),
     }
     check_described("HunyuanVideoTransformer3DModel", config, _config(record))
     return record
@@ -229,7 +229,14 @@ def _config(record: Record) -> DiTConfig:
         pooled_width=record["pooled_projection_dim"],
         text_embedding=TextEmbedding.refiner,
         refiner_depth=record["num_refiner_layers"],
+        first_frame_given=record["image_condition_type"] == "token_replace",
     )
+
+
+def _image_condition(config: DiTConfig) -> str | None:
+    if config.first_frame_given:
+        return "token_replace"
+    return "latent_concat" if config.condition_channels else None
 
 
 def _accepts(record: Record) -> bool:
@@ -238,7 +245,7 @@ def _accepts(record: Record) -> bool:
         record["qk_norm"] == "rms_norm"
         and record["num_single_layers"] > 0
         and record["mlp_ratio"] == 4.0  # of the refiner, whatever the blocks have
-        and record["image_condition_type"] == ("latent_concat" if given else None)
+        and record["image_condition_type"] in (["latent_concat"] if given else [None, "token_replace"])
     )
 
 

@@ -1,10 +1,13 @@
-"""Wan 2.1 and 2.2 (Wan team 2025): text to video, image to video, and the 5B model with a timestep for each frame."""
+"""Wan 2.1 and 2.2 (Wan team 2025): text to video, image to video, and the 5B model with a timestep for each frame.
+
+Wan VACE (Jiang et al. 2025) is Wan with a control tower.
+"""
 
 from typing import cast
 
 from torch import nn
 
-from kinema.interop.keymap import KeyMap, Layout, PermutedRows, Reshaped, Rule, Same
+from kinema.interop.keymap import KeyMap, PermutedRows, Reshaped, Rule
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
 from kinema.models.dit import Activation, CrossNorm, DiT, DiTConfig, HeadModulation, QKNorm
@@ -42,22 +45,61 @@ IMAGE_ATTENTION: list[Names] = [
     ("norm_added_k.weight", "norm_k_img.weight", "others.image.key_norm.weight"),
 ]
 MLP: list[Names] = [
-    ("blocks.{i}.ffn.net.0.proj.{p}", "blocks.{i}.ffn.0.{p}", "blocks.{i}.sublayers.2.operation.expand.{p}"),
-    ("blocks.{i}.ffn.net.2.{p}", "blocks.{i}.ffn.2.{p}", "blocks.{i}.sublayers.2.operation.project.{p}"),
+    ("ffn.net.0.proj.{p}", "ffn.0.{p}", "sublayers.2.operation.expand.{p}"),
+    ("ffn.net.2.{p}", "ffn.2.{p}", "sublayers.2.operation.project.{p}"),
 ]
-CROSS_NORM: list[Names] = [("blocks.{i}.norm2.{p}", "blocks.{i}.norm3.{p}", "blocks.{i}.sublayers.1.norm.{p}")]
+CROSS_NORM: list[Names] = [("norm2.{p}", "norm3.{p}", "sublayers.1.norm.{p}")]
+CONTROL: list[Names] = [
+    ("vace_blocks.0.proj_in.{p}", "vace_blocks.0.before_proj.{p}", "control.enter.{p}"),
+    ("vace_blocks.{i}.proj_out.{p}", "vace_blocks.{i}.after_proj.{p}", "control.hints.{i}.{p}"),
+]
+TOWERS = {"blocks": "blocks", "vace_blocks": "control.blocks"}
+"""Blocks in all files, and here."""
 
 
 def build(record: Record) -> DiT:
-    """WanTransformer3DModel's config -> the same model here."""
+    """WanTransformer3DModel's config, or WanVACETransformer3DModel's -> the same model here."""
     return DiT(_config(record), record["out_channels"], record["text_dim"])
 
 
 def describe(module: nn.Module) -> Record:
     """The inverse of `build`."""
     model = cast(DiT, module)
+    record = _record(model)
+    check_described("WanTransformer3DModel", model.config, _config(record))
+    return record
+
+
+def describe_vace(module: nn.Module) -> Record:
+    """The inverse of `build`, for a model with a control tower."""
+    model = cast(DiT, module)
     config = model.config
-    record = {
+    if config.control_layers[:1] != [0]:
+        raise ValueError(
+            f"WanVACETransformer3DModel cannot be model.control_layers={config.control_layers}: its tower adds to the "
+            "first block, 0, and maybe to others."
+        )
+    record = _record(model) | {
+        "vace_layers": list(config.control_layers),
+        "vace_in_channels": config.control_channels,
+    }
+    check_described("WanVACETransformer3DModel", config, _config(record))
+    return record
+
+
+def key_map(record: Record) -> KeyMap:
+    """Names in `diffusers`."""
+    return _map(record, 0, ("attn1", "attn2"), "proj_out", "scale_shift_table")
+
+
+def original_key_map(record: Record) -> KeyMap:
+    """Names in the files of Wan-AI's own repository."""
+    return _map(record, 1, ("self_attn", "cross_attn"), "head.head", "modulation", head_table="head.modulation")
+
+
+def _record(model: DiT) -> Record:
+    config = model.config
+    return {
         "patch_size": list(config.patch_size),
         "num_attention_heads": config.num_heads,
         "attention_head_dim": config.head_dim,
@@ -75,18 +117,6 @@ def describe(module: nn.Module) -> Record:
         "rope_max_seq_len": 1024,
         "pos_embed_seq_len": config.image_positions or None,
     }
-    check_described("WanTransformer3DModel", config, _config(record))
-    return record
-
-
-def key_map(record: Record) -> KeyMap:
-    """Names in `diffusers`."""
-    return _map(record, 0, ("attn1", "attn2"), "proj_out", "scale_shift_table")
-
-
-def original_key_map(record: Record) -> KeyMap:
-    """Names in the files of Wan-AI's own repository."""
-    return _map(record, 1, ("self_attn", "cross_attn"), "head.head", "modulation", head_table="head.modulation")
 
 
 def _config(record: Record) -> DiTConfig:
@@ -110,39 +140,46 @@ def _config(record: Record) -> DiTConfig:
         text_activation=Activation.gelu_tanh,
         image_width=record["image_dim"] or 0,
         image_positions=record["pos_embed_seq_len"] or 0,
+        control_layers=list(record.get("vace_layers", [])),
+        control_channels=record.get("vace_in_channels", 0),
     )
 
 
 def _map(
     record: Record, side: int, attentions: tuple[str, str], head: str, table: str, head_table: str = "scale_shift_table"
 ) -> KeyMap:
-    image, cross_norm = record["image_dim"] is not None, record["cross_attn_norm"]
-    names = EDGES + MLP + (IMAGE if image else []) + (CROSS_NORM if cross_norm else [])
-    rules = [Rule(name[side], name[2]) for name in names]
-    for place, attention in enumerate(attentions):
-        for name in ATTENTION + (IMAGE_ATTENTION if image and place == 1 else []):
-            rules.append(
-                Rule(f"blocks.{{i}}.{attention}.{name[side]}", f"blocks.{{i}}.sublayers.{place}.operation.{name[2]}")
-            )
-
+    image, tower = record["image_dim"] is not None, "vace_layers" in record
+    rules = [Rule(name[side], name[2]) for name in EDGES + (IMAGE if image else []) + (CONTROL if tower else [])]
     width = record["num_attention_heads"] * record["attention_head_dim"]
+    for theirs, ours in TOWERS.items() if tower else [("blocks", "blocks")]:
+        blocks = _block_names(record, side, attentions)
+        rules += [Rule(f"{theirs}.{{i}}.{there}", f"{ours}.{{i}}.{here}") for there, here in blocks]
+        modulation = Reshaped((1, 6, width), (-1,))
+        rules.append(Rule(f"{theirs}.{{i}}.{table}", f"{ours}.{{i}}.modulation.table", modulation))
+
     patch, channels = tuple(record["patch_size"]), record["out_channels"]
     if places := record["pos_embed_seq_len"]:
         theirs = ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos")[side]
         shape = (places, record["image_dim"])
         rules.append(Rule(theirs, "image_positions", Reshaped((1, *shape), shape)))
-    kernel: Layout = Reshaped((width, record["in_channels"], *patch), (width, -1))
+    kernels = [("patch_embedding", "patch_embedding", record["in_channels"])]
+    kernels += [("vace_patch_embedding", "control.patch_embedding", record["vace_in_channels"])] if tower else []
+    for theirs, ours, given in kernels:
+        kernel = Reshaped((width, given, *patch), (width, -1))
+        rules += [Rule(f"{theirs}.weight", f"{ours}.weight", kernel), Rule(f"{theirs}.bias", f"{ours}.bias")]
     rows = PermutedRows((*patch, channels), (3, 0, 1, 2))
-    return KeyMap(
-        [
-            *rules,
-            Rule("patch_embedding.weight", "patch_embedding.weight", kernel),
-            Rule("patch_embedding.bias", "patch_embedding.bias", Same()),
-            Rule(f"blocks.{{i}}.{table}", "blocks.{i}.modulation.table", Reshaped((1, 6, width), (-1,))),
-            Rule(head_table, "head_modulation.table", Reshaped((1, 2, width), (-1,))),
-            Rule(f"{head}.{{p}}", "head.{p}", rows),
-        ]
-    )
+    rules.append(Rule(head_table, "head_modulation.table", Reshaped((1, 2, width), (-1,))))
+    return KeyMap([*rules, Rule(f"{head}.{{p}}", "head.{p}", rows)])
+
+
+def _block_names(record: Record, side: int, attentions: tuple[str, str]) -> list[tuple[str, str]]:
+    """Names inside a block, theirs and ours."""
+    image = record["image_dim"] is not None
+    found = [(name[side], name[2]) for name in MLP + (CROSS_NORM if record["cross_attn_norm"] else [])]
+    for place, attention in enumerate(attentions):
+        names = ATTENTION + (IMAGE_ATTENTION if image and place == 1 else [])
+        found += [(f"{attention}.{name[side]}", f"sublayers.{place}.operation.{name[2]}") for name in names]
+    return found
 
 
 def _accepts(record: Record) -> bool:
@@ -155,3 +192,4 @@ def _accepts(record: Record) -> bool:
 
 
 WAN = Preset("wan", "WanTransformer3DModel", _accepts, build, describe, key_map, original_key_map)
+WAN_VACE = Preset("wan_vace", "WanVACETransformer3DModel", _accepts, build, describe_vace, key_map, original_key_map)

@@ -6,7 +6,17 @@ from torch import nn
 
 from kinema.models.attention import Attention, attention_of
 from kinema.models.dit.conditioning import LinearModulation, TableModulation
-from kinema.models.dit.config import Activation, CrossNorm, DiTConfig, ModulationSource, NormKind, QKNorm, TextEdge
+from kinema.models.dit.config import (
+    Activation,
+    AttentionPattern,
+    CrossNorm,
+    DiTConfig,
+    ModulationSource,
+    NormKind,
+    PositionEmbedding,
+    QKNorm,
+    TextEdge,
+)
 from kinema.models.dit.layers import (
     Block,
     FeedForward,
@@ -17,6 +27,7 @@ from kinema.models.dit.layers import (
     Sublayer,
 )
 from kinema.models.dit.norms import Norm
+from kinema.models.dit.segments import Span
 
 WHOLE = 3  # shift, scale and gate
 READ = 2  # shift and scale of a segment that is only read
@@ -27,7 +38,7 @@ VIDEO, TEXT = ("video",), ("text",)
 
 def blocks(config: DiTConfig) -> list[Block]:
     """All blocks of the model, first to last."""
-    made = [_block(config, _sublayers(config, index)) for index in range(config.depth)]
+    made = [_block(config, _sublayers(config, index), index) for index in range(config.depth)]
     assert config.modulation is ModulationSource.linear or len({slots_of(each) for each in made}) == 1
     return made
 
@@ -50,11 +61,22 @@ def refiner_blocks(config: DiTConfig) -> list[Block]:
     return made
 
 
-def _block(config: DiTConfig, sublayers: Sequence[Sublayer]) -> Block:
-    slots = sum(sublayer.slots for sublayer in sublayers)
+def control_blocks(config: DiTConfig) -> list[Block]:
+    """Blocks of the control tower, one for each layer that it adds to and like that layer's."""
+    return [_block(config, _sublayers(config, index), index) for index in config.control_layers]
+
+
+def _block(config: DiTConfig, sublayers: Sequence[Sublayer], index: int) -> Block:
+    slots, placed = sum(sublayer.slots for sublayer in sublayers), _is_placed(config, index)
     if config.modulation is ModulationSource.table:
-        return Block(sublayers, TableModulation(config.width, slots))
-    return Block(sublayers, LinearModulation(config.condition_width, config.width, slots))
+        return Block(sublayers, TableModulation(config.width, slots), placed=placed)
+    return Block(sublayers, LinearModulation(config.condition_width, config.width, slots), placed=placed)
+
+
+def _is_placed(config: DiTConfig, index: int) -> bool:
+    """Whether a block begins with positions: those in time, where the first attention is that reaches over it."""
+    first_over_time = 1 if config.attention is AttentionPattern.alternating else 0
+    return config.position_embedding is PositionEmbedding.sincos_apart and index == first_over_time
 
 
 def _sublayers(config: DiTConfig, index: int) -> list[Sublayer]:
@@ -62,17 +84,21 @@ def _sublayers(config: DiTConfig, index: int) -> list[Sublayer]:
     if index >= config.depth - config.single_depth:
         return [_single(config, attention)]
     if config.text is TextEdge.cross:
-        return _cross(config, attention)
+        return _cross(config, attention, config.spans(index))
     if config.text is TextEdge.shared:
         return _shared(config, attention)
     last = index == config.depth - 1 and not config.text_to_the_end
     return _joint(config, attention, last=last)
 
 
-def _cross(config: DiTConfig, attention: Attention) -> list[Sublayer]:
-    """Self-attention over each span, cross-attention to the caption, then the MLP."""
+def _cross(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> list[Sublayer]:
+    """Self-attention over each span, cross-attention to the caption unless the block is over time alone, the MLP."""
     shape = _shape(config)
-    looks = [SegmentAttention(shape, "video", VIDEO, attention, span) for span in config.spans]
+    looks = [SegmentAttention(shape, "video", VIDEO, attention, span) for span in spans]
+    before = [Sublayer({VIDEO: WHOLE}, look, _norm(config)) for look in looks]
+    after = Sublayer({VIDEO: WHOLE}, _mlp(config), _norm(config))
+    if spans == [Span.place]:
+        return [*before, after]
     answers = ["text", "image"] if config.image_width else ["text"]
     caption = SegmentAttention(shape, "video", answers, attention)
     if config.cross_norm is CrossNorm.modulated:
@@ -80,8 +106,7 @@ def _cross(config: DiTConfig, attention: Attention) -> list[Sublayer]:
     else:
         alone = _affine(config) if config.cross_norm is CrossNorm.affine else nn.Identity()
         reading = Sublayer({VIDEO: ALONE}, caption, alone)
-    before = [Sublayer({VIDEO: WHOLE}, look, _norm(config)) for look in looks]
-    return [*before, reading, Sublayer({VIDEO: WHOLE}, _mlp(config), _norm(config))]
+    return [*before, reading, after]
 
 
 def _joint(config: DiTConfig, attention: Attention, *, last: bool) -> list[Sublayer]:

@@ -15,6 +15,10 @@ class AttentionPattern(Enum):
     """Every token sees every other: one attention over the clip."""
     factorised = "factorised"
     """First within each frame, then over time at each place: cheaper for long clips."""
+    alternating = "alternating"
+    """The same in whole blocks that take turns: the even ones look within each frame and at the caption, the odd ones
+    over time at each place and at nothing else (Ma et al. 2024, Latte, variant 1).
+    """
 
 
 class PositionEmbedding(Enum):
@@ -27,6 +31,10 @@ class PositionEmbedding(Enum):
     """
     sincos_quarters = "sincos_quarters"
     """The same with a quarter of the channels for time and the rest for columns and rows (CogVideoX)."""
+    sincos_apart = "sincos_apart"
+    """Half of the channels for columns and half for rows, and all of them again for time, added where a block first
+    looks over time (Latte). A single frame has no time.
+    """
 
 
 class Rope(Enum):
@@ -174,6 +182,10 @@ class DiTConfig:
     position_embedding: PositionEmbedding = PositionEmbedding.none
     position_scale: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     """What a token's frame, row and column are divided by before the position embedding."""
+    position_extent: list[int] = field(default_factory=lambda: [0, 0, 0])
+    """Frames, rows and columns of tokens that every clip is stretched to for the position embedding, whatever its size
+    (PixArt-alpha, Latte); 0 leaves them as they are.
+    """
     timestep_channels: int = 256
     """Sines and cosines of a timestep."""
     timestep_width: int = 0
@@ -189,11 +201,26 @@ class DiTConfig:
     """Between the two layers that bring captions to the model's width."""
     pooled_text: bool = False
     """Add the mean of the text embeddings to the timestep's: the caption also modulates every block."""
+    first_frame_given: bool = False
+    """The first frame of tokens holds a given image: blocks read it with timestep 0 and without guidance, the caption
+    and the head with the clip's own timestep (HunyuanVideo I2V, token replacement).
+    """
     image_width: int = 0
     """Channels of image tokens, which blocks read as they read the caption, in a softmax of their own; 0 for none."""
     image_positions: int = 0
     """Image tokens that each have a learned position, where their order matters (a first and a last frame); 0 for none.
     """
+    learned_variance: bool = False
+    """The head also says, in as many channels again, where between its bounds the variance of a step lies (Nichol and
+    Dhariwal 2021). `DiT.predict` returns it; `forward`, and so training and sampling here, leave it out: it keeps the
+    numbers that it has.
+    """
+    control_layers: list[int] = field(default_factory=list)
+    """Blocks to whose video a second tower adds what it makes of `control_channels`, one block of its own for each
+    (Zhang et al. 2023, ControlNet; Jiang et al. 2025, VACE). Its ways back start at zero. With text=cross.
+    """
+    control_channels: int = 0
+    """Channels of the given latents (depth, poses, a masked clip) that the second tower reads."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together, and choices that exclude one another."""
@@ -208,6 +235,7 @@ class DiTConfig:
             "pooled_width",
             "single_depth",
             "image_positions",
+            "control_channels",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be zero or more.")
@@ -232,14 +260,28 @@ class DiTConfig:
         if self.rope is Rope.axes:
             check_rope_axes(self.rope_axes, self.head_dim)
         self._check_positions()
+        self._check_attention()
         self._check_text()
         self._check_modulation()
+        self._check_control()
 
     def _check_positions(self) -> None:
         if self.position_embedding is PositionEmbedding.sincos_quarters and self.width % 16:
             raise ValueError(
                 f"model.position_embedding=sincos_quarters cuts model.width={self.width} into quarters and eighths "
                 "of whole pairs: it must be a multiple of 16."
+            )
+        if self.position_embedding is PositionEmbedding.sincos_apart and self.width % 4:
+            raise ValueError(
+                f"model.position_embedding=sincos_apart cuts model.width={self.width} into sines and "
+                "cosines of columns and of rows: it must be a multiple of 4."
+            )
+        if len(self.position_extent) != 3 or min(self.position_extent) < 0:
+            raise ValueError(f"model.position_extent={self.position_extent} must be three numbers from 0 up.")
+        if self.position_embedding is PositionEmbedding.none and any(self.position_extent):
+            raise ValueError(
+                f"model.position_extent={self.position_extent} changes nothing with model.position_embedding=none. "
+                "Type model.position_extent=[0,0,0]."
             )
         if self.position_embedding is PositionEmbedding.none and any(scale != 1 for scale in self.position_scale):
             raise ValueError(
@@ -284,6 +326,20 @@ class DiTConfig:
                 "the last block has no weights for captions alone."
             )
 
+    def _check_attention(self) -> None:
+        if self.attention is not AttentionPattern.alternating:
+            return
+        if self.depth % 2:
+            raise ValueError(
+                f"model.attention=alternating pairs a block within frames with one over time: model.depth={self.depth} "
+                "must be even."
+            )
+        if self.modulation is ModulationSource.table and self.cross_norm is CrossNorm.modulated:
+            raise ValueError(
+                "model.modulation=table is shared by all blocks, but with model.attention=alternating only every other "
+                "one has a caption to modulate. Type model.cross_norm=none or model.modulation=linear."
+            )
+
     def _check_modulation(self) -> None:
         alike = self.text is not TextEdge.joint or self.text_to_the_end
         if self.modulation is ModulationSource.table and not alike:
@@ -295,6 +351,23 @@ class DiTConfig:
             raise ValueError(
                 f"model.head_modulation=table adds the timestep's embedding to rows of model.width={self.width}, but "
                 f"model.timestep_width={self.timestep_width}. Type model.head_modulation=linear."
+            )
+
+    def _check_control(self) -> None:
+        layers = self.control_layers
+        if bool(layers) != bool(self.control_channels):
+            raise ValueError(
+                f"model.control_layers={layers} with model.control_channels={self.control_channels}: a control tower "
+                "needs both, the blocks it adds to and the channels it reads. Type both, or neither."
+            )
+        if layers != sorted(set(layers) & set(range(self.depth))):
+            raise ValueError(
+                f"model.control_layers={layers} must be blocks from 0 to {self.depth - 1} in rising order, each once."
+            )
+        if layers and self.text is not TextEdge.cross:
+            raise ValueError(
+                f"model.control_layers={layers} needs model.text=cross: with model.text={self.text.name} the tower "
+                "would change captions that nobody reads."
             )
 
     @property
@@ -312,7 +385,9 @@ class DiTConfig:
         """Channels inside the MLP."""
         return round(self.width * self.mlp_ratio)
 
-    @property
-    def spans(self) -> list[Span]:
+    def spans(self, block: int) -> list[Span]:
         """The self-attentions of a block, in order."""
-        return [Span.clip] if self.attention is AttentionPattern.full else [Span.frame, Span.place]
+        if self.attention is AttentionPattern.full:
+            return [Span.clip]
+        both = [Span.frame, Span.place]
+        return both if self.attention is AttentionPattern.factorised else [both[block % 2]]

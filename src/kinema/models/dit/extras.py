@@ -20,6 +20,8 @@ class Extras:
     """One vector (pooled_width,) for the caption."""
     guidance: Sequence[float] | None = None
     """Strength of guidance, for example 6.0."""
+    control: Sequence[Tensor] | None = None
+    """Given latents (control_channels, T, H, W) that the control tower reads."""
 
     def take(self, clips: Sequence[int]) -> "Extras":
         """The same for these clips, in this order."""

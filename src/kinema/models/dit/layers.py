@@ -9,13 +9,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kinema.models.attention import Attention, Lengths
+from kinema.models.dit.activations import gelu_tanh
 from kinema.models.dit.conditioning import Condition, LinearModulation, TableModulation, gated_sum, modulated
 from kinema.models.dit.config import Activation, NormKind, QKNorm
 from kinema.models.dit.norms import Norm
-from kinema.models.dit.segments import Rope, Segments, Span, Tokens
+from kinema.models.dit.segments import Rope, Rows, Segments, Span, Tokens
 from kinema.models.position import apply_rope
-
-SLOTS = 3  # shift, scale and gate: the modulation of one segment in one sublayer
 
 
 class Linear(nn.Linear):
@@ -32,7 +31,7 @@ class Counts(NamedTuple):
     tokens: Mapping[str, int]
     """Of each segment."""
     seen: Mapping[Span, int]
-    """Tokens of the video that one of them attends to."""
+    """Pairs of the video's tokens that attend to one another."""
 
 
 class FeedForward(nn.Module):
@@ -65,7 +64,7 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     if activation is Activation.silu:
         return F.silu(x)
     assert activation is not Activation.swiglu
-    return F.gelu(x, approximate="tanh" if activation is Activation.gelu_tanh else "none")
+    return gelu_tanh(x) if activation is Activation.gelu_tanh else F.gelu(x)
 
 
 class Activate(nn.Module):
@@ -167,8 +166,8 @@ class SegmentAttention(nn.Module):
         """Multiplications on one clip."""
         asking, square = counts.tokens[self.asks], self.shape.width**2
         if self.answers == self.asks:
-            seen = counts.seen[self.span] if self.asks == "video" else asking
-            return asking * (4 * square + 2 * seen * self.shape.width)
+            pairs = counts.seen[self.span] if self.asks == "video" else asking**2
+            return 4 * asking * square + 2 * pairs * self.shape.width
         answering = sum(counts.tokens[name] for name in (self.answers, *self.others))
         return 2 * (asking + answering) * square + 2 * asking * answering * self.shape.width
 
@@ -331,11 +330,13 @@ class Sublayer(nn.Module):
             start += slots
         return parts
 
-    def _input(self, x: Tensor, rows: Lengths, part: Sequence[Tensor]) -> Tensor:
-        return modulated(self.norm(x), part[0], part[1], rows) if len(part) > 1 else self.norm(x)
+    def _input(self, x: Tensor, rows: Rows, part: Sequence[Tensor]) -> Tensor:
+        if len(part) <= 1:
+            return self.norm(x)
+        return modulated(self.norm(x), rows.of(part[0]), rows.of(part[1]), rows.lengths)
 
-    def _sum(self, x: Tensor, update: Tensor, rows: Lengths, part: Sequence[Tensor]) -> Tensor:
-        return gated_sum(x, part[-1], update, rows) if part else x + update
+    def _sum(self, x: Tensor, update: Tensor, rows: Rows, part: Sequence[Tensor]) -> Tensor:
+        return gated_sum(x, rows.of(part[-1]), update, rows.lengths) if part else x + update
 
     def products(self, counts: Counts) -> int:
         """Multiplications on one clip."""
@@ -343,17 +344,25 @@ class Sublayer(nn.Module):
 
 
 class Block(nn.Module):
-    """A list of sublayers and the source of their modulation; an architecture is a choice of that list."""
+    """A list of sublayers and the source of their modulation; an architecture is a choice of that list.
 
-    def __init__(self, sublayers: Sequence[Sublayer], modulation: TableModulation | LinearModulation) -> None:
+    A `placed` block first adds the positions of the video's segment to its tokens.
+    """
+
+    def __init__(
+        self, sublayers: Sequence[Sublayer], modulation: TableModulation | LinearModulation, *, placed: bool = False
+    ) -> None:
         super().__init__()
         self.sublayers = nn.ModuleList(sublayers)
         self.modulation = modulation
+        self.placed = placed
 
     def forward(self, tokens: Tokens, segments: Segments, condition: Condition) -> Tokens:
         """Tokens of all segments -> tokens of all segments, of the same shapes."""
         slots = [sublayer.slots for sublayer in self.sublayers]
         vectors = self.modulation(condition).chunk(sum(slots), dim=-1)
+        if self.placed:
+            tokens = {**tokens, "video": tokens["video"] + segments["video"].places}
         start = 0
         for sublayer, count in zip(self.sublayers, slots, strict=True):
             tokens = sublayer(tokens, segments, vectors[start : start + count])

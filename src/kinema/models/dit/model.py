@@ -21,16 +21,15 @@ from kinema.models.dit.conditioning import (
     modulated,
 )
 from kinema.models.dit.config import (
-    AttentionPattern,
     DiTConfig,
     HeadModulation,
     ModulationSource,
     NormKind,
-    PositionEmbedding,
     Rope,
     TextEdge,
     TextEmbedding,
 )
+from kinema.models.dit.control import ControlTower
 from kinema.models.dit.extras import Extras
 from kinema.models.dit.layers import (
     Activate,
@@ -43,12 +42,16 @@ from kinema.models.dit.layers import (
 )
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.patches import patchify, token_grid, unpatchify
+from kinema.models.dit.places import Places
 from kinema.models.dit.refiner import TextRefiner
-from kinema.models.dit.segments import Grid, Segments, Span, Tokens, clip_segment, video_segment
-from kinema.models.position import fractional_rope, grid_positions, rope_3d, sincos_3d, sincos_quarters
+from kinema.models.dit.segments import Grid, Rows, Segments, Span, Tokens, clip_segment, seen, video_segment
+from kinema.models.position import fractional_rope, grid_positions, rope_3d
 
 Timesteps: TypeAlias = Tensor | Sequence[Tensor]
-"""(B,), or for each clip one of every frame of tokens (T / patch_size[0],); in [0, 1]."""
+"""(B,), or for each clip one of every frame of tokens (T / patch_size[0],); in [0, 1].
+
+Where frames have their own, the clip's, which captions are modulated with, is the largest: that of the noisiest frame.
+"""
 
 NO_EXTRAS = Extras()
 IMAGE_NORM_EPSILON = 1e-5
@@ -72,6 +75,7 @@ class DiT(nn.Module):
         patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
 
         self.patch_embedding = Linear((latent_channels + config.condition_channels) * patch, width)
+        self.places = Places(config)
         self.text_embedding = _text_embedding(config, text_width)
         places = (config.image_positions, config.image_width)
         self.image_positions = nn.Parameter(torch.zeros(places)) if config.image_positions else None
@@ -89,6 +93,7 @@ class DiT(nn.Module):
         table = config.modulation is ModulationSource.table
         self.shared_modulation = ExactLinear(config.condition_width, slots_of(made[0]) * width) if table else None
         self.blocks = nn.ModuleList(made)
+        self.control = ControlTower(config) if config.control_layers else None
 
         def norm() -> Norm:
             return Norm(NormKind.layer, width, config.norm_eps, affine=config.norm_affine)
@@ -97,7 +102,7 @@ class DiT(nn.Module):
         self.head_norm = norm()
         linear = config.head_modulation is HeadModulation.linear
         self.head_modulation = ExactLinear(config.condition_width, 2 * width) if linear else HeadTable(width)
-        self.head = Linear(width, latent_channels * patch)
+        self.head = Linear(width, latent_channels * patch * (2 if config.learned_variance else 1))
         self._initialise()
 
     def forward(
@@ -107,24 +112,34 @@ class DiT(nn.Module):
 
         Clips and captions may all differ in size. Equal shapes side by side are fastest, so clips are sorted
         by shape on the way in and put back on the way out. Instead of (B,), timesteps may be one tensor for each
-        clip with a timestep for every frame of tokens: a given frame has 0 where the others have noise.
+        clip with a timestep for every frame of tokens: a given frame has 0 where the others have noise, and then no
+        guidance.
         """
+        predictions = self.predict(latents, timesteps, text, extras)
+        return [x[: self.latent_channels] for x in predictions] if self.config.learned_variance else predictions
+
+    def predict(
+        self, latents: Sequence[Tensor], timesteps: Timesteps, text: Sequence[Tensor], extras: Extras = NO_EXTRAS
+    ) -> list[Tensor]:
+        """All that the head says, (2C, T, H, W) each with model.learned_variance: the same, and the variances."""
         self._check(latents, timesteps, text)
         self._check_extras(latents, extras)
         order = sorted(range(len(latents)), key=lambda clip: tuple(latents[clip].shape))
         if order == list(range(len(latents))):
-            return self._forward_sorted(latents, timesteps, text, extras)
+            return self._predict_sorted(latents, timesteps, text, extras)
         times = timesteps[order] if isinstance(timesteps, Tensor) else [timesteps[clip] for clip in order]
-        predictions = self._forward_sorted(
+        predictions = self._predict_sorted(
             [latents[clip] for clip in order], times, [text[clip] for clip in order], extras.take(order)
         )
         place = {clip: index for index, clip in enumerate(order)}
         return [predictions[place[clip]] for clip in range(len(latents))]
 
-    def _forward_sorted(
+    def _predict_sorted(
         self, latents: Sequence[Tensor], timesteps: Timesteps, text: Sequence[Tensor], extras: Extras
     ) -> list[Tensor]:
         grids = [token_grid(clip.shape, self.config.patch_size) for clip in latents]
+        if self.config.first_frame_given and isinstance(timesteps, Tensor):
+            timesteps = [_first_given(time, frames) for time, (frames, _, _) in zip(timesteps, grids, strict=True)]
         words = torch.cat(list(text))
         lengths = tuple(len(caption) for caption in text)
         condition = self._condition(timesteps, words, lengths, extras)
@@ -134,24 +149,35 @@ class DiT(nn.Module):
             latents if extras.channels is None else [torch.cat(x) for x in zip(latents, extras.channels, strict=True)]
         )
         video = self.patch_embedding(patchify(given, self.config.patch_size)).to(condition.embedding.dtype)
-        if self.config.position_embedding is not PositionEmbedding.none:
-            video = video + self._places(grids, video)
+        places = self.places.at_start(grids, video)
+        if places is not None:
+            video = video + places
         tokens: Tokens = {"video": video, "text": self._captions(words, lengths, timesteps)}
         if self.image_embedding is not None and extras.image is not None:
             tokens["image"] = self.image_embedding(torch.cat([self._placed(image) for image in extras.image]))
-        for each in self.blocks:
+        hints = self._hints(tokens, segments, condition, extras)
+        for layer, each in enumerate(self.blocks):
             tokens = each(tokens, segments, condition)
+            if layer in hints:
+                tokens = {**tokens, "video": tokens["video"] + hints[layer]}
 
         if self.final_norm is not None:
             tokens["video"] = self.final_norm(tokens["video"])
-        patches = self._head(tokens["video"], segments["video"].rows, condition)
+        rows = _clip_rows(grids, condition) if self.config.first_frame_given else segments["video"].rows
+        patches = self._head(tokens["video"], rows, condition)
         return unpatchify(patches.to(latents[0].dtype), grids, self.config.patch_size)
 
-    def _head(self, video: Tensor, rows: Lengths, condition: Condition) -> Tensor:
+    def _head(self, video: Tensor, rows: Rows, condition: Condition) -> Tensor:
         linear = self.config.head_modulation is HeadModulation.linear
         both = self.head_modulation(condition.embedding if linear else condition)
         shift, scale = both.chunk(2, dim=-1)
-        return self.head(modulated(self.head_norm(video), shift, scale, rows))
+        return self.head(modulated(self.head_norm(video), rows.of(shift), rows.of(scale), rows.lengths))
+
+    def _hints(self, tokens: Tokens, segments: Segments, condition: Condition, extras: Extras) -> dict[int, Tensor]:
+        """What the control tower adds to the video after some blocks: layer -> (N, D)."""
+        if self.control is None or extras.control is None:
+            return {}
+        return self.control(patchify(extras.control, self.config.patch_size), tokens, segments, condition)
 
     def _placed(self, image: Tensor) -> Tensor:
         return image if self.image_positions is None else image + self.image_positions
@@ -162,21 +188,23 @@ class DiT(nn.Module):
             if self.config.text is TextEdge.cross:
                 return embedded
             return embedded.to(torch.promote_types(embedded.dtype, torch.float32))  # a residual stream, like the video
-        assert isinstance(timesteps, Tensor)
-        return self.text_embedding(words, lengths, timesteps)
+        return self.text_embedding(words, lengths, _of_clips(timesteps))
 
     def _condition(self, timesteps: Timesteps, words: Tensor, lengths: Lengths, extras: Extras) -> Condition:
-        rows = timesteps if isinstance(timesteps, Tensor) else torch.cat(list(timesteps))
+        """One row a clip; where frames have timesteps of their own, one for each of them and then one a clip."""
+        rows = timesteps if isinstance(timesteps, Tensor) else torch.cat([*timesteps, _of_clips(timesteps)])
         embedding = self.timestep_embedding(rows)
         clips = []  # what is the same for all frames of a clip
         if self.pooled_text is not None:
             clips.append(self.pooled_text(means(words.to(embedding.dtype), lengths)))
         if self.pooled_embedding is not None and extras.pooled is not None:
             clips.append(self.pooled_embedding(torch.stack(list(extras.pooled))))
-        if self.guidance_embedding is not None and extras.guidance is not None:
-            clips.append(self.guidance_embedding(rows.new_tensor(list(extras.guidance))))
         for clip in clips:
-            embedding = embedding + (clip if isinstance(timesteps, Tensor) else _for_frames(clip, timesteps))
+            embedding = embedding + _for_rows(clip, timesteps)
+        if self.guidance_embedding is not None and extras.guidance is not None:
+            guidance = _for_rows(self.guidance_embedding(rows.new_tensor(list(extras.guidance))), timesteps)
+            given = rows == 0 if isinstance(timesteps, Sequence) else torch.zeros_like(rows, dtype=torch.bool)
+            embedding = torch.where(given[:, None], embedding, embedding + guidance)
         active = F.silu(embedding)
         shared = None if self.shared_modulation is None else self.shared_modulation(active)
         return Condition(embedding, active, shared)
@@ -186,10 +214,10 @@ class DiT(nn.Module):
     ) -> Segments:
         """Angles (dtype and device of the condition), cuts and orders, made once; blocks only read them."""
         like = condition.embedding
-        spans = {*self.config.spans, Span.clip}
+        rope, places = self._rope(grids, like), self.places.in_blocks(grids, like)
         segments = {
-            "video": video_segment(grids, _rows(grids, len(like)), self._rope(grids, like), spans, like.device),
-            "text": clip_segment(tuple(len(caption) for caption in text)),
+            "video": video_segment(grids, _rows(grids, condition), rope, places, self._spans, like.device),
+            "text": clip_segment(tuple(len(caption) for caption in text), len(like) - len(grids)),
         }
         if extras.image is not None:
             segments["image"] = clip_segment(tuple(len(image) for image in extras.image))
@@ -216,17 +244,6 @@ class DiT(nn.Module):
         fractions = positions * units * patch / extent
         return fractional_rope(fractions, config.width, config.num_heads, config.rope_theta, dtype)
 
-    def _places(self, grids: Sequence[Grid], like: Tensor) -> Tensor:
-        """The sine and cosine embedding of every token, (N, width)."""
-        config = self.config
-        waves = sincos_3d if config.position_embedding is PositionEmbedding.sincos else sincos_quarters
-        scale = torch.tensor(config.position_scale, device=like.device)
-        parts = [
-            waves(positions / scale, config.width, config.rope_theta, like.dtype).repeat(clips, 1)
-            for positions, clips in _runs(grids, like.device)
-        ]
-        return torch.cat(parts)
-
     def _check(self, latents: Sequence[Tensor], timesteps: Timesteps, text: Sequence[Tensor]) -> None:
         if not len(latents) == len(timesteps) == len(text) > 0:
             raise ValueError(
@@ -243,11 +260,6 @@ class DiT(nn.Module):
             if times.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"timesteps have dtype {times.dtype}: keep them float32, half precision merges some.")
         if not isinstance(timesteps, Tensor):
-            if self.config.text is not TextEdge.cross or self.config.text_embedding is TextEmbedding.refiner:
-                raise ValueError(
-                    f"a timestep for each frame leaves captions without one, which model.text={self.config.text.name} "
-                    f"with model.text_embedding={self.config.text_embedding.name} needs. Give one timestep a clip."
-                )
             for clip, times in zip(latents, timesteps, strict=True):
                 frames = clip.shape[1] // self.config.patch_size[0]
                 if times.shape != (frames,):
@@ -272,10 +284,11 @@ class DiT(nn.Module):
                 )
             if given is not None and len(given) != len(latents):
                 raise ValueError(f"extras.{name} has {len(given)} entries for {len(latents)} clips.")
-        for clip, channels in zip(latents, extras.channels or [], strict=extras.channels is not None):
-            expected = (self.config.condition_channels, *clip.shape[1:])
-            if channels.shape != expected:
-                raise ValueError(f"extras.channels has shape {tuple(channels.shape)} for a clip that needs {expected}.")
+        for key, name in GIVEN.items():
+            for clip, given in zip(latents, getattr(extras, name) or [], strict=getattr(extras, name) is not None):
+                expected = (getattr(self.config, key), *clip.shape[1:])
+                if given.shape != expected:
+                    raise ValueError(f"extras.{name} has shape {tuple(given.shape)} for a clip that needs {expected}.")
         for image in extras.image or []:
             if self.config.image_positions not in (0, len(image)):
                 raise ValueError(
@@ -297,6 +310,7 @@ class DiT(nn.Module):
         zero: list[nn.Linear] = [self.head]
         zero += [linear for linear in (self.shared_modulation, self.head_modulation) if isinstance(linear, nn.Linear)]
         zero += [module.linear for module in self.modules() if isinstance(module, LinearModulation)]
+        zero += [hint for tower in self.modules() if isinstance(tower, ControlTower) for hint in tower.hints]
         # Without a gate the last layer of the operation is what makes a new block the identity.
         zero += [m.operation.project for m in self.modules() if isinstance(m, Sublayer) and m.slots == 0]
         for linear in zero:
@@ -308,18 +322,18 @@ class DiT(nn.Module):
             if isinstance(module, SegmentAttention | JointAttention | SingleStream):
                 module.attention = replace(module.attention)
 
-    def flops(self, tokens: int, text_tokens: int, frames: int | None = None, image_tokens: int = 0) -> float:
-        """Floating-point operations of the forward pass on one clip; a multiply and an add are two.
+    @property
+    def _spans(self) -> set[Span]:
+        """Of all attentions; cross-attention asks with whole clips."""
+        return {Span.clip, *(span for block in range(self.config.depth) for span in self.config.spans(block))}
 
-        Matrix products only; backward takes twice as many. Factorised attention needs `frames` of tokens too.
+    def flops(self, grid: Grid, text_tokens: int, image_tokens: int = 0) -> float:
+        """Floating-point operations of the forward pass on one clip of this token grid; a multiply and an add are two.
+
+        Matrix products only; backward takes twice as many.
         """
-        if self.config.attention is AttentionPattern.full:
-            seen = {Span.clip: tokens}
-        elif frames is None:
-            raise ValueError("model.attention=factorised: flops needs frames, the number of token frames.")
-        else:
-            seen = {Span.frame: tokens // frames, Span.place: frames}
-        counts = Counts({"video": tokens, "text": text_tokens, "image": image_tokens}, seen)
+        tokens = {"video": grid[0] * grid[1] * grid[2], "text": text_tokens, "image": image_tokens}
+        counts = Counts(tokens, {span: seen(span, grid) for span in self._spans})
         products = sum(module.products(counts) for module in self.modules() if isinstance(module, Sublayer))
         for name, module in self.named_modules():  # layers outside the blocks see each token, or each clip, once
             if isinstance(module, nn.Linear) and ".operation." not in name:
@@ -329,10 +343,19 @@ class DiT(nn.Module):
         return 2.0 * products
 
 
-EDGES = {"patch_embedding": "video", "head": "video", "text_embedding": "text", "image_embedding": "image"}
+EDGES = {
+    "patch_embedding": "video",
+    "head": "video",
+    "control": "video",
+    "text_embedding": "text",
+    "image_embedding": "image",
+}
 """Parts outside the blocks that see every token of a segment; the others see one row a clip."""
 
-EXTRAS = {"condition_channels": "channels", "image_width": "image", "pooled_width": "pooled", "guidance": "guidance"}
+GIVEN = {"condition_channels": "channels", "control_channels": "control"}
+"""Key of the config -> latents of a clip's own size that it makes the model demand."""
+
+EXTRAS = {**GIVEN, "image_width": "image", "pooled_width": "pooled", "guidance": "guidance"}
 """Key of the config -> what it makes the model demand."""
 
 
@@ -359,14 +382,31 @@ def _runs(grids: Sequence[Grid], device: torch.device) -> Iterator[tuple[Tensor,
         yield grid_positions(*grid, device=device), len(list(group))
 
 
-def _rows(grids: Sequence[Grid], rows: int) -> Lengths:
-    """Tokens of each row of the condition: whole clips, or their frames where there are as many rows as frames."""
-    if rows == len(grids):
-        return tuple(t * h * w for t, h, w in grids)
-    return tuple(h * w for t, h, w in grids for _ in range(t))
+def _rows(grids: Sequence[Grid], condition: Condition) -> Rows:
+    """The video's rows of the condition: one a clip, or one a frame where there are rows for those."""
+    if len(condition.raw) == len(grids):
+        return _clip_rows(grids, condition)
+    return Rows(tuple(h * w for t, h, w in grids for _ in range(t)))
 
 
-def _for_frames(clips: Tensor, timesteps: Sequence[Tensor]) -> Tensor:
-    """One row a clip -> one row for each of its frames."""
+def _clip_rows(grids: Sequence[Grid], condition: Condition) -> Rows:
+    """The same with one row a clip in any case: the last ones."""
+    return Rows(tuple(t * h * w for t, h, w in grids), len(condition.raw) - len(grids))
+
+
+def _of_clips(timesteps: Timesteps) -> Tensor:
+    """One timestep a clip (B,): the largest of its frames'."""
+    return timesteps if isinstance(timesteps, Tensor) else torch.stack([times.max() for times in timesteps])
+
+
+def _first_given(timestep: Tensor, frames: int) -> Tensor:
+    """A clip's timestep () -> one for each of its frames, 0 for the first."""
+    return torch.cat([timestep.new_zeros(1), timestep.expand(frames - 1)])
+
+
+def _for_rows(clips: Tensor, timesteps: Timesteps) -> Tensor:
+    """One row a clip -> the same; where frames have timesteps, one for each of its frames, and then the clips' own."""
+    if isinstance(timesteps, Tensor):
+        return clips
     frames = torch.tensor([len(times) for times in timesteps], device=clips.device)
-    return clips.repeat_interleave(frames, dim=0)
+    return torch.cat([clips.repeat_interleave(frames, dim=0), clips])

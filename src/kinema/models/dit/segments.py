@@ -43,32 +43,57 @@ class Cut(NamedTuple):
     order: Order | None = None
 
 
+class Rows(NamedTuple):
+    """The rows of the condition that modulate a segment: one for each of these numbers of tokens, from `first` on."""
+
+    lengths: Lengths
+    first: int = 0
+
+    def of(self, vectors: Tensor) -> Tensor:
+        """vectors (all rows, D) -> (rows of this segment, D)"""
+        count = len(self.lengths)
+        return vectors if len(vectors) == count else vectors[self.first : self.first + count]
+
+
 @dataclass(frozen=True)
 class Segment:
     """One modality of a pack: where its clips begin and end, its cuts, and its rotary table."""
 
     lengths: Lengths
-    rows: Lengths
-    """Tokens of each row of the condition: one row a clip, or one a frame of tokens."""
+    rows: Rows
+    """One a clip, or one a frame of tokens."""
     cuts: dict[Span, Cut]
     rope: Rope | None = None
     """None for text, whose encoder has placed the words."""
+    places: Tensor | None = None
+    """(N, D), what blocks add to the tokens that are `placed`."""
 
 
 Segments = dict[str, Segment]
 
 
 def video_segment(
-    grids: Sequence[Grid], rows: Lengths, rope: Rope | None, spans: Iterable[Span], device: torch.device
+    grids: Sequence[Grid],
+    rows: Rows,
+    rope: Rope | None,
+    places: Tensor | None,
+    spans: Iterable[Span],
+    device: torch.device,
 ) -> Segment:
     """The segment of clips with these token grids, with only the cuts that the model asks for."""
     cuts = {span: _cut(span, grids, device) for span in spans}
-    return Segment(tuple(t * h * w for t, h, w in grids), rows, cuts, rope)
+    return Segment(tuple(t * h * w for t, h, w in grids), rows, cuts, rope, places)
 
 
-def clip_segment(lengths: Lengths) -> Segment:
+def clip_segment(lengths: Lengths, first_row: int = 0) -> Segment:
     """The segment of captions or images with these numbers of tokens, which have no grid."""
-    return Segment(lengths, lengths, {Span.clip: Cut(lengths)})
+    return Segment(lengths, Rows(lengths, first_row), {Span.clip: Cut(lengths)})
+
+
+def seen(span: Span, grid: Grid) -> int:
+    """Pairs of tokens of one clip that attend to one another."""
+    t, h, w = grid
+    return {Span.clip: (t * h * w) ** 2, Span.frame: t * (h * w) ** 2, Span.place: h * w * t**2}[span]
 
 
 def _cut(span: Span, grids: Sequence[Grid], device: torch.device) -> Cut:

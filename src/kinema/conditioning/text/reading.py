@@ -1,0 +1,104 @@
+"""Reading an encoder and its tokenizer: safetensors only, nothing missing, nothing guessed."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kinema.conditioning.text.policy import PretrainedText, TextDtype, TextFamily
+
+
+def load_tokenizer(config: PretrainedText) -> Any:
+    """The tokenizer beside the weights, with a padding token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = read_pretrained(AutoTokenizer, config)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"text.path={config.path}: this tokenizer has no padding token; add one to its config.")
+    return tokenizer
+
+
+def load_model(config: PretrainedText) -> nn.Module:
+    """The frozen encoder, from safetensors weights; never from a pickle, and never with a weight missing."""
+    import transformers
+
+    check_fits(config, read_pretrained(transformers.AutoConfig, config))
+    classes = {
+        TextFamily.t5: transformers.T5EncoderModel,
+        TextFamily.umt5: transformers.UMT5EncoderModel,
+        TextFamily.clip: transformers.CLIPTextModel,
+        TextFamily.llama: transformers.LlamaModel,
+        TextFamily.qwen: transformers.Qwen2_5_VLTextModel,
+        TextFamily.auto: transformers.AutoModel,
+    }
+    dtype = torch.float32 if config.dtype is TextDtype.float32 else torch.bfloat16
+    options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
+    model, loading = read_pretrained(classes[config.family], config, **options)
+    if loading["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(loading["missing_keys"])
+        raise ValueError(
+            f"text.path={config.path} lacks {len(missing)} weights of text.family={config.family.value}, "
+            f"for example {missing[0]}."
+        )
+    return model.eval().requires_grad_(False)
+
+
+def read_pretrained(kind: Any, config: PretrainedText, **options: Any) -> Any:
+    """`kind.from_pretrained`, with an error that names the config key."""
+    try:
+        return kind.from_pretrained(config.path, **options)
+    except (OSError, ValueError) as error:
+        is_folder = Path(config.path).is_dir()
+        where = "the folder lacks a file" if is_folder else "no such folder, and the hub did not give it"
+        raise ValueError(
+            f"text.path={config.path} cannot be read by {kind.__name__} ({where}): it must hold config.json, "
+            f"tokenizer files and *.safetensors weights. {error}"
+        ) from error
+
+
+def check_fits(config: PretrainedText, model_config: Any) -> None:
+    """Refuse a family, a length or a layer that this encoder does not have, before its weights are read."""
+    families = {
+        TextFamily.t5: ["t5"],
+        TextFamily.umt5: ["umt5"],
+        TextFamily.clip: ["clip", "clip_text_model"],
+        TextFamily.llama: ["llama"],
+        TextFamily.qwen: ["qwen2_5_vl_text"],
+    }
+    found = model_config.model_type
+    if found not in families.get(config.family, [found]):
+        raise ValueError(
+            f"text.family={config.family.value} does not fit text.path={config.path}, whose type is {found}."
+        )
+    model_config = getattr(model_config, "text_config", model_config)  # a whole CLIP holds two
+    longest = getattr(model_config, "max_position_embeddings", config.read_tokens)
+    if config.read_tokens > longest:
+        raise ValueError(
+            f"text.max_tokens={config.max_tokens} is more than the {longest} tokens that text.path={config.path} was "
+            f"built for{', with text.crop in front' if config.crop else ''}. Type {longest - config.crop} or less."
+        )
+    num_layers = model_config.num_hidden_layers
+    if -config.layer > num_layers + 1:
+        raise ValueError(f"text.layer={config.layer} does not exist: text.path={config.path} has {num_layers} layers.")
+
+
+def hash_weights(model: nn.Module, max_values: int = 4096) -> str:
+    """A fingerprint: names, shapes and up to twice `max_values` evenly spaced values of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().flatten()
+        stride = max(1, values.numel() // max_values)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(values[::stride].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """A fingerprint of a vocabulary and of what is put around a caption."""
+    digest = hashlib.sha256()
+    for word, number in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{word!r} {number}\n".encode(errors="backslashreplace"))
+    digest.update(repr(tokenizer("A caption, 2 words.")["input_ids"]).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,160 @@
+"""Latte (Ma et al. 2024): whole blocks within frames and whole blocks over time that take turns, as PixArt-alpha's."""
+
+from typing import cast
+
+from torch import nn
+
+from kinema.interop.keymap import KeyMap, PermutedRows, Reshaped, Rule
+from kinema.interop.preset import Preset, Record
+from kinema.interop.presets.described import check_described
+from kinema.models.dit import (
+    Activation,
+    AttentionPattern,
+    CrossNorm,
+    DiT,
+    DiTConfig,
+    HeadModulation,
+    PositionEmbedding,
+    QKNorm,
+    Rope,
+)
+
+HEAD_EPSILON = 1e-6  # of the norm before the head, whatever norm_eps says
+TRAINED_FRAMES = 16  # what the reference's table in time holds; clips here may have any number
+STEPS = 1000
+BASE_SAMPLE = 64
+"""The side in latents at which the reference begins to divide positions."""
+FIXED = {
+    "dropout": 0.0,
+    "attention_bias": True,
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": HEAD_EPSILON,
+}
+
+Names = tuple[str, str]
+"""Name in `diffusers`, and here."""
+
+EDGES: list[Names] = [
+    ("pos_embed.proj.bias", "patch_embedding.bias"),
+    ("adaln_single.emb.timestep_embedder.linear_1.{p}", "timestep_embedding.expand.{p}"),
+    ("adaln_single.emb.timestep_embedder.linear_2.{p}", "timestep_embedding.project.{p}"),
+    ("adaln_single.linear.{p}", "shared_modulation.{p}"),
+    ("caption_projection.linear_1.{p}", "text_embedding.0.{p}"),
+    ("caption_projection.linear_2.{p}", "text_embedding.2.{p}"),
+]
+ATTENTION: list[Names] = [
+    ("to_q.{p}", "query.{p}"),
+    ("to_k.{p}", "key.{p}"),
+    ("to_v.{p}", "value.{p}"),
+    ("to_out.0.{p}", "project.{p}"),
+]
+MLP: list[Names] = [("ff.net.0.proj.{p}", "expand.{p}"), ("ff.net.2.{p}", "project.{p}")]
+
+
+def build(record: Record) -> DiT:
+    """LatteTransformer3DModel's config -> the same model here.
+
+    The reference takes timesteps from 0 to 1000 of a noise schedule and predicts the noise, and its variance where it
+    has twice as many channels out as in.
+    """
+    return DiT(_config(record), record["in_channels"], record["caption_channels"])
+
+
+def describe(module: nn.Module) -> Record:
+    """The inverse of `build`."""
+    model = cast(DiT, module)
+    config = model.config
+    side = config.patch_size[1]
+    record = {
+        **FIXED,
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": model.latent_channels,
+        "out_channels": model.latent_channels * (2 if config.learned_variance else 1),
+        "num_layers": config.depth // 2,
+        "cross_attention_dim": config.width,
+        "sample_size": config.position_extent[1] * side,
+        "patch_size": side,
+        "num_embeds_ada_norm": STEPS,
+        "caption_channels": model.text_width,
+        "video_length": TRAINED_FRAMES,
+    }
+    check_described("LatteTransformer3DModel", config, _config(record))
+    return record
+
+
+def key_map(record: Record) -> KeyMap:
+    """Names in `diffusers`, which are the maker's own."""
+    width, side = record["num_attention_heads"] * record["attention_head_dim"], record["patch_size"]
+    rows = PermutedRows((side, side, _out_channels(record)), (2, 0, 1))
+    kernel = Reshaped((width, record["in_channels"], side, side), (width, -1))
+    blocks = [
+        rule
+        for pair in range(record["num_layers"])
+        for rule in [
+            *_block(f"transformer_blocks.{pair}", f"blocks.{2 * pair}", width, ["attn1", "attn2"]),
+            *_block(f"temporal_transformer_blocks.{pair}", f"blocks.{2 * pair + 1}", width, ["attn1"]),
+        ]
+    ]
+    return KeyMap(
+        [
+            *(Rule(theirs, ours) for theirs, ours in EDGES),
+            *blocks,
+            Rule("pos_embed.proj.weight", "patch_embedding.weight", kernel),
+            Rule("scale_shift_table", "head_modulation.table", Reshaped((2, width), (-1,))),
+            Rule("proj_out.{p}", "head.{p}", rows),
+        ]
+    )
+
+
+def _block(theirs: str, ours: str, width: int, attentions: list[str]) -> list[Rule]:
+    layers = [(name, ATTENTION) for name in attentions] + [("", MLP)]
+    return [
+        Rule(f"{theirs}.scale_shift_table", f"{ours}.modulation.table", Reshaped((6, width), (-1,))),
+        *(
+            Rule(f"{theirs}.{layer}.{name}".replace("..", "."), f"{ours}.sublayers.{place}.operation.{mine}")
+            for place, (layer, names) in enumerate(layers)
+            for name, mine in names
+        ),
+    ]
+
+
+def _config(record: Record) -> DiTConfig:
+    width, side = record["num_attention_heads"] * record["attention_head_dim"], record["patch_size"]
+    extent, scale = record["sample_size"] // side, float(max(record["sample_size"] // BASE_SAMPLE, 1))
+    return DiTConfig(
+        width=width,
+        depth=2 * record["num_layers"],
+        num_heads=record["num_attention_heads"],
+        patch_size=[1, side, side],
+        attention=AttentionPattern.alternating,
+        activation=Activation.gelu_tanh,
+        norm_eps=record["norm_eps"],
+        cross_norm=CrossNorm.none,
+        head_modulation=HeadModulation.table,
+        qk_norm=QKNorm.none,
+        rope=Rope.none,
+        position_embedding=PositionEmbedding.sincos_apart,
+        position_scale=[1.0, scale, scale],
+        position_extent=[0, extent, extent],
+        text_activation=Activation.gelu_tanh,
+        learned_variance=_out_channels(record) == 2 * record["in_channels"],
+    )
+
+
+def _out_channels(record: Record) -> int:
+    return record["out_channels"] or record["in_channels"]
+
+
+def _accepts(record: Record) -> bool:
+    width = record["num_attention_heads"] * record["attention_head_dim"]
+    return (
+        all(record[key] == value for key, value in FIXED.items())
+        and record["cross_attention_dim"] == width
+        and _out_channels(record) in (record["in_channels"], 2 * record["in_channels"])
+    )
+
+
+LATTE = Preset("latte", "LatteTransformer3DModel", _accepts, build, describe, key_map)
