@@ -17,7 +17,7 @@ from kinema.models.vae import CausalVAE
 from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import load_pipeline
 from kinema.training.checkpoint import SEAL, Checkpoint, CheckpointStore
-from kinema.training.finetune import merged_weights
+from kinema.training.finetune import adapters_of, base_weights, merged_weights
 from kinema.training.run_folder import Weights, checkpoint_of, is_adapted, load_vae, load_weights
 
 Model = tuple[nn.Module, dict[str, Tensor]]
@@ -49,6 +49,13 @@ class Held:
         if part not in self.models:
             raise ValueError(f"--part {part}: there is only {', '.join(self.models)}.")
         return Held({part: self.models[part]}, self.manifest, self.vae_manifest)
+
+    def adapted(self, format: str) -> "Held":
+        """This with its base alone, beside which the module has adapters; ValueError for a model without any."""
+        model, _ = self.models.get("transformer", (None, None))
+        if model is None or not adapters_of(model):
+            raise ValueError(f"--format {format}: there are no adapters. Train with finetune=lora, or choose another.")
+        return Held({"transformer": (model, base_weights(model))}, self.manifest)
 
     def objective(self) -> Objective | None:
         """The objective of the training; None for a module without a manifest."""
