@@ -33,8 +33,7 @@ demo: $(READY)
 	test -f data/toy_latents/latents.json || $(BIN)/kinema data encode data/toy --vae runs/demo_vae \
 		--shape 13x64x64 --shape 13x80x64 --out data/toy_latents
 	$(BIN)/python train.py experiment=demo_dit
-	$(BIN)/python sample.py run=runs/demo solver=heun guidance_scale=2 \
-		prompt="a large purple circle moves slowly left"
+	$(BIN)/python sample.py run=runs/demo prompt="a large purple circle moves slowly left"
 	$(BIN)/kinema evaluate runs/demo; status=$$?; $(BIN)/kinema report runs/demo_vae runs/demo && exit $$status
 
 test: $(READY)

@@ -106,7 +106,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     geometry = geometry_of(vae.geometry_strides, config.model)
     check_condition(config.condition, config.model, vae.config)
     model = DiT(config.model, vae.config.latent_channels, text_encoder.width)
-    check_training(config.condition, geometry, config.data, vae.config)
+    check_training(config.condition, config.data, vae.config)
     data = build_data(config, geometry, process, run, vae_identity["hash"])
     line, base = start_weights(config, model, run, process)
     twin = deepcopy(model)
@@ -133,6 +133,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         fps=config.data.fps,
         shapes=data.shapes,
         guidance_dropout=config.task.guidance_dropout,
+        sampling=config.task.samples.alone(),
         condition=config.condition,
     )
     samples = SampleMaker(pipeline, config.task.samples, run.folder)
@@ -147,6 +148,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         "guidance_dropout": config.task.guidance_dropout,
         "condition": to_plain(config.condition),
         "posterior": config.task.posterior.value,
+        "sampling": to_plain(config.task.samples.alone()),
         **({} if base is None else {"base": base}),
         **common_manifest(config, data),
     }

@@ -6,7 +6,9 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.transformers import transformer_cosmos
 
+from kinema.interop.comparing import NearestResize
 from kinema.interop.presets import PRESETS
 from kinema.models.dit import Extras
 
@@ -55,6 +57,27 @@ COG = {
     "text_embed_dim": 12,
     "num_layers": 2,
 }
+COSMOS = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "text_embed_dim": 12,
+    "adaln_lora_dim": 6,
+    "max_size": (128, 240, 240),
+    "extra_pos_embed_type": None,
+    "rope_scale": (1.0, 3.0, 3.0),
+}
+COSMOS_PROJECTED = {
+    "in_channels": 5,
+    "use_crossattn_projection": True,
+    "crossattn_proj_in_channels": 20,
+    "encoder_hidden_states_channels": 12,
+}
+COSMOS_2B = {"num_attention_heads": 16, "in_channels": 17, "extra_pos_embed_type": None, "rope_scale": (1.0, 3.0, 3.0)}
+COSMOS_25 = COSMOS_2B | {"use_crossattn_projection": True, "crossattn_proj_in_channels": 100352}
+COSMOS_14B = {"num_attention_heads": 40, "num_layers": 36}
 LATTE = {
     "num_attention_heads": 2,
     "attention_head_dim": 16,
@@ -88,6 +111,7 @@ class Case:
     """A timestep for each latent frame, the first one 0."""
     words: int = 7
     """Tokens of a caption; some references know one number only."""
+    fps: float | None = None
     padded: bool = False
     """The second caption has three tokens less: masked there, absent here."""
 
@@ -108,7 +132,27 @@ LATTE_1 = LATTE | {
     "caption_channels": 4096,
     "video_length": 16,
 }
+COG_5B_I2V = COG_5B | {"in_channels": 32, "use_learned_positional_embeddings": True}
+COG_LEARNED = COG_ROTARY | {
+    "in_channels": 8,
+    "use_learned_positional_embeddings": True,
+    "sample_width": 6,
+    "sample_height": 10,
+    "sample_frames": 9,
+    "max_text_seq_length": 5,
+}
 CASES = {
+    "cosmos": Case("cosmos", COSMOS, {"Predict 2 2B": COSMOS_2B, "Predict 2 14B": COSMOS_2B | COSMOS_14B}),
+    "cosmos, another rate": Case("cosmos", COSMOS | {"rope_scale": (20 / 24, 2.0, 2.0)}, fps=16.0),
+    "cosmos, a timestep for each frame": Case("cosmos", COSMOS | {"concat_padding_mask": False}, frame_times=True),
+    "cosmos, projected captions": Case(
+        "cosmos", COSMOS | COSMOS_PROJECTED, {"Predict 2.5 2B": COSMOS_25, "Predict 2.5 14B": COSMOS_25 | COSMOS_14B}
+    ),
+    "cosmos, learned places": Case(
+        "cosmos",
+        COSMOS | {"extra_pos_embed_type": "learnable", "max_size": (3, 12, 8), "rope_scale": (2.0, 1.0, 1.0)},
+        {"1 7B": {}, "1 14B": COSMOS_14B | {"rope_scale": (2.0, 2.0, 2.0)}},
+    ),
     "latte": Case("latte", LATTE, {"1": LATTE_1}),
     "latte, larger frames, no variance": Case("latte", LATTE | {"sample_size": 140, "out_channels": 4}),
     "ltx": Case("ltx", LTX, {"2B": {}, "13B": LTX_13B}, padded=True),
@@ -128,6 +172,12 @@ CASES = {
     "cogvideox, sines": Case("cogvideox", COG, {"2B": {}}, words=226),
     "cogvideox, rotary": Case("cogvideox", COG_ROTARY, {"5B": COG_5B}),
     "cogvideox 1.5": Case("cogvideox", COG_ROTARY | {"patch_size_t": 2, "in_channels": 8}, {"1.5 5B": COG_15}),
+    "cogvideox, learned places": Case("cogvideox", COG_LEARNED, {"5B I2V": COG_5B_I2V}, words=5),
+    "cogvideox 1.5, another number": Case(
+        "cogvideox",
+        COG_ROTARY | {"patch_size_t": 2, "in_channels": 8, "ofs_embed_dim": 14},
+        {"1.5 5B I2V": COG_15 | {"in_channels": 32, "ofs_embed_dim": 512}},
+    ),
     "wan": Case("wan", WAN, {"1.3B": WAN_1B, "14B": {}}),
     "wan, a timestep for each frame": Case("wan", WAN, {"2.2 TI2V 5B": WAN_5B}, frame_times=True),
     "wan, given channels": Case("wan", WAN | {"in_channels": 9}, {"2.2 I2V A14B": {"in_channels": 36}}),
@@ -150,6 +200,9 @@ def reference(case, seed=0):
     """A float32 model of the reference's class, every parameter random: zeros and ones would hide mistakes."""
     torch.manual_seed(seed)
     model = getattr(diffusers, BY_NAME[case.preset].reference)(**case.config)
+    if case.config.get("use_learned_positional_embeddings"):  # a buffer there, which nothing could train
+        table = model.patch_embed._buffers.pop("pos_embedding")
+        model.patch_embed.pos_embedding = torch.nn.Parameter(table.float())
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 0.8 / parameter[0].numel() ** 0.5)
         if parameter.ndim == 1 and name.endswith("weight"):  # of a norm: near 0 it would flatten every softmax
@@ -186,6 +239,8 @@ class Given:
     pooled: torch.Tensor | None = None
     guidance: list[float] | None = None
     control: torch.Tensor | None = None
+    fps: list[float] | None = None
+    ofs: list[float] | None = None
     padding: int = 0
 
     def captions(self):
@@ -204,6 +259,8 @@ class Given:
             pooled=parts(self.pooled),
             guidance=self.guidance,
             control=parts(self.control),
+            fps=self.fps,
+            ofs=self.ofs,
         )
 
 
@@ -231,6 +288,8 @@ def inputs(case, model):
         draw(config.pooled_width) if config.pooled_width else None,
         [6.0, 1.5] if config.guidance else None,
         draw(config.control_channels, *grid) if config.control_channels else None,
+        None if case.fps is None else [case.fps] * 2,
+        [2.0, 0.5] if config.ofs_channels else None,
         3 if case.padded else 0,
     )
 
@@ -279,7 +338,18 @@ def run_cogvideox(theirs, given):
             theirs.config.attention_head_dim, ((0, 0), (h // 2, w // 2)), (h // 2, w // 2), frames
         )
     latents = together(given).transpose(1, 2)
-    return theirs(latents, given.text, given.timesteps * 1000, image_rotary_emb=rope).sample.transpose(1, 2)
+    ofs = None if given.ofs is None else torch.tensor(given.ofs)
+    return theirs(latents, given.text, given.timesteps * 1000, ofs=ofs, image_rotary_emb=rope).sample.transpose(1, 2)
+
+
+def run_cosmos(theirs, given):
+    transformer_cosmos.transforms = NearestResize
+    latents, timesteps = together(given), given.timesteps
+    mask = torch.zeros(1, 1, *[8 * side for side in latents.shape[-2:]])
+    if timesteps.ndim == 2:
+        timesteps = timesteps[:, None, :, None, None]
+    fps = None if given.fps is None else given.fps[0]
+    return theirs(latents, timesteps, given.text, fps=fps, padding_mask=mask).sample
 
 
 def run_latte(theirs, given):
@@ -288,6 +358,7 @@ def run_latte(theirs, given):
 
 RUN = {
     "cogvideox": run_cogvideox,
+    "cosmos": run_cosmos,
     "hunyuan": run_hunyuan,
     "latte": run_latte,
     "ltx": run_ltx,

@@ -8,25 +8,12 @@ import safetensors.torch
 import torch
 
 import kinema
-from kinema.data.geometry import ClipShape
 from kinema.interop import comparing
 from kinema.interop.exporting import export, split_shards
 from kinema.interop.importing import import_model
 from kinema.interop.recognising import recognise
 from kinema.models.dit import DiT, DiTConfig
-from kinema.sampling.pipeline import SamplingConfig, initial_noise
-
-WAN = {
-    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 12,
-    "freq_dim": 16, "ffn_dim": 40, "num_layers": 2,
-}  # fmt: skip
-
-
-def randomise(model):
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 0.8 / parameter[0].numel() ** 0.5)
-    return model.eval()
+from tests.parity.published import WAN, WAN_VAE, randomise, wan_pipeline
 
 
 @pytest.fixture(name="published")
@@ -131,30 +118,10 @@ def test_no_tensor_is_cut_or_reordered_between_shards():
     assert [list(shard) for shard in shards] == [["5", "1"], ["9"], ["2"]]
 
 
-VAE = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "latents_mean": [0.1, 0.2, 0.3, 0.4],
-       "latents_std": [1.0, 2.0, 1.5, 0.7]}  # fmt: skip
-
-
 @pytest.fixture(name="pipeline")
 def published_pipeline(tmp_path):
-    """A whole pipeline with a tokenizer of eight words, as `diffusers` saves it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
-    words = {word: n for n, word in enumerate(["<pad>", "</s>", "<unk>", "a", "red", "circle", "moves", "left"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
-    encoder = UMT5Config(d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=8)
-    whole = diffusers.WanPipeline(
-        tokenizer=fast,
-        text_encoder=randomise(UMT5EncoderModel(encoder)),
-        vae=randomise(diffusers.AutoencoderKLWan(**VAE)),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=randomise(diffusers.WanTransformer3DModel(**WAN)),
-    )
+    """A whole pipeline, as `diffusers` saves it."""
+    whole = wan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
     whole.save_pretrained(tmp_path / "published")
     return whole, tmp_path / "published"
 
@@ -200,27 +167,11 @@ def test_a_pipeline_is_loaded_whole_or_in_parts(tmp_path, pipeline):
     assert_bit_equal(parts.vae.state_dict(), loaded.vae.state_dict())
 
 
-def test_an_imported_pipeline_takes_the_published_ones_step(tmp_path, pipeline):
-    """Captions, guidance, timestep and sign at once; several steps need the release's own spacing of timesteps."""
-    whole, published = pipeline
-    import_model(published, tmp_path / "run")
-    ours = kinema.load(tmp_path / "run")
-    caption = "a red circle moves left"
-    config, shape = SamplingConfig(num_steps=1, guidance_scale=4.0, seed=7), ClipShape(5, 32, 48)
-    noise = initial_noise((4, *ours.geometry.latent_shape(shape)), config.seed)
-    expected = whole(
-        prompt=caption, negative_prompt="", height=32, width=48, num_frames=5, num_inference_steps=1,
-        guidance_scale=4.0, latents=noise[None], output_type="latent", max_sequence_length=512,
-    ).frames[0]  # fmt: skip
-    actual = ours.latents([caption], shape, config)[0]
-    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
-
-
 def test_a_vae_comes_in_and_out_with_its_statistics(tmp_path):
-    randomise(diffusers.AutoencoderKLWan(**VAE)).save_pretrained(tmp_path / "published")
+    randomise(diffusers.AutoencoderKLWan(**WAN_VAE)).save_pretrained(tmp_path / "published")
     import_model(tmp_path / "published", tmp_path / "run")
     module = kinema.load(tmp_path / "run")
-    assert module.latent_std.tolist() == pytest.approx(VAE["latents_std"])
+    assert module.latent_std.tolist() == pytest.approx(WAN_VAE["latents_std"])
     for form in ("diffusers", "single-file"):
         lines = export(tmp_path / "run", tmp_path / form, format=form)
         assert float(lines[-1].rsplit(" ", 1)[1]) < 1e-5
@@ -245,12 +196,25 @@ FAMILIES = {
         {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
          "time_embed_dim": 14, "text_embed_dim": 12, "num_layers": 2, "use_rotary_positional_embeddings": True},
     ),
+    "cosmos": (
+        "CosmosTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 5, "out_channels": 4, "num_layers": 2,
+         "text_embed_dim": 12, "adaln_lora_dim": 6, "rope_scale": (1.0, 3.0, 3.0), "extra_pos_embed_type": None,
+         "use_crossattn_projection": True, "crossattn_proj_in_channels": 20, "encoder_hidden_states_channels": 12},
+    ),
     "latte": (
         "LatteTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,
          "cross_attention_dim": 32, "attention_bias": True, "sample_size": 16, "patch_size": 2, "video_length": 16,
          "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
          "norm_eps": 1e-6, "caption_channels": 12, "num_embeds_ada_norm": 1000},
+    ),
+    "cogvideox i2v": (
+        "CogVideoXTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 8, "out_channels": 4,
+         "time_embed_dim": 14, "text_embed_dim": 12, "num_layers": 2, "use_rotary_positional_embeddings": True,
+         "use_learned_positional_embeddings": True, "sample_width": 6, "sample_height": 10, "sample_frames": 9,
+         "max_text_seq_length": 5},
     ),
     "hunyuan vae": (
         "AutoencoderKLHunyuanVideo",

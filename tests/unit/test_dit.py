@@ -31,10 +31,9 @@ from kinema.models.dit.conditioning import (
     Condition,
     LinearModulation,
     TableModulation,
-    gated_sum,
-    modulated,
     sinusoids,
 )
+from kinema.models.dit.modulating import gated_sum, modulated
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.patches import patchify, unpatchify
 from kinema.models.dit.segments import Span
@@ -47,6 +46,22 @@ WORDS = [3, 1, 9, 2]
 VARIANTS = {
     "full": {},
     "factorised": {"attention": AttentionPattern.factorised},
+    "windowed": {"attention": AttentionPattern.windowed, "window": [2, 2, 3]},
+    "low rank": {
+        "modulation": ModulationSource.lora,
+        "modulation_rank": 5,
+        "head_modulation": HeadModulation.lora,
+        "timestep_norm": True,
+        "timestep_channels": 10,
+        "edge_bias": False,
+        "bias": False,
+        "padding_channel": True,
+        "text_embedding": TextEmbedding.none,
+        "text_channels": TEXT,
+        "rope_scale": [1.0, 3.0, 3.0],
+        "position_embedding": PositionEmbedding.learned_axes,
+        "position_grid": [6, 6, 6],
+    },
     "alternating": {
         "attention": AttentionPattern.alternating,
         "cross_norm": CrossNorm.none,
@@ -274,7 +289,7 @@ def reached(operation, segments, source: int, count: int, width: int) -> set[int
     return {i for i in range(count) if torch.autograd.grad(out[i].sum(), x, retain_graph=True)[0][source].any()}
 
 
-@pytest.mark.parametrize("span", list(Span))
+@pytest.mark.parametrize("span", [Span.clip, Span.frame, Span.place])
 def test_each_span_reaches_exactly_its_tokens(span):
     model = random_model(attention=AttentionPattern.factorised)
     grids = [(2, 3, 2), (3, 1, 4)]
@@ -293,6 +308,51 @@ def test_each_span_reaches_exactly_its_tokens(span):
     for source in [(0, 1, 2, 0), (1, 2, 0, 3)]:
         expected = {i for i, key in enumerate(keys) if all(key[part] == source[part] for part in shared)}
         assert reached(operation, segments, keys.index(source), len(keys), 24) == expected
+
+
+def same_window(grid, window, shifted):
+    """(n, n) whether two tokens share a box: boxes are numbered from the clip's edge or half a side before it."""
+    places = torch.cartesian_prod(*(torch.arange(size) for size in grid)).view(-1, 3)
+    moved = [side - side // 2 if shifted and side < size else 0 for size, side in zip(grid, window, strict=True)]
+    numbers = (places + torch.tensor(moved)) // torch.tensor(window)
+    return (numbers[:, None] == numbers).all(-1)
+
+
+@pytest.mark.parametrize("window", [[2, 2, 3], [1, 2, 2], [3, 1, 4], [9, 9, 9]])
+def test_windows_equal_a_dense_mask(window):
+    model = random_model(attention=AttentionPattern.windowed, window=window, depth=4)
+    shapes = [(4, 6, 10), (5, 10, 6), (4, 6, 10), (1, 2, 14)]  # in latents; the model sorts clips by shape
+    grids = sorted((t, h // 2, w // 2) for t, h, w in shapes)
+    given, calls = pack(shapes, [3, 1, 9, 2]), itertools.count()
+
+    def masked(present):
+        def dense(q, k, v, q_lengths, k_lengths, *, order=None):
+            if order is None:  # of captions
+                return present(q, k, v, q_lengths, k_lengths)
+            shifted = next(calls) % 2 == 1
+            whole = torch.block_diag(*(same_window(grid, window, shifted).double() for grid in grids)).bool()
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=whole).transpose(0, 1)
+
+        return dense
+
+    results = []
+    for replace in (lambda present: present, masked):
+        model.replace_attention(replace)
+        model.zero_grad()
+        predictions = model(*given)
+        torch.stack([out.sin().sum() for out in predictions]).sum().backward()
+        results.append([*predictions, *(p.grad.clone() for p in model.parameters())])
+    for ours, dense in zip(*results, strict=True):
+        torch.testing.assert_close(ours, dense)
+
+
+def test_windows_that_shift_reach_the_whole_clip():
+    model = random_model(attention=AttentionPattern.windowed, window=[2, 2, 2], depth=6)
+    (x,), timesteps, text = pack([(6, 12, 12)], [2])
+    x.requires_grad_()
+    corner = model([x], timesteps, text)[0][:, 0, 0, 0].sum()
+    assert torch.autograd.grad(corner, x)[0].abs().amax(0).count_nonzero() == 6 * 12 * 12
 
 
 def test_attention_can_be_replaced_from_outside():
@@ -325,7 +385,7 @@ def test_a_thousand_timesteps_have_a_thousand_embeddings_in_bfloat16():
 
 
 def test_timesteps_are_scaled_to_a_thousand():
-    features = sinusoids(torch.tensor([0.25], dtype=torch.float64), channels=6)
+    features = sinusoids(torch.tensor([0.25], dtype=torch.float64), channels=6, scale=1000.0)
     angles = [250.0 * 10000 ** (-i / 3) for i in range(3)]
     expected = torch.tensor([angles], dtype=torch.float64)
     torch.testing.assert_close(features, torch.cat([expected.cos(), expected.sin()], dim=1))
@@ -398,7 +458,7 @@ def test_one_block_equals_the_equations_written_out(places):
         return linear(f"{name}.project", torch.einsum("hnm,mhd->nhd", weights, v).reshape(-1, 24))
 
     silu, gelu = nn.functional.silu, nn.functional.gelu
-    time = linear("timestep_embedding.expand", sinusoids(timesteps, 256))
+    time = linear("timestep_embedding.expand", sinusoids(timesteps, 256, 1000.0))
     condition = silu(linear("timestep_embedding.project", silu(time)))
     caption = linear("text_embedding.2", gelu(linear("text_embedding.0", words)))
     rows = linear("shared_modulation", condition) + w["blocks.0.modulation.table"]
@@ -485,6 +545,7 @@ def test_inputs_that_do_not_fit_are_refused():
 
 AXES = {
     "attention": list(AttentionPattern),
+    "window": [[2, 2, 3]],
     "activation": list(Activation),
     "bias": [True, False],
     "norm": list(NormKind),
@@ -499,6 +560,16 @@ AXES = {
     "position_scale": [[1.0, 1.0, 1.0], [1.0, 1.5, 1.5]],
     "position_extent": [[0, 0, 0], [0, 5, 5]],
     "learned_variance": [False, True],
+    "position_grid": [[0, 0, 0], [4, 6, 4]],
+    "ofs_channels": [0, 4],
+    "modulation_rank": [5],
+    "timestep_norm": [False, True],
+    "timestep_scale": [1000.0, 1.0],
+    "edge_bias": [True, False],
+    "text_channels": [0, TEXT],
+    "padding_channel": [False, True],
+    "rope_scale": [[1.0, 1.0, 1.0], [1.0, 3.0, 2.0]],
+    "rope_fps": [0.0, 24.0],
     "patch_size": [[1, 2, 2], [2, 1, 2]],
     "text": list(TextEdge),
     "text_to_the_end": [False, True],
@@ -531,6 +602,7 @@ def extras_for(config, latents):
         image=[draw(2 + i, 3) for i in range(len(latents))] if config.image_width else None,
         pooled=[draw(3) for _ in latents] if config.pooled_width else None,
         guidance=[1.0 + i for i in range(len(latents))] if config.guidance else None,
+        ofs=[2.0 - i for i in range(len(latents))] if config.ofs_channels else None,
         control=[draw(config.control_channels, *x.shape[1:]) for x in latents] if config.control_channels else None,
     )
 
@@ -547,12 +619,12 @@ def test_random_points_of_the_product_of_the_axes_train():
     while legal < 60:
         changes = {axis: draw.choice(options) for axis, options in AXES.items()}
         try:
+            torch.manual_seed(legal)
             config = small(width=32, num_heads=2, rope_axes=[8, 4, 4], **changes)
+            model = DiT(config, CHANNELS, TEXT).double()
         except ValueError:
             continue
         legal += 1
-        torch.manual_seed(legal)
-        model = DiT(config, CHANNELS, TEXT).double()
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.2)  # 0.3 saturates a softmax whose queries have no norm
         latents, timesteps, text = pack([(4, 6, 8), (2, 4, 4)], [3, 2])
@@ -657,6 +729,7 @@ def test_a_given_first_frame_is_read_without_noise_and_guidance():
             {"control_layers": [0], "control_channels": 2, "text": TextEdge.shared},
             r"model\.control_layers=\[0\] needs model\.text=cross",
         ),
+        ({"window": [0, 2, 2]}, r"model\.window=\[0, 2, 2\]"),
         ({"position_scale": [1.0, 1.0]}, r"model\.position_scale=\[1\.0, 1\.0\]"),
     ],
 )

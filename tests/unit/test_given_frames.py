@@ -1,19 +1,21 @@
 """Given frames: the same in training and in sampling, clean at every call, and never learnt."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
-from kinema.conditioning.condition import Condition, without_text
-from kinema.conditioning.frames import CleanFrame, FrameCondition, Given
+from kinema.conditioning.condition import Condition, embed, with_words
+from kinema.conditioning.frames import CleanFrame, ClipSize, FrameChannels, FrameCondition, Given, PaddedClip
 from kinema.conditioning.text import HashText, build_text_encoder
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.loading import DataConfig, Pack
 from kinema.diffusion.guidance import guided
 from kinema.diffusion.objective import DDPM, PredictionTarget, RectifiedFlow
 from kinema.diffusion.solvers import Solver, solve
-from kinema.models.dit import DiT, DiTConfig
+from kinema.models.dit import DiT, DiTConfig, Extras
 from kinema.models.vae import CausalVAE, Norm, VAEConfig
-from kinema.sampling.denoiser import Denoiser, check_condition, with_given_frames
+from kinema.sampling.denoiser import Denoiser, check_condition, extras_of, with_given_frames
 from kinema.sampling.pipeline import Pipeline, SamplingConfig
 from kinema.training.dit_task import DiTTask, PosteriorDraw, check_training
 
@@ -100,7 +102,7 @@ def test_given_frames_stay_exactly_through_every_step_of_every_solver(name, solv
         return model(latents, times, text, extras)
 
     told = conditions()
-    predict = guided(Denoiser(watched, 1), told, without_text(told, torch.zeros(1, 16)), 2.0)
+    predict = guided(Denoiser(watched, 1), told, with_words(told, {"text": torch.zeros(1, 16)}), 2.0)
     with torch.no_grad():
         found = with_given_frames(solve(predict, draw(1), OBJECTIVES[name], solver, 4), told)
     assert len(calls) >= 4
@@ -125,6 +127,13 @@ def test_the_loss_and_gradient_of_a_pack_are_those_of_each_clip_alone():
     expected = torch.autograd.grad(alone.sum(), parameters)
     for a, b in zip(torch.autograd.grad(together.sum(), parameters), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * b.abs().max().item())
+
+
+def test_what_a_condition_holds_reaches_the_model():
+    assert {field.name for field in fields(Condition)} <= {"text", "frames"} | {field.name for field in fields(Extras)}
+    pooled = [Condition(torch.zeros(1, 4), pooled=torch.ones(3)), Condition(torch.zeros(2, 4), pooled=torch.zeros(3))]
+    assert [x.sum().item() for x in extras_of(pooled).pooled] == [3, 0]
+    assert extras_of(pooled).channels is None
 
 
 def test_another_image_is_another_prediction():
@@ -177,12 +186,16 @@ def pipeline(vae: CausalVAE, condition: FrameCondition, model: DiT) -> Pipeline:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("condition", [CleanFrame()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "condition",
+    [CleanFrame(), FrameChannels(), FrameChannels(mask=False), PaddedClip(), PaddedClip(last=True)],
+    ids=lambda c: type(c).__name__,
+)
 def test_training_and_sampling_build_the_same_conditions(vae, condition):
     model, training = tiny_dit(), pack()
     trainer, sampler = task(vae, condition, model), pipeline(vae, condition, model)
-    text = trainer.text_encoder.encode(training.captions)
-    trained = trainer.conditions(training, trainer.encode(training), text, [False, False])
+    words = embed(trainer.text_encoder, training.captions)
+    trained = trainer.conditions(training, trainer.encode(training), words, [False, False])
     images = [clip[[0, -1][: condition.num_images()]] for clip in frames()]
     sampled = sampler.conditions(training.captions, SHAPE, images)
     for a, b in zip(trained, sampled, strict=True):
@@ -198,10 +211,10 @@ def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 def test_cached_latents_hold_the_given_frame_of_a_causal_vae(vae):
     trainer = task(vae, CleanFrame(), tiny_dit())
-    text = [torch.zeros(1, 16)] * 2
-    fresh = trainer.conditions(pack(), trainer.encode(pack()), text, [False, False])
+    words = [{"text": torch.zeros(1, 16)}] * 2
+    fresh = trainer.conditions(pack(), trainer.encode(pack()), words, [False, False])
     cached = pack(latents=[(p.mean[0], p.logvar[0]) for p in trainer.encode(pack())])
-    again = trainer.conditions(cached, trainer.encode(cached), text, [False, True])
+    again = trainer.conditions(cached, trainer.encode(cached), words, [False, True])
     torch.testing.assert_close(again[0].frames, fresh[0].frames, rtol=1e-5, atol=1e-6)
     assert again[1].frames is None
 
@@ -222,7 +235,7 @@ def test_images_are_dropped_at_the_declared_rate_and_not_with_the_captions():
     dropped = [CleanFrame(dropout=0.3).is_dropped(seed) for seed in range(10_000)]
     assert abs(sum(dropped) / 10_000 - 0.3) < 3 * (0.3 * 0.7 / 10_000) ** 0.5
     assert not any(CleanFrame(dropout=0.0).is_dropped(seed) for seed in range(100))
-    assert CleanFrame().of_images([], 9, (4, 3, 2, 3), encode=lambda video: video) == Given()
+    assert CleanFrame().of_images([], ClipSize((9, 16, 24), (4, 3, 2, 3), 4), encode=lambda video: video) == Given()
 
 
 def test_impossible_rates_and_numbers_of_images_are_refused():
@@ -244,10 +257,9 @@ def test_a_model_that_cannot_take_the_condition_is_refused():
 
 
 def test_clips_of_which_nothing_is_left_and_caches_without_the_image_are_refused():
-    geometry = Geometry(4, 8, (1, 2, 2))
-    with pytest.raises(ValueError, match=r"\[1, 64, 64\], of which condition=CleanFrame gives every latent frame"):
-        check_training(CleanFrame(), geometry, DataConfig(shapes=[[17, 64, 64], [1, 64, 64]]), VAEConfig(**VAE))
+    with pytest.raises(ValueError, match=r"\[1, 64, 64\], of which condition=CleanFrame gives every frame"):
+        check_training(CleanFrame(), DataConfig(shapes=[[17, 64, 64], [1, 64, 64]]), VAEConfig(**VAE))
     cached = DataConfig(latents="cache")
-    check_training(CleanFrame(), geometry, cached, VAEConfig(**VAE))
+    check_training(CleanFrame(), cached, VAEConfig(**VAE))
     with pytest.raises(ValueError, match=r"data\.latents=cache: vae\.norm=group .* data\.latents=null"):
-        check_training(CleanFrame(), geometry, cached, VAEConfig(**VAE, norm=Norm.group, norm_groups=4))
+        check_training(CleanFrame(), cached, VAEConfig(**VAE, norm=Norm.group, norm_groups=4))

@@ -13,7 +13,8 @@ from diffusers import (
 
 from kinema.diffusion.objective import DDPM, Objective, PredictionTarget, RectifiedFlow
 from kinema.diffusion.schedules import BetaSchedule
-from kinema.diffusion.solvers import STEPPERS, Solver, ignore_progress, solve
+from kinema.diffusion.solvers import LIBRARY, STEPPERS, Solver, ignore_progress, solve
+from kinema.diffusion.timesteps import TimestepSpacing
 
 TARGETS = PredictionTarget
 OBJECTIVES = {
@@ -48,7 +49,7 @@ def predictor(objective: Objective, denoise):
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 20])
-@pytest.mark.parametrize("solver", list(Solver))
+@pytest.mark.parametrize("solver", list(STEPPERS))
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_with_the_true_prediction_sampling_returns_the_data(name, solver, num_steps):
     objective, data = OBJECTIVES[name], clips(0)
@@ -61,7 +62,7 @@ def test_with_the_true_prediction_sampling_returns_the_data(name, solver, num_st
 def test_the_oracle_is_exact_to_float64_on_the_straight_path():
     objective, data, noise = RectifiedFlow(), clips(0), clips(1)
     velocity = [e - x for x, e in zip(data, noise, strict=True)]
-    for solver in Solver:
+    for solver in STEPPERS:
         result = solve(lambda x, t: velocity, noise, objective, solver, 5)
         torch.testing.assert_close(result, data, rtol=0, atol=1e-14)
 
@@ -85,12 +86,16 @@ def run_diffusers(scheduler, noise: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_euler_is_flow_match_euler_of_diffusers(shift):
+@pytest.mark.parametrize("spacing", list(TimestepSpacing))
+def test_euler_is_flow_match_euler_of_diffusers(shift, spacing):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    # Given, because its own grid shifts the last timestep twice.
-    scheduler.set_timesteps(sigmas=(torch.arange(12, 0, -1) / 12).tolist())
+    if spacing is TimestepSpacing.trailing:
+        scheduler.set_timesteps(sigmas=(torch.arange(12, 0, -1) / 12).tolist())
+    else:
+        scheduler.set_timesteps(12)
     noise = clips(0, torch.float32)
-    ours = solve(predict_with_network, noise, RectifiedFlow(timestep_shift=shift), Solver.euler, 12)
+    objective = RectifiedFlow(timestep_shift=shift)
+    ours = solve(predict_with_network, noise, objective, Solver.euler, 12, spacing=spacing)
     for clip, e in zip(ours, noise, strict=True):
         scheduler._step_index = None
         torch.testing.assert_close(clip, run_diffusers(scheduler, e), rtol=1e-4, atol=1e-5)
@@ -196,10 +201,29 @@ def test_order_of_convergence(name, solver, order):
     assert abs(measured - order) < 0.1, f"{measured:.2f}"
 
 
+@pytest.mark.parametrize("solver", LIBRARY)
+@pytest.mark.parametrize("name", ["flow-data", "ddpm-noise", "ddpm-data"])
+def test_the_librarys_solvers_follow_our_objectives(name, solver):
+    objective, data = OBJECTIVES[name], clips(0)
+    predict = predictor(objective, lambda i, x, level: data[i])
+    result = solve(predict, clips(1), objective, solver, 20)
+    torch.testing.assert_close(result, data, rtol=0, atol=1e-4)
+
+
+def test_the_library_is_told_what_contradicts_or_is_unknown():
+    for wrong in ({"flow_shift": 2.0}, {"solver_ordr": 3}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            solve(predict_with_network, clips(0), RectifiedFlow(), Solver.unipc, 3, scheduler=wrong)
+    with pytest.raises(ValueError, match="is not of the library"):
+        solve(predict_with_network, clips(0), RectifiedFlow(), Solver.euler, 3, scheduler={"solver_order": 3})
+    with pytest.raises(ValueError, match="timestep_spacing=linspace"):
+        solve(predict_with_network, clips(0), RectifiedFlow(), Solver.unipc, 3, spacing=TimestepSpacing.linspace)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_every_solver_finds_the_data_from_pure_noise(shift):
     objective = RectifiedFlow(timestep_shift=shift)
-    errors = {s: gaussian_error(objective, s, objective.sampling_timesteps(100)) for s in Solver}
+    errors = {s: gaussian_error(objective, s, objective.sampling_timesteps(100)) for s in STEPPERS}
     assert max(errors.values()) < 0.03
     assert max(errors[Solver.heun], errors[Solver.dpmpp_2m]) < errors[Solver.euler] / 5
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from kinema.conditioning.text import TextEncoder
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -20,6 +22,8 @@ class Condition:
     """Tokens (L, image_width) of a given image."""
     pooled: Tensor | None = None
     """One vector (pooled_width,) for the caption."""
+    control: Tensor | None = None
+    """Given latents (control_channels, T, H, W) of a control tower."""
     guidance: float | None = None
     """Embedded strength of guidance, of a model that was distilled to need no second pass."""
 
@@ -29,6 +33,21 @@ class Condition:
         return 0 if self.frames is None else self.frames.shape[1]
 
 
-def without_text(conditions: Sequence[Condition], null_text: Tensor) -> list[Condition]:
-    """The same with the null text (L0, D): what guidance pushes away from. Images stay, as in published pipelines."""
-    return [replace(condition, text=null_text) for condition in conditions]
+Words = dict[str, Tensor]
+"""What an encoder makes of one caption, by the names of `Condition`: `text` (L, D), and for some models `pooled`."""
+
+
+def embed(encoder: TextEncoder, captions: Sequence[str]) -> list[Words]:
+    """The words of each caption, on the encoder's device."""
+    named = {"text": encoder.encode(captions), **encoder.beside(captions)}
+    return [{name: values[i] for name, values in named.items()} for i in range(len(captions))]
+
+
+def null_words(encoder: TextEncoder) -> Words:
+    """The words of the null caption: the same bytes for dropout and for guidance."""
+    return {"text": encoder.null(), **encoder.null_beside()}
+
+
+def with_words(conditions: Sequence[Condition], words: Words) -> list[Condition]:
+    """The same with other words: with the null ones, what guidance pushes away from. Images stay."""
+    return [replace(condition, **words) for condition in conditions]

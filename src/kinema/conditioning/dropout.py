@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
-from torch import Tensor
+Text = TypeVar("Text")
 
 
-class DroppedText(NamedTuple):
+class DroppedText(NamedTuple, Generic[Text]):
     """The text of a pack after dropping: `dropped[i]` says whether clip i has the null text."""
 
-    text: list[Tensor]
+    text: list[Text]
     dropped: list[bool]
 
 
-def drop_text(text: Sequence[Tensor], null_text: Tensor, rate: float, seeds: Sequence[int | str]) -> DroppedText:
-    """Text (L_i, D) of each clip -> the same, or the null text (L0, D) with probability `rate`.
+def drop_text(text: Sequence[Text], null_text: Text, rate: float, seeds: Sequence[int | str]) -> DroppedText[Text]:
+    """The text of each clip, whatever it consists of -> the same, or the null text with probability `rate`.
 
     `seeds[i]` alone decides for clip i (a keyed number such as the hash of seed and position), so the
     choice depends neither on the other clips of the pack nor on the number of ranks (Ho and Salimans 2022,

@@ -22,9 +22,13 @@ from kinema.diffusion.schedules import (
     make_betas,
 )
 from kinema.diffusion.timesteps import (
+    TRAINED_TIMESTEPS,
     TimestepDistribution,
+    TimestepSpacing,
     logit_normal_quantile,
     shift_timesteps,
+    spaced_timesteps,
+    stretch_timesteps,
     uniform_quantile,
 )
 
@@ -97,6 +101,11 @@ class Objective:
         """Alpha and sigma at every timestep."""
         raise NotImplementedError
 
+    @property
+    def num_trained(self) -> int:
+        """How many timesteps published samplers count from 0 to 1."""
+        return TRAINED_TIMESTEPS
+
     def shift_for(self, num_tokens: int | None) -> float:
         """The timestep shift of a clip of `num_tokens`; training and sampling both ask here."""
         raise NotImplementedError
@@ -105,18 +114,32 @@ class Objective:
         """Probabilities u (n,) in (0, 1] -> the quantiles of the training timesteps, float64."""
         return shift_timesteps(self.quantile(u), shift)
 
-    def sampling_timesteps(self, num_steps: int, shift: float | None = None, num_tokens: int | None = None) -> Tensor:
+    def sampling_timesteps(
+        self,
+        num_steps: int,
+        shift: float | None = None,
+        num_tokens: int | None = None,
+        spacing: TimestepSpacing = TimestepSpacing.trailing,
+        terminal: float | None = None,
+    ) -> Tensor:
         """The timesteps that a sampler visits for one clip: (num_steps + 1,) float64, exactly 1 to exactly 0.
 
-        The shift is the one of training unless `shift` says otherwise.
+        The shift is the one of training unless `shift` says otherwise; `terminal` is where the last step begins.
         """
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps} must be at least 1.")
         shift = self.shift_for(num_tokens) if shift is None else shift
         if shift <= 0:
             raise ValueError(f"timestep_shift={shift} must be above 0; 1 is no shift.")
-        # Counted down and divided, so that both ends and every i / num_steps are exact.
-        return shift_timesteps(torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps, shift)
+        visited = spaced_timesteps(num_steps, spacing, shift, self.num_trained)
+        if terminal is not None:
+            if not 0 < terminal < 1 or num_steps == 1:
+                raise ValueError(
+                    f"timestep_terminal={terminal} with num_steps={num_steps}: the last step begins at a timestep "
+                    "between 0 and 1, and is not the first. Type at least num_steps=2, or timestep_terminal=null."
+                )
+            visited = stretch_timesteps(visited, terminal)
+        return torch.cat([visited, visited.new_zeros(1)])
 
     # Timesteps
 
@@ -358,6 +381,11 @@ class DDPM(Objective):
         betas = make_betas(self.beta_schedule, self.num_train_timesteps, *self.beta_range)
         return VPSchedule(betas, zero_terminal_snr=self.zero_terminal_snr)
 
+    @property
+    def num_trained(self) -> int:
+        """Rows of the table."""
+        return self.num_train_timesteps
+
     def shift_for(self, num_tokens: int | None) -> float:
         """A table is not shifted: 1 for a clip of any size."""
         return 1.0
@@ -367,7 +395,14 @@ class DDPM(Objective):
         rows = (super().training_timesteps(u, shift) * self.num_train_timesteps).ceil()
         return rows.clamp(min=1) / self.num_train_timesteps
 
-    def sampling_timesteps(self, num_steps: int, shift: float | None = None, num_tokens: int | None = None) -> Tensor:
+    def sampling_timesteps(
+        self,
+        num_steps: int,
+        shift: float | None = None,
+        num_tokens: int | None = None,
+        spacing: TimestepSpacing = TimestepSpacing.trailing,
+        terminal: float | None = None,
+    ) -> Tensor:
         """(num_steps + 1,) float64 from 1 to 0, on rows of the table ("trailing", Lin et al. 2023, 3.3)."""
         if num_steps > self.num_train_timesteps:
             raise ValueError(
@@ -379,7 +414,7 @@ class DDPM(Objective):
                 f"timestep_shift={shift} has no meaning for the DDPM objective, whose noise levels are a "
                 "table. Leave it out."
             )
-        times = super().sampling_timesteps(num_steps, shift, num_tokens)
+        times = super().sampling_timesteps(num_steps, shift, num_tokens, spacing, terminal)
         return (times * self.num_train_timesteps).round() / self.num_train_timesteps
 
 

@@ -5,14 +5,17 @@ Every objective's path becomes the straight one in the variables `straight = x /
 is finite at both ends. So Euler and Heun are written once, and need no derivative of any schedule.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kinema.diffusion.library import library_steps, make_scheduler
 from kinema.diffusion.objective import Clips, Objective, per_clip
+from kinema.diffusion.timesteps import TimestepSpacing
 
 Predict = Callable[[Clips, Tensor], Clips]
 """predict(noisy clips, timesteps (B,) float32 on the clips' device) -> the network's predictions."""
@@ -36,6 +39,16 @@ class Solver(Enum):
     dpmpp_2m = "dpmpp_2m"
     """DPM-Solver++(2M), second-order multistep; one call a step (Lu et al. 2022, algorithm 2)."""
 
+    unipc = "unipc"
+    """UniPC by `diffusers`, multistep with a corrector; one call a step (Zhao et al. 2023)."""
+
+    dpm_multistep = "dpm_multistep"
+    """DPM-Solver++ multistep by `diffusers`, with its options; one call a step (Lu et al. 2022)."""
+
+
+LIBRARY = {Solver.unipc: "UniPCMultistepScheduler", Solver.dpm_multistep: "DPMSolverMultistepScheduler"}
+"""Solvers that the library steps, with its own timesteps, and its class of each."""
+
 
 def solve(
     predict: Predict,
@@ -45,23 +58,40 @@ def solve(
     num_steps: int,
     *,
     shift: float | None = None,
+    spacing: TimestepSpacing = TimestepSpacing.trailing,
+    terminal: float | None = None,
+    scheduler: Mapping[str, Any] | None = None,
     num_tokens: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Clips:
     """Unit noise, one (C, T, H, W) a clip -> latents of the same sizes, float32 (float64 from float64 noise).
 
-    The timesteps are `objective.sampling_timesteps(num_steps, shift, num_tokens)` of each clip; the state is
-    never kept in half precision, whatever the network computes in.
+    The timesteps are `objective.sampling_timesteps(num_steps, shift, num_tokens, spacing, terminal)` of each clip, or
+    the library's own for its solvers, which alone read the options `scheduler`; the state is never kept in half
+    precision, whatever the network computes in.
     """
-    grids = [objective.sampling_timesteps(num_steps, shift, tokens) for tokens in per_clip(num_tokens, len(noise))]
-    times = torch.stack(grids, dim=1)  # (num_steps + 1, B), float64, on the CPU: its entries are only scalars
     state = [e if e.dtype is torch.float64 else e.float() for e in noise]
+    sizes = per_clip(num_tokens, len(noise))
 
     def predict_like_state(x: Clips, t: Tensor) -> Clips:
         predictions = predict(x, t.float().to(x[0].device))
         return [p.to(like.dtype) for p, like in zip(predictions, x, strict=True)]
 
-    return STEPPERS[solver](predict_like_state, state, objective, times, progress or ignore_progress)
+    progress = progress or ignore_progress
+    if solver in LIBRARY:
+        if spacing is not TimestepSpacing.trailing or terminal is not None:
+            raise ValueError(
+                f"solver={solver.value} has timesteps of its own: timestep_spacing={spacing.value} and "
+                f"timestep_terminal={terminal} are for euler, heun, ddim and dpmpp_2m. Leave them out."
+            )
+        shifts = [objective.shift_for(tokens) if shift is None else shift for tokens in sizes]
+        schedulers = [make_scheduler(LIBRARY[solver], objective, each, dict(scheduler or {})) for each in shifts]
+        return library_steps(predict_like_state, state, objective, schedulers, num_steps, progress)
+    if scheduler:
+        raise ValueError(f"scheduler={dict(scheduler)}: solver={solver.value} is not of the library, and reads none.")
+    grids = [objective.sampling_timesteps(num_steps, shift, tokens, spacing, terminal) for tokens in sizes]
+    times = torch.stack(grids, dim=1)  # (num_steps + 1, B), float64, on the CPU: its entries are only scalars
+    return STEPPERS[solver](predict_like_state, state, objective, times, progress)
 
 
 def euler(predict: Predict, x: Clips, objective: Objective, times: Tensor, progress: Progress) -> Clips:

@@ -19,6 +19,40 @@ class TimestepDistribution(Enum):
     """sigmoid of a normal variable: most of the work at middle noise (Esser et al. 2024, section 3.1)."""
 
 
+class TimestepSpacing(Enum):
+    """Which timesteps N steps visit, before any shift; the names are of Lin et al. 2023, table 2."""
+
+    trailing = "trailing"
+    """1, (N - 1) / N, ..., 1 / N, and then 0: every step is as long as the others."""
+
+    linspace = "linspace"
+    """Evenly from 1 to the smallest timestep of training, and from there in one short step to 0."""
+
+
+TRAINED_TIMESTEPS = 1000
+"""Published models count their timesteps from 1 to this."""
+
+
+def spaced_timesteps(num_steps: int, spacing: TimestepSpacing, shift: float, num_trained: int) -> Tensor:
+    """The timesteps (num_steps,) float64 from 1 down that a sampler visits before 0, shifted.
+
+    `linspace` ends at 1 / num_trained *after* its shift, and the shift is then applied to all of them: so does the flow
+    Euler of `diffusers`, and models are published with samples that were made so.
+    """
+    if spacing is TimestepSpacing.trailing:
+        # Counted down and divided, so that 1 and every i / num_steps are exact.
+        even = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
+    else:
+        last = shift_timesteps(torch.tensor(1 / num_trained, dtype=torch.float64), shift)
+        even = torch.linspace(1, last.item(), num_steps, dtype=torch.float64)
+    return shift_timesteps(even, shift)
+
+
+def stretch_timesteps(t: Tensor, terminal: float) -> Tensor:
+    """Timesteps (N,) from 1 down -> stretched so that the last of them is `terminal`; LTX-Video's is 0.1."""
+    return 1 - (1 - t) * (1 - terminal) / (1 - t[-1])
+
+
 def uniform_quantile(u: Tensor) -> Tensor:
     """Probability u in (0, 1] -> the timestep below which a share u of the draws lies."""
     return u

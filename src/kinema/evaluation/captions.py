@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     for start in range(0, len(prompts), arguments.batch):
         batch = prompts[start : start + arguments.batch]
         config = SamplingConfig(
-            Solver(arguments.solver), arguments.steps, arguments.guidance, None, arguments.seed + start
+            Solver(arguments.solver), arguments.steps, arguments.guidance, seed=arguments.seed + start
         )
         pipeline.check(config, shape)
         for frames, prompt in zip(

@@ -35,6 +35,8 @@ class Sample:
     """(2, pooled_width)"""
     guidance: Tensor | None = None
     """(2,)"""
+    ofs: Tensor | None = None
+    """(2,)"""
     control: Tensor | None = None
     """(2, control_channels, T, H, W)"""
 
@@ -42,7 +44,8 @@ class Sample:
     def of(cls, model: DiT, words: int, seed: int = 0, tokens: Grid = (3, 3, 5)) -> "Sample":
         """An odd grid of tokens, captions of `words` tokens, and all conditions that the model reads."""
         generator, config = torch.Generator().manual_seed(seed), model.config
-        grid = [patch * count for patch, count in zip(config.patch_size, tokens, strict=True)]
+        counts = config.position_grid if config.position_words else tokens
+        grid = [patch * count for patch, count in zip(config.patch_size, counts, strict=True)]
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(2, *shape, generator=generator)
@@ -55,13 +58,21 @@ class Sample:
             image=draw(6, config.image_width) if config.image_width else None,
             pooled=draw(config.pooled_width) if config.pooled_width else None,
             guidance=torch.tensor([6.0, 1.5]) if config.guidance else None,
+            ofs=torch.tensor([2.0, 1.0]) if config.ofs_channels else None,
             control=draw(config.control_channels, *grid) if config.control_channels else None,
         )
 
     def extras(self) -> Extras:
         """The conditions as our model takes them."""
         guidance = None if self.guidance is None else self.guidance.tolist()
-        return Extras(_rows(self.channels), _rows(self.image), _rows(self.pooled), guidance, _rows(self.control))
+        return Extras(
+            channels=_rows(self.channels),
+            image=_rows(self.image),
+            pooled=_rows(self.pooled),
+            guidance=guidance,
+            control=_rows(self.control),
+            ofs=None if self.ofs is None else self.ofs.tolist(),
+        )
 
     def given(self) -> Tensor:
         """Noisy latents and given channels together, as references take them."""
@@ -118,8 +129,34 @@ def cogvideox(reference: Any, config: Record, sample: Sample) -> Tensor:
         angles = import_module("diffusers.models.embeddings").get_3d_rotary_pos_embed
         rope = angles(config["attention_head_dim"], ((0, 0), (height, width)), (height, width), frames)
     latents = sample.given().transpose(1, 2)
-    found = reference(latents, sample.text, sample.timesteps * 1000, image_rotary_emb=rope).sample
+    found = reference(latents, sample.text, sample.timesteps * 1000, ofs=sample.ofs, image_rotary_emb=rope).sample
     return found.transpose(1, 2)
+
+
+class NearestResize:
+    """What Cosmos' class takes from torchvision, where that is not installed: a resize of its padding mask."""
+
+    class InterpolationMode:
+        """The one of the way below."""
+
+        NEAREST = "nearest"
+
+    class functional:
+        """The one function."""
+
+        @staticmethod
+        def resize(mask: Tensor, size: list[int], interpolation: str) -> Tensor:
+            """mask (B, 1, H, W) -> (B, 1, *size)"""
+            return torch.nn.functional.interpolate(mask, size, mode=interpolation)
+
+
+def cosmos(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """Cosmos-Predict: timesteps from 0 to 1, and nothing padded."""
+    module = import_module(type(reference).__module__)
+    if not hasattr(module, "transforms"):
+        module.transforms = NearestResize  # type: ignore[attr-defined]  # what its own import found missing
+    mask = torch.zeros(1, 1, *sample.latents.shape[-2:])
+    return reference(sample.given(), sample.timesteps, sample.text, padding_mask=mask).sample
 
 
 def latte(reference: Any, config: Record, sample: Sample) -> Tensor:
@@ -132,6 +169,7 @@ def latte(reference: Any, config: Record, sample: Sample) -> Tensor:
 
 
 CALLS: dict[str, Call] = {
+    "CosmosTransformer3DModel": cosmos,
     "LatteTransformer3DModel": latte,
     "WanTransformer3DModel": wan,
     "WanVACETransformer3DModel": wan_vace,

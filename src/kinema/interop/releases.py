@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from kinema.conditioning.text import CombinedText, PretrainedText
-from kinema.diffusion.objective import RectifiedFlow
+from kinema.diffusion.objective import Objective
 from kinema.identity import to_plain
 from kinema.interop.captions import CAPTIONS
-from kinema.interop.preset import Record
 from kinema.interop.reading import read_json
+from kinema.interop.schedulers import scheduled
+from kinema.sampling.pipeline import SamplingConfig
 
 
 @dataclass(frozen=True)
 class Release:
     """How a published pipeline is meant to be sampled."""
 
-    objective: RectifiedFlow
+    objective: Objective
+    sampling: SamplingConfig
     fps: float
     shapes: tuple[tuple[int, int, int], ...]
     guidance_dropout: float
@@ -27,6 +29,7 @@ class Release:
         """Its part of a manifest."""
         return {
             "objective": to_plain(self.objective),
+            "sampling": to_plain(self.sampling),
             "fps": self.fps,
             "shapes": [list(shape) for shape in self.shapes],
             "guidance_dropout": self.guidance_dropout,
@@ -39,10 +42,20 @@ class Habits:
 
     fps: float
     shapes: tuple[tuple[int, int, int], ...]
+    num_steps: int
+    guidance_scale: float
+    gives_sigmas: bool
+    """Whether the pipeline hands the scheduler evenly spaced timesteps, or leaves them to it."""
 
 
 HABITS = {
-    "WanPipeline": Habits(fps=16.0, shapes=((81, 480, 832), (81, 720, 1280))),
+    "WanPipeline": Habits(
+        fps=16.0,
+        shapes=((81, 480, 832), (81, 720, 1280)),
+        num_steps=50,
+        guidance_scale=5.0,
+        gives_sigmas=False,
+    ),
 }
 """Pipeline class of the reference -> its habits."""
 
@@ -62,13 +75,7 @@ def release_of(pipeline: Path) -> Release | None:
     if name not in HABITS:
         return None
     habits = HABITS[name]
-    shift = scheduler_shift(read_json(pipeline / "scheduler" / "scheduler_config.json"))
-    return Release(RectifiedFlow(timestep_shift=shift), habits.fps, habits.shapes, 0.1, CAPTIONS[name])
-
-
-def scheduler_shift(config: Record) -> float:
-    """The shift of a flow-matching scheduler's config, whichever of its classes it names."""
-    if config.get("use_dynamic_shifting"):
-        raise ValueError("scheduler_config.json: use_dynamic_shifting=true, a shift that depends on the clip's size.")
-    given = config.get("flow_shift", config.get("shift"))
-    return 1.0 if given is None else float(given)
+    config = read_json(pipeline / "scheduler" / "scheduler_config.json")
+    objective, sampling = scheduled(config, gives_sigmas=habits.gives_sigmas)
+    settings = SamplingConfig(num_steps=habits.num_steps, guidance_scale=habits.guidance_scale, **sampling)
+    return Release(objective, settings, habits.fps, habits.shapes, 0.1, CAPTIONS[name])

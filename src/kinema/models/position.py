@@ -19,15 +19,21 @@ def rope_3d(
     axes: Sequence[int],
     theta: float,
     dtype: torch.dtype = torch.float32,
+    scale: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """Rotary angles of tokens in space and time: positions (N, 3) -> cos, sin (N, head_dim / 2).
 
     Su et al. 2021 (RoFormer), section 3.2.2, once for each axis: the first `axes[0]` channels of a head turn
     with t, the next `axes[1]` with h, the last with w. Angles are float64 inside: at position 1000 a float32
-    angle can be off by 3e-5. Positions need not be whole.
+    angle can be off by 3e-5. Positions need not be whole. A `scale` makes the slowest wave of its axis that much
+    longer and leaves the fastest (NTK-aware scaling; bloc97 2023).
     """
     check_rope_axes(axes, head_dim)
-    angles = [positions[:, axis, None] * _frequencies(size, theta, positions.device) for axis, size in enumerate(axes)]
+    bases = [theta if s == 1 else theta * s ** (size / (size - 2)) for size, s in zip(axes, scale, strict=True)]
+    angles = [
+        positions[:, axis, None] * _frequencies(size, base, positions.device)
+        for axis, (size, base) in enumerate(zip(axes, bases, strict=True))
+    ]
     whole = torch.cat(angles, dim=1)
     return whole.cos().to(dtype), whole.sin().to(dtype)
 
@@ -40,11 +46,38 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     A pair is one complex number and the turn one multiplication: a single pass over memory. Computed in the
     precision of the table, returned in that of x.
     """
-    turn = torch.complex(cos, sin)
-    if cos.ndim < x.ndim:  # the same for all heads
-        turn = turn.view(len(cos), *[1] * (x.ndim - 2), -1)
-    pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    if torch.compiler.is_compiling():  # which has no complex numbers, and fuses real ones
+        return _turned_apart(x, cos, sin)
+    return _Turned.apply(x, cos, sin)
+
+
+class _Turned(torch.autograd.Function):
+    """The turn; its backward turns back, and keeps the tables that all layers share, nothing else."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        turn = torch.complex(*(_for_heads(part, x) for part in (cos, sin)))
+        packed = x if x.stride(-1) == 1 else x.contiguous()  # gradients of some kernels lie crosswise
+        pairs = torch.view_as_complex(packed.to(cos.dtype).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return _Turned.apply(grad, cos, -sin), None, None
+
+
+def _turned_apart(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = (_for_heads(part, x) for part in (cos, sin))
+    first, second = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def _for_heads(table: Tensor, x: Tensor) -> Tensor:
+    """(N, d / 2) -> (N, 1, d / 2), the same for all heads; a table (N, h, d / 2) as it is."""
+    return table if table.ndim == x.ndim else table.view(len(table), *[1] * (x.ndim - 2), -1)
 
 
 def fractional_rope(

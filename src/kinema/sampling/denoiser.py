@@ -1,7 +1,7 @@
 """The DiT as objectives, guidance and solvers call it: noisy clips, timesteps, and one record of conditions a clip."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -68,14 +68,11 @@ def check_condition(condition: FrameCondition, model: DiTConfig, vae: VAEConfig)
 
 def extras_of(conditions: Sequence[Condition]) -> Extras:
     """What the model reads beside text and frames; clips of a pack are told the same kinds of things."""
-    return Extras(**{name: _all_or_none([getattr(c, name) for c in conditions], name) for name in EXTRAS})
+    names = [field.name for field in fields(Condition) if field.name not in ("text", "frames")]
+    return Extras(**{name: _all_or_none([getattr(c, name) for c in conditions], name) for name in names})
 
 
 def _all_or_none(values: list[Any], name: str) -> list[Any] | None:
     told = [value is not None for value in values]
     assert all(told) or not any(told), f"{name}: some clips of the pack have it and others do not"
     return values if all(told) else None
-
-
-EXTRAS = ("channels", "image", "pooled", "guidance")
-"""Fields of `Condition` and of `Extras` alike."""

@@ -1,20 +1,23 @@
 """The sampling pipeline: everything between captions and frames, for the trainer and for `sample.py` alike."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kinema.conditioning.condition import Condition, without_text
-from kinema.conditioning.frames import Encode, FrameCondition
-from kinema.conditioning.text import TextEncoder
+from kinema.conditioning.condition import Condition, Words, embed, null_words, with_words
+from kinema.conditioning.frames import FrameCondition
+from kinema.conditioning.text import NULL_CAPTION, TextEncoder
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.pixels import to_model_range, to_uint8
+from kinema.data.pixels import to_uint8
 from kinema.diffusion.guidance import check_guidance, guided
 from kinema.diffusion.objective import Objective
 from kinema.diffusion.solvers import Solver, solve
+from kinema.diffusion.timesteps import TimestepSpacing
 from kinema.models.vae import CausalVAE
+from kinema.sampling.conditioner import Conditioner
 from kinema.sampling.denoiser import Denoiser, with_given_frames
 
 
@@ -23,7 +26,7 @@ class SamplingConfig:
     """How noise becomes video."""
 
     solver: Solver = Solver.euler
-    """euler, heun, ddim or dpmpp_2m."""
+    """euler, heun, ddim or dpmpp_2m; unipc or dpm_multistep by diffusers."""
     num_steps: int = 30
     """Steps of the solver."""
     guidance_scale: float = 4.0
@@ -32,10 +35,33 @@ class SamplingConfig:
     """Shift of the sampler's timesteps; null obeys the training objective, any number overrides it visibly."""
     seed: int = 0
     """Seed of the first video; the next ones count up from it."""
+    negative_prompt: str = NULL_CAPTION
+    """What guidance leads away from; empty is the null caption of training."""
+    timestep_spacing: TimestepSpacing = TimestepSpacing.trailing
+    """trailing or linspace, as flow Euler of diffusers has it."""
+    timestep_terminal: float | None = None
+    """Where the last step begins, the others stretched to it; null leaves it to spacing and shift. LTX-Video: 0.1."""
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    """Options of the library's scheduler, for its solvers, such as {solver_order: 3}."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise ValueError(f"num_steps={self.num_steps} must be at least 1.")
+
+    def alone(self) -> "SamplingConfig":
+        """Only how noise becomes video, for a manifest, of a config that says more."""
+        return SamplingConfig(**{each.name: getattr(self, each.name) for each in fields(SamplingConfig)})
+
+    def describe(self) -> str:
+        """One line for people."""
+        shift = "of training" if self.timestep_shift is None else f"{self.timestep_shift:g}"
+        rest = [
+            f"timesteps {self.timestep_spacing.value}" * (self.timestep_spacing is not TimestepSpacing.trailing),
+            f"the last from {self.timestep_terminal}" * (self.timestep_terminal is not None),
+            f"negative prompt {self.negative_prompt!r}" * bool(self.negative_prompt),
+        ]
+        line = f"{self.solver.value}, {self.num_steps} steps, guidance {self.guidance_scale:g}, shift {shift}"
+        return ", ".join([line, *filter(None, rest)])
 
 
 @dataclass(frozen=True)
@@ -54,6 +80,8 @@ class Pipeline:
     """Share of captions that were dropped in training; 0 forbids guidance."""
     condition: FrameCondition
     """Images that a video can be given."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the release, or the training, sampled with it: what is meant where nobody says otherwise."""
 
     def check(self, config: SamplingConfig, shape: ClipShape, fps: float | None = None, images: int = 0) -> None:
         """Refuse what contradicts the training: shape, frame rate, guidance, the number of given images."""
@@ -89,7 +117,7 @@ class Pipeline:
         size = (self.vae.config.latent_channels, *self.geometry.latent_shape(shape))
         noise = [initial_noise(size, config.seed + index).to(device) for index in range(len(captions))]
         conditions = self.conditions(captions, shape, images)
-        nulls = without_text(conditions, self.text_encoder.null().to(device))
+        nulls = with_words(conditions, self.null_words(config.negative_prompt))
         denoiser = Denoiser(self.denoiser, self.geometry.patch_size[0])
         latents = solve(
             guided(denoiser, conditions, nulls, config.guidance_scale),
@@ -98,6 +126,9 @@ class Pipeline:
             config.solver,
             config.num_steps,
             shift=config.timestep_shift,
+            spacing=config.timestep_spacing,
+            terminal=config.timestep_terminal,
+            scheduler=config.scheduler,
             num_tokens=[self.geometry.num_tokens(shape)] * len(captions),
             progress=progress,
         )
@@ -107,14 +138,13 @@ class Pipeline:
         self, captions: Sequence[str], shape: ClipShape, images: Sequence[Tensor] | None = None
     ) -> list[Condition]:
         """What the denoiser is told of each video, on its device."""
-        device = next(self.denoiser.parameters()).device
-        size = (self.vae.config.latent_channels, *self.geometry.latent_shape(shape))
-        conditions = []
-        for index, text in enumerate(self.text_encoder.encode(list(captions))):
-            given = to_model_range(images[index].to(device)).unbind(1) if images is not None else ()
-            frames = self.condition.of_images(given, shape.frames, size, encode_mean(self.vae))
-            conditions.append(Condition(text.to(device), *frames))
-        return conditions
+        given = images or [torch.empty(0, *shape[1:], 3, dtype=torch.uint8)] * len(captions)
+        conditioner = Conditioner(self.condition, self.vae, self.geometry)
+        return list(map(conditioner.of_images, embed(self.text_encoder, captions), [shape] * len(captions), given))
+
+    def null_words(self, negative_prompt: str) -> Words:
+        """What guidance leads away from: the null caption, or another."""
+        return embed(self.text_encoder, [negative_prompt])[0] if negative_prompt else null_words(self.text_encoder)
 
     @torch.no_grad()
     def videos(
@@ -130,16 +160,6 @@ class Pipeline:
         self.vae.eval()
         device = next(self.vae.parameters()).device
         return [to_uint8(self.vae.decode(clip[None].to(device))[0]).cpu() for clip in latents]
-
-
-def encode_mean(vae: CausalVAE) -> Encode:
-    """The encoding of given frames: the mean of the posterior, in training and in sampling."""
-
-    def encode(video: Tensor) -> Tensor:
-        with torch.no_grad():
-            return vae.encode(video[None]).mean[0]
-
-    return encode
 
 
 def initial_noise(size: Sequence[int], seed: int) -> Tensor:

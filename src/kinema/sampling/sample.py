@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from kinema.conditioning.frames import CleanFrame, FrameCondition
+from kinema.conditioning.frames import FRAME_CONDITIONS, FrameCondition
 from kinema.conditioning.text import TEXT_CONFIGS, build_text_encoder, check_policy
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.encoding import write_video
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.diffusion.objective import DDPM, RectifiedFlow
+from kinema.diffusion.solvers import LIBRARY, Solver
+from kinema.diffusion.timesteps import TimestepSpacing
 from kinema.identity import from_plain, to_plain
 from kinema.models.dit import DiT, DiTConfig
 from kinema.sampling.denoiser import check_condition
@@ -28,9 +30,27 @@ from kinema.training.run_folder import Weights, checkpoint_of, load_vae, load_we
 
 
 @dataclass
-class SampleConfig(SamplingConfig):
-    """`python sample.py run=runs/NAME prompt="..."`."""
+class SampleConfig:
+    """`python sample.py run=runs/NAME prompt="..."`; what is null is as the checkpoint's manifest says."""
 
+    solver: Solver | None = None
+    """euler, heun, ddim or dpmpp_2m; unipc or dpm_multistep by diffusers."""
+    num_steps: int | None = None
+    """Steps of the solver."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance (Ho and Salimans 2022); 1 turns it off and halves the cost."""
+    timestep_shift: float | None = None
+    """Shift of the sampler's timesteps."""
+    negative_prompt: str | None = None
+    """What guidance leads away from."""
+    timestep_spacing: TimestepSpacing | None = None
+    """trailing or linspace."""
+    timestep_terminal: float | None = None
+    """Where the last step begins."""
+    scheduler: dict[str, Any] | None = None
+    """Options of the library's scheduler."""
+    seed: int = 0
+    """Seed of the first video; the next ones count up from it."""
     run: str = ""
     """A run folder (its newest checkpoint) or one checkpoint folder."""
     weights: Weights = Weights.ema
@@ -41,6 +61,8 @@ class SampleConfig(SamplingConfig):
     """A text file with one caption a line, instead of `prompt`."""
     image: str | None = None
     """A picture: the first frame of every video, for weights that were trained with one."""
+    last_image: str | None = None
+    """A picture: the last frame, for weights that were trained with a first and a last one."""
     shape: list[int] = field(default_factory=list)
     """Frames, height, width; empty takes the first shape of the training, or the one that fits the image best."""
     fps: float | None = None
@@ -53,13 +75,29 @@ class SampleConfig(SamplingConfig):
     """Output folder; null makes a new one in `videos/` of the run folder."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.run:
             raise ValueError("run is empty; type run=runs/NAME, a folder that train.py made.")
         if bool(self.prompt) == bool(self.prompts_file):
             raise ValueError('type exactly one of prompt="a caption" and prompts_file=captions.txt.')
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+
+    def pictures(self) -> dict[str, str]:
+        """The picture files by their keys."""
+        if self.last_image and not self.image:
+            raise ValueError(f"last_image={self.last_image} needs the first frame too: type image=picture.png.")
+        named = {"image": self.image, "last_image": self.last_image}
+        return {key: path for key, path in named.items() if path}
+
+    def settings(self, of: SamplingConfig) -> SamplingConfig:
+        """The checkpoint's settings with what was typed; another solver leaves behind what only the former one read."""
+        typed = {each.name: getattr(self, each.name) for each in fields(SamplingConfig)}
+        changes = {name: value for name, value in typed.items() if value is not None}
+        if self.solver in LIBRARY:
+            changes = {"timestep_spacing": TimestepSpacing.trailing, "timestep_terminal": None} | changes
+        if self.solver not in (None, of.solver):
+            changes = {"scheduler": {}} | changes
+        return replace(of, **changes)
 
     def captions(self) -> list[str]:
         """The captions to sample."""
@@ -124,6 +162,7 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
         shapes=[ClipShape(*shape) for shape in manifest["shapes"]],
         guidance_dropout=manifest["guidance_dropout"],
         condition=condition,
+        sampling=from_plain(manifest["sampling"], SamplingConfig) if "sampling" in manifest else SamplingConfig(),
     )
     return Loaded(pipeline, manifest, checkpoint, weights, found)
 
@@ -131,7 +170,7 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
 def condition_of(manifest: dict[str, Any]) -> FrameCondition:
     """The frames that the training gave; runs from before there was a choice gave none."""
     plain = manifest.get("condition", to_plain(FrameCondition()))
-    return from_plain(plain, FrameCondition, CleanFrame)
+    return from_plain(plain, *FRAME_CONDITIONS)
 
 
 def geometry_of(strides: tuple[int, int], model: DiTConfig) -> Geometry:
@@ -144,13 +183,15 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     """Sample every caption into `NNN.mp4` and one `sheet.png`, both carrying seed, prompt and manifest."""
     loaded = load_pipeline(checkpoint_of(config.run, "run"), config.weights)
     pipeline, captions = loaded.pipeline, config.captions()
-    pictures = [read_image(config.image)] if config.image else []
+    pictures = [read_image(path, key) for key, path in config.pictures().items()]
     shape = chosen_shape(config.shape, pipeline.shapes, pictures)
     if config.allow_untrained_shape:
         pipeline.geometry.check(shape, key="shape")
         pipeline = replace(pipeline, shapes=[*pipeline.shapes, shape])
-    pipeline.check(config, shape, config.fps, len(pictures))
+    settings = config.settings(pipeline.sampling)
+    pipeline.check(settings, shape, config.fps, len(pictures))
     say(f"loaded {loaded.describe()}")
+    say(f"sampling: {settings.describe()}{changed(pipeline.sampling, settings)}")
     given = fit_images(pictures, shape, say) if pictures else None
     run_dir = loaded.checkpoint.folder.parent.parent
     name = f"step-{loaded.checkpoint.step:08d}-{config.weights.value}"
@@ -158,22 +199,30 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     out.mkdir(parents=True, exist_ok=True)
 
     rows, paths = [], []
-    bar = tqdm(total=len(captions) * config.num_steps, desc="sampling", unit="step", dynamic_ncols=True)
+    bar = tqdm(total=len(captions) * settings.num_steps, desc="sampling", unit="step", dynamic_ncols=True)
     for start in range(0, len(captions), config.batch_size):
         batch = captions[start : start + config.batch_size]
-        options = _from_seed(config, config.seed + start)
+        options = replace(settings, seed=settings.seed + start)
         images = [given] * len(batch) if given is not None else None
         videos = pipeline.videos(batch, shape, options, advance(bar, len(batch)), images)
         for offset, (caption, frames) in enumerate(zip(batch, videos, strict=True)):
             path = out / f"{start + offset:03d}.mp4"
-            write_video(path, frames, pipeline.fps, metadata=metadata(loaded, config, caption, start + offset))
+            origin = metadata(loaded, settings, caption, start + offset, config.pictures())
+            write_video(path, frames, pipeline.fps, metadata=origin)
             rows.append((frames.numpy(), caption))
             paths.append(path)
     bar.close()
     contact_sheet(rows, out / "sheet.png", columns=1 if len(rows) < 8 else 2)
-    stamp_png(out / "sheet.png", metadata(loaded, config, " | ".join(captions), 0))
+    stamp_png(out / "sheet.png", metadata(loaded, settings, " | ".join(captions), 0, config.pictures()))
     say(f"wrote {len(paths)} video(s) and a contact sheet to {out}")
     return paths
+
+
+def changed(of: SamplingConfig, settings: SamplingConfig) -> str:
+    """What was set otherwise than the checkpoint says, for people; nothing where nothing was."""
+    before, now = to_plain(of), to_plain(settings)
+    lines = [f"{name}={now[name]} for {before[name]}" for name in now if name != "seed" and now[name] != before[name]]
+    return f"; other than its manifest says: {', '.join(lines)}" if lines else ", as its manifest says"
 
 
 def chosen_shape(wanted: Sequence[int], trained: Sequence[ClipShape], pictures: Sequence[Tensor]) -> ClipShape:
@@ -189,7 +238,9 @@ def unused_folder(parent: Path, name: str) -> Path:
     return next(parent / each for each in names if not (parent / each).exists())
 
 
-def metadata(loaded: Loaded, config: SampleConfig, caption: str, index: int) -> dict[str, str]:
+def metadata(
+    loaded: Loaded, config: SamplingConfig, caption: str, index: int, pictures: dict[str, str]
+) -> dict[str, str]:
     """What a file says of its origin: enough to make it again."""
     return {
         "title": caption,
@@ -199,11 +250,8 @@ def metadata(loaded: Loaded, config: SampleConfig, caption: str, index: int) -> 
                 "digital_source_type": "trainedAlgorithmicMedia",
                 "prompt": caption,
                 "seed": config.seed + index,
-                "solver": config.solver.value,
-                "num_steps": config.num_steps,
-                "image": config.image,
-                "guidance_scale": config.guidance_scale,
-                "timestep_shift": config.timestep_shift,
+                **{name: value for name, value in to_plain(config).items() if name not in ("type", "seed")},
+                **pictures,
                 "weights": loaded.weights.value,
                 "fingerprint": loaded.fingerprint,
                 "manifest": loaded.manifest,
@@ -229,7 +277,3 @@ def stamp_png(path: Path, fields: dict[str, str]) -> None:
     with Image.open(path) as picture:
         picture.load()
         picture.save(path, pnginfo=text)
-
-
-def _from_seed(config: SamplingConfig, seed: int) -> SamplingConfig:
-    return SamplingConfig(config.solver, config.num_steps, config.guidance_scale, config.timestep_shift, seed)

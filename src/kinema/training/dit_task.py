@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinema.conditioning.condition import Condition
+from kinema.conditioning.condition import Condition, Words, embed, null_words
 from kinema.conditioning.dropout import drop_text
-from kinema.conditioning.frames import FrameCondition, Given
+from kinema.conditioning.frames import FrameCondition
 from kinema.conditioning.text import TextEncoder
 from kinema.data.geometry import Geometry
 from kinema.data.loading import DataConfig, Pack
@@ -18,8 +18,9 @@ from kinema.data.plan import keyed_seed
 from kinema.diffusion.objective import Objective
 from kinema.distributed.engine import Engine
 from kinema.models.vae import CausalVAE, Posterior, VAEConfig
+from kinema.sampling.conditioner import Conditioner, shown_frames
 from kinema.sampling.denoiser import Denoiser
-from kinema.sampling.pipeline import SamplingConfig, encode_mean
+from kinema.sampling.pipeline import SamplingConfig
 from kinema.training.metrics import Clock
 
 
@@ -45,17 +46,23 @@ class SamplesConfig(SamplingConfig):
     prompts: list[str] = field(default_factory=list)
     """Captions to sample, always the same, so that the pictures show progress."""
     images: list[str] = field(default_factory=list)
-    """A picture file for each caption: the first frame that its video is given; empty gives none."""
+    """Picture files: for each caption the first frame that its video is given, or its first and last; empty gives none.
+    """
     shape: list[int] = field(default_factory=list)
     """Frames, height, width; empty takes the first of data.shapes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.images and len(self.images) != len(self.prompts):
+        if self.images and (not self.prompts or len(self.images) % len(self.prompts)):
             raise ValueError(
-                f"task.samples.images has {len(self.images)} pictures for {len(self.prompts)} prompts: type one for "
-                "each of task.samples.prompts, or none."
+                f"task.samples.images has {len(self.images)} pictures for {len(self.prompts)} prompts: type as many "
+                "for each of task.samples.prompts, or none."
             )
+
+    def images_of_prompts(self) -> list[list[str]]:
+        """The picture files of each caption."""
+        count = len(self.images) // max(len(self.prompts), 1)
+        return [self.images[i * count : (i + 1) * count] for i in range(len(self.prompts))]
 
 
 @dataclass
@@ -101,6 +108,7 @@ class DiTTask:
         self.condition = condition
         self.geometry = geometry
         self.denoiser = Denoiser(engine, geometry.patch_size[0])
+        self.conditioner = Conditioner(condition, vae, geometry)
         self.guidance_dropout = guidance_dropout
         self.posterior = posterior
         self.seed = seed
@@ -113,12 +121,10 @@ class DiTTask:
             generators = [self.generator("noise", pack.step, pack.lane, i) for i in range(len(pack.keys))]
             posteriors = self.encode(pack)
             latents = self.draw(posteriors, generators)
-            text = [embedding.to(self.device) for embedding in self.text_encoder.encode(pack.captions)]
-            text, dropped = drop_text(
-                text, self.text_encoder.null().to(self.device), self.guidance_dropout, self.seeds("dropout", pack)
-            )
+            words, null = embed(self.text_encoder, pack.captions), null_words(self.text_encoder)
+            words, dropped = drop_text(words, null, self.guidance_dropout, self.seeds("dropout", pack))
             without = [self.condition.is_dropped(seed) for seed in self.seeds("condition", pack)]
-            conditions = self.conditions(pack, posteriors, text, without)
+            conditions = self.conditions(pack, posteriors, words, without)
             tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]
             timesteps = torch.cat(
                 [self.objective.sample_timesteps(1, g, [count]) for g, count in zip(generators, tokens, strict=True)]
@@ -162,20 +168,14 @@ class DiTTask:
         return [sample.to(self.device) for sample in samples]
 
     def conditions(
-        self, pack: Pack, posteriors: list[Posterior], text: list[Tensor], without: list[bool]
+        self, pack: Pack, posteriors: list[Posterior], words: list[Words], without: list[bool]
     ) -> list[Condition]:
         """What the model is told of each clip; `without` says which go without their images."""
-        given = [self.given(pack, i, posteriors[i], drop) for i, drop in enumerate(without)]
-        return [Condition(words, *frames) for words, frames in zip(text, given, strict=True)]
-
-    def given(self, pack: Pack, clip: int, posterior: Posterior, without: bool) -> Given:
-        """What a clip is given of its own frames: from the frames themselves, or from its cached latents."""
-        size = (posterior.mean.shape[1], *self.geometry.latent_shape(pack.shapes[clip]))
         if pack.frames is None:
-            return self.condition.of_latents(None if without else posterior.mean[0].to(self.device), size)
-        frames = pack.frames[clip][[0, -1][: 0 if without else self.condition.num_images()]]
-        images = to_model_range(frames.to(self.device)).unbind(1)
-        return self.condition.of_images(images, len(pack.frames[clip]), size, encode_mean(self.vae))
+            means = [None if drop else p.mean[0] for p, drop in zip(posteriors, without, strict=True)]
+            return list(map(self.conditioner.of_latents, words, pack.shapes, means))
+        counts = [0 if drop else self.condition.num_images() for drop in without]
+        return list(map(self.conditioner.of_images, words, pack.shapes, map(shown_frames, pack.frames, counts)))
 
     def loss(
         self, latents: list[Tensor], conditions: list[Condition], timesteps: Tensor, noise: list[Tensor],
@@ -200,8 +200,8 @@ class DiTTask:
             ]
             spread = torch.tensor([(position * 0.6180339887) % 1 for position in pack.positions])  # golden ratio
             timesteps = (0.02 + 0.96 * spread).to(self.device)
-            text = [embedding.to(self.device) for embedding in self.text_encoder.encode(pack.captions)]
-            conditions = self.conditions(pack, posteriors, text, [False] * len(text))
+            words = embed(self.text_encoder, pack.captions)
+            conditions = self.conditions(pack, posteriors, words, [False] * len(words))
             tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]
             losses = self.loss(latents, conditions, timesteps, noise, tokens).cpu()
             sums = {
@@ -230,15 +230,22 @@ class DiTTask:
         return torch.Generator().manual_seed(keyed_seed(self.seed, *key))
 
 
-def check_training(condition: FrameCondition, geometry: Geometry, data: DataConfig, vae: VAEConfig) -> None:
+def check_training(condition: FrameCondition, data: DataConfig, vae: VAEConfig) -> None:
     """Refuse clips of which nothing would be left to learn, and cached latents that hold no image alone."""
     for shape in data.clip_shapes:
-        if condition.num_frames() >= geometry.latent_shape(shape)[0]:
+        if shape.frames <= condition.num_images():
             raise ValueError(
-                f"data.shapes has {list(shape)}, of which condition={type(condition).__name__} gives every latent "
-                "frame: nothing is left to learn. Leave that shape out, or type condition=none."
+                f"data.shapes has {list(shape)}, of which condition={type(condition).__name__} gives every frame: "
+                "nothing is left to learn. Leave that shape out, or type condition=none."
             )
-    if condition.num_images() and data.latents is not None and (reason := vae.encoder_looks_ahead()):
+    if data.latents is None:
+        return
+    if condition.reads_pixels():
+        raise ValueError(
+            f"data.latents={data.latents}: condition={type(condition).__name__} encodes images of its own, which "
+            "cached latents do not hold. Type data.latents=null."
+        )
+    if condition.num_images() and (reason := vae.encoder_looks_ahead()):
         raise ValueError(
             f"data.latents={data.latents}: {reason}, so the first latent frame of a clip is not the latent of its "
             "first image. Type data.latents=null to encode both in every step."

@@ -17,6 +17,7 @@ from kinema.data.pixels import to_model_range, to_uint8
 from kinema.diffusion.objective import Objective
 from kinema.diffusion.timesteps import realised_histogram
 from kinema.models.vae import CausalVAE
+from kinema.sampling.conditioner import shown_frames
 from kinema.sampling.images import fit_images, read_image
 from kinema.sampling.pipeline import Pipeline
 from kinema.training.checkpoint import write_json
@@ -34,22 +35,19 @@ class SampleMaker:
     shape: ClipShape = field(init=False)
     settings: str = field(init=False)
     """One line for the run's header."""
-    images: list[Tensor] = field(init=False)
-    """What each video is given; none where the videos come from captions alone."""
+    images: list[Tensor] | None = field(init=False, default=None)
+    """What each video is given."""
 
     def __post_init__(self) -> None:
         of = self.config
-        shift = "of training" if of.timestep_shift is None else of.timestep_shift
-        self.settings = (
-            f"samples every {of.every_steps} steps: {of.solver.value}, {of.num_steps} steps, "
-            f"guidance {of.guidance_scale:g}, seed {of.seed}, shift {shift}"
-        )
+        self.settings = f"samples every {of.every_steps} steps: {of.describe()}, seed {of.seed}"
         self.shape = ClipShape(*self.config.shape) if self.config.shape else self.pipeline.shapes[0]
         if self.config.prompts and self.config.every_steps:
-            self.pipeline.check(self.config, self.shape, images=int(bool(of.images)))  # before training starts
-        self.images = [
-            fit_images([read_image(path, "task.samples.images")], self.shape, tqdm.write) for path in of.images
-        ]
+            count = len(of.images) // len(of.prompts)
+            self.pipeline.check(self.config, self.shape, images=count)  # before training, not at the first sample
+        if of.images:
+            read = [[read_image(path, "task.samples.images") for path in paths] for paths in of.images_of_prompts()]
+            self.images = [fit_images(pictures, self.shape, tqdm.write) for pictures in read]
 
     def __call__(self, step: int, weights: dict[str, Tensor]) -> dict[str, Any] | None:
         """Write one video a prompt and a contact sheet; returns the record for the metrics."""
@@ -57,7 +55,7 @@ class SampleMaker:
         if not prompts:
             return None
         assign(self.pipeline.denoiser, weights)
-        videos = self.pipeline.videos(prompts, self.shape, self.config, images=self.images or None)
+        videos = self.pipeline.videos(prompts, self.shape, self.config, images=self.images)
         folder = self.run_dir / "samples" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{i:02d}.mp4" for i in range(len(videos))]
@@ -133,7 +131,7 @@ class OverfitCheck:
         assign(self.pipeline.denoiser, weights)
         frames, height, width, _ = self.clip.shape
         shape, count = ClipShape(frames, height, width), self.pipeline.condition.num_images()
-        images = [self.clip[[0, -1][:count]]] * self.samples if count else None
+        images = [shown_frames(self.clip, count)] * self.samples
         videos = self.pipeline.videos([self.caption] * self.samples, shape, self.config, images=images)
         device = next(self.pipeline.vae.parameters()).device
         latents = self.pipeline.vae.encode(to_model_range(self.clip.to(device))[None]).mean

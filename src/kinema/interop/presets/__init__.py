@@ -2,6 +2,7 @@
 
 from kinema.interop.preset import Preset
 from kinema.interop.presets.cogvideox import COGVIDEOX
+from kinema.interop.presets.cosmos import COSMOS
 from kinema.interop.presets.hunyuan import HUNYUAN
 from kinema.interop.presets.hunyuan_vae import HUNYUAN_15_VAE, HUNYUAN_VAE
 from kinema.interop.presets.latte import LATTE
@@ -12,6 +13,7 @@ from kinema.interop.presets.wan_vae import WAN_22_VAE, WAN_VAE
 
 PRESETS: list[Preset] = [
     COGVIDEOX,
+    COSMOS,
     HUNYUAN,
     LATTE,
     LTX,

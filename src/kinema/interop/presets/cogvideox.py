@@ -1,10 +1,11 @@
 """CogVideoX (Yang et al. 2024): caption and video through the same weights in one softmax, modulated apart."""
 
+import math
 from typing import cast
 
 from torch import nn
 
-from kinema.interop.keymap import Fused, Inverse, KeyMap, Layout, Reshaped, Rule, Same
+from kinema.interop.keymap import Chain, Fused, Inverse, KeyMap, Layout, Reshaped, Rule, Same
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
 from kinema.models.dit import (
@@ -19,22 +20,21 @@ from kinema.models.dit import (
     TextEmbedding,
 )
 
+COMPRESSION = 4  # frames of pixels in a latent one
 TRAINED = {  # what the reference's tables start from; its own clips, captions and frames may have any size
     "sample_width": 90,
     "sample_height": 60,
     "sample_frames": 49,
-    "temporal_compression_ratio": 4,
+    "temporal_compression_ratio": COMPRESSION,
     "max_text_seq_length": 226,
 }
 UNREAD_SCALE = 1.875  # the default, which every release with rotary positions has and none reads
 FIXED = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-    "ofs_embed_dim": None,
     "dropout": 0.0,
     "activation_fn": "gelu-approximate",
     "timestep_activation_fn": "silu",
-    "use_learned_positional_embeddings": False,
     "patch_bias": True,
 }
 
@@ -56,6 +56,10 @@ NAMES: list[Names] = [
     ("transformer_blocks.{i}.attn1.norm_k.{p}", "blocks.{i}.sublayers.0.operation.streams.video.key_norm.{p}"),
     ("transformer_blocks.{i}.ff.net.0.proj.{p}", "blocks.{i}.sublayers.1.operation.expand.{p}"),
     ("transformer_blocks.{i}.ff.net.2.{p}", "blocks.{i}.sublayers.1.operation.project.{p}"),
+]
+OFS: list[Names] = [
+    ("ofs_embedding.linear_1.{p}", "ofs_embedding.expand.{p}"),
+    ("ofs_embedding.linear_2.{p}", "ofs_embedding.project.{p}"),
 ]
 NORMS: list[Names] = [
     ("norm_final.{p}", "final_norm.{p}"),
@@ -79,15 +83,16 @@ def describe(module: nn.Module) -> Record:
     model = cast(DiT, module)
     config = model.config
     pt, side, _ = config.patch_size
-    rotary = config.rope is Rope.axes
+    rotary, learned = config.rope is Rope.axes, config.position_embedding is PositionEmbedding.learned
     record = {
         **FIXED,
-        **TRAINED,
+        **(_trained_on(config) if learned else TRAINED),
         "num_attention_heads": config.num_heads,
         "attention_head_dim": config.head_dim,
         "in_channels": model.latent_channels + config.condition_channels,
         "out_channels": model.latent_channels,
         "time_embed_dim": config.timestep_width,
+        "ofs_embed_dim": config.ofs_channels or None,
         "text_embed_dim": model.text_width,
         "num_layers": config.depth,
         "attention_bias": True,
@@ -98,6 +103,7 @@ def describe(module: nn.Module) -> Record:
         "spatial_interpolation_scale": UNREAD_SCALE if rotary else config.position_scale[1],
         "temporal_interpolation_scale": config.position_scale[0],
         "use_rotary_positional_embeddings": rotary,
+        "use_learned_positional_embeddings": learned,
     }
     check_described("CogVideoXTransformer3DModel", config, _config(record))
     return record
@@ -109,20 +115,48 @@ def key_map(record: Record) -> KeyMap:
     kernel: Layout = Same()
     if record["patch_size_t"] is None:
         kernel = Reshaped((width, record["in_channels"], side, side), (width, -1))
-    names = NAMES + (NORMS if record["norm_elementwise_affine"] else [])
+    names = NAMES + (NORMS if record["norm_elementwise_affine"] else []) + (OFS if record["ofs_embed_dim"] else [])
+    learned = [_places(record, width)] if record["use_learned_positional_embeddings"] else []
     both = ("transformer_blocks.{i}.norm1.linear.{p}", "transformer_blocks.{i}.norm2.linear.{p}")
     return KeyMap(
         [
             *(Rule(theirs, ours) for theirs, ours in names),
+            *learned,
             Rule("patch_embed.proj.weight", "patch_embedding.weight", kernel),
             Rule(both, "blocks.{i}.modulation.linear.{p}", Inverse(Fused((6 * width, 6 * width)))),
         ]
     )
 
 
+def _places(record: Record, width: int) -> Rule:
+    """Words and tokens in one table."""
+    words, tokens = record["max_text_seq_length"], math.prod(_grid(record))
+    layout = Chain((Reshaped((1, words + tokens, width), (words + tokens, width)), Fused((words, tokens))))
+    return Rule("patch_embed.pos_embedding", ("places.words", "places.tokens"), layout)
+
+
+def _grid(record: Record) -> list[int]:
+    """Frames, rows and columns of tokens of a clip that has learned places."""
+    side, frames = record["patch_size"], (record["sample_frames"] - 1) // record["temporal_compression_ratio"] + 1
+    return [frames, record["sample_height"] // side, record["sample_width"] // side]
+
+
+def _trained_on(config: DiTConfig) -> Record:
+    """The inverse of `_grid`."""
+    frames, height, width = (size * side for size, side in zip(config.position_grid, config.patch_size, strict=True))
+    return TRAINED | {
+        "sample_width": width,
+        "sample_height": height,
+        "sample_frames": (frames - 1) * COMPRESSION + 1,
+        "max_text_seq_length": config.position_words,
+    }
+
+
 def _config(record: Record) -> DiTConfig:
     head, space = record["attention_head_dim"], record["spatial_interpolation_scale"]
     rotary, side = record["use_rotary_positional_embeddings"], record["patch_size"]
+    learned = record["use_learned_positional_embeddings"]
+    places = PositionEmbedding.learned if learned else PositionEmbedding.none
     width = record["num_attention_heads"] * head
     return DiTConfig(
         width=width,
@@ -140,16 +174,25 @@ def _config(record: Record) -> DiTConfig:
         qk_norm=QKNorm.layer_head,
         rope=Rope.axes if rotary else Rope.none,
         rope_axes=[head // 4, head // 8 * 3, head // 8 * 3],
-        position_embedding=PositionEmbedding.none if rotary else PositionEmbedding.sincos_quarters,
+        position_embedding=places if rotary else PositionEmbedding.sincos_quarters,
+        position_grid=_grid(record) if learned else [0, 0, 0],
+        position_words=record["max_text_seq_length"] if learned else 0,
         position_scale=[1.0, 1.0, 1.0] if rotary else [record["temporal_interpolation_scale"], space, space],
         timestep_channels=width,
         timestep_width=record["time_embed_dim"],
+        ofs_channels=record["ofs_embed_dim"] or 0,
         text_embedding=TextEmbedding.linear,
     )
 
 
 def _accepts(record: Record) -> bool:
-    return record["attention_bias"] and all(record[key] == value for key, value in FIXED.items())
+    learned = record["use_learned_positional_embeddings"]
+    return (
+        record["attention_bias"]
+        and all(record[key] == value for key, value in FIXED.items())
+        and record["ofs_embed_dim"] in (None, record["time_embed_dim"])
+        and (not learned or (record["use_rotary_positional_embeddings"] and record["patch_size_t"] is None))
+    )
 
 
 COGVIDEOX = Preset("cogvideox", "CogVideoXTransformer3DModel", _accepts, build, describe, key_map)

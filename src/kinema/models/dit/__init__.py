@@ -1,6 +1,5 @@
 """The diffusion transformer: patches, segments, and blocks that are lists of sublayers."""
 
-from kinema.models.dit.conditioning import TIMESTEP_SCALE
 from kinema.models.dit.config import (
     Activation,
     AttentionPattern,
@@ -19,7 +18,6 @@ from kinema.models.dit.extras import Extras
 from kinema.models.dit.model import DiT
 
 __all__ = [
-    "TIMESTEP_SCALE",
     "Activation",
     "AttentionPattern",
     "CrossNorm",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from kinema.models.attention import Attention, attention_of
-from kinema.models.dit.conditioning import LinearModulation, TableModulation
+from kinema.models.dit.conditioning import LinearModulation, LowRankModulation, TableModulation
 from kinema.models.dit.config import (
     Activation,
     AttentionPattern,
@@ -39,7 +39,7 @@ VIDEO, TEXT = ("video",), ("text",)
 def blocks(config: DiTConfig) -> list[Block]:
     """All blocks of the model, first to last."""
     made = [_block(config, _sublayers(config, index), index) for index in range(config.depth)]
-    assert config.modulation is ModulationSource.linear or len({slots_of(each) for each in made}) == 1
+    assert config.modulation is not ModulationSource.table or len({slots_of(each) for each in made}) == 1
     return made
 
 
@@ -70,11 +70,17 @@ def _block(config: DiTConfig, sublayers: Sequence[Sublayer], index: int) -> Bloc
     slots, placed = sum(sublayer.slots for sublayer in sublayers), _is_placed(config, index)
     if config.modulation is ModulationSource.table:
         return Block(sublayers, TableModulation(config.width, slots), placed=placed)
+    if config.modulation is ModulationSource.lora:
+        groups = [count for sublayer in sublayers for count in sublayer.groups.values() if count]
+        low_rank = LowRankModulation(config.condition_width, config.width, config.modulation_rank, groups)
+        return Block(sublayers, low_rank, placed=placed)
     return Block(sublayers, LinearModulation(config.condition_width, config.width, slots), placed=placed)
 
 
 def _is_placed(config: DiTConfig, index: int) -> bool:
-    """Whether a block begins with positions: those in time, where the first attention is that reaches over it."""
+    """Whether a block begins with positions: learned ones, or those in time where attention first reaches over it."""
+    if config.position_embedding is PositionEmbedding.learned_axes:
+        return True
     first_over_time = 1 if config.attention is AttentionPattern.alternating else 0
     return config.position_embedding is PositionEmbedding.sincos_apart and index == first_over_time
 
@@ -100,7 +106,7 @@ def _cross(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> li
     if spans == [Span.place]:
         return [*before, after]
     answers = ["text", "image"] if config.image_width else ["text"]
-    caption = SegmentAttention(shape, "video", answers, attention)
+    caption = SegmentAttention(shape, "video", answers, attention, answer_width=config.caption_width)
     if config.cross_norm is CrossNorm.modulated:
         reading = Sublayer({VIDEO: WHOLE}, caption, _norm(config))
     else:

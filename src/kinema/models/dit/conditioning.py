@@ -1,16 +1,19 @@
 """How timesteps (and optionally the whole caption) reach the blocks: embeddings and adaptive layer norm."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kinema.models.attention import Lengths, runs
+from kinema.models.attention import Lengths
+from kinema.models.dit.config import NormKind
+from kinema.models.dit.norms import Norm
 
-TIMESTEP_SCALE = 1000.0  # the sinusoids were made for DDPM's 1000 steps (Ho et al. 2020)
+TIMESTEP_EPSILON = 1e-6
+SHARED_SLOTS = 3  # shift, scale and gate
 
 
 class ExactLinear(nn.Linear):
@@ -24,32 +27,51 @@ class ExactLinear(nn.Linear):
         """x (..., in) of any float dtype -> (..., out) in at least float32."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
-def sinusoids(timesteps: Tensor, channels: int) -> Tensor:
+def sinusoids(timesteps: Tensor, channels: int, scale: float) -> Tensor:
     """Timesteps (B,) in [0, 1] -> cosines and sines (B, channels) of wavelengths from 2 pi to 2 pi * 10000.
 
-    Vaswani et al. 2017, section 3.5, in the precision of the timesteps, which are scaled by 1000 first.
+    Vaswani et al. 2017, section 3.5, in the precision of the timesteps, which are multiplied by `scale` first.
     """
     half = channels // 2
     steps = torch.arange(half, dtype=timesteps.dtype, device=timesteps.device)
-    angles = TIMESTEP_SCALE * timesteps[:, None] * torch.exp(-math.log(10000.0) * steps / half)
+    angles = scale * timesteps[:, None] * torch.exp(-math.log(10000.0) * steps / half)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class TimestepEmbedding(nn.Module):
     """Sinusoids and two linear layers, in float32 throughout."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, scale: float, *, bias: bool = True) -> None:
         super().__init__()
-        self.channels = channels
-        self.expand = ExactLinear(channels, width)
-        self.project = ExactLinear(width, width)
+        self.channels, self.scale = channels, scale
+        self.expand = ExactLinear(channels, width, bias)
+        self.project = ExactLinear(width, width, bias)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """timesteps (R,) in [0, 1] -> (R, D)."""
-        return self.project(F.silu(self.expand(sinusoids(timesteps, self.channels))))
+        return self.project(F.silu(self.expand(sinusoids(timesteps, self.channels, self.scale))))
+
+
+class NormedTimesteps(nn.Module):
+    """Sinusoids behind a norm, and from the same sinusoids a layer for what all sublayers share (Cosmos)."""
+
+    def __init__(self, channels: int, scale: float, *, bias: bool) -> None:
+        super().__init__()
+        self.channels, self.scale = channels, scale
+        self.norm = Norm(NormKind.rms, channels, TIMESTEP_EPSILON, affine=True)
+        self.expand = ExactLinear(channels, channels, bias)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """timesteps (R,) in [0, 1] -> (R, channels)."""
+        return self.norm(sinusoids(timesteps, self.channels, self.scale))
+
+    def for_all(self, timesteps: Tensor) -> Tensor:
+        """timesteps (R,) -> (R, channels), what shared modulation is made of."""
+        return F.silu(self.expand(sinusoids(timesteps, self.channels, self.scale)))
 
 
 class PooledEmbedding(nn.Module):
@@ -77,7 +99,9 @@ class Condition(NamedTuple):
     embedding: Tensor
     """(R, D), after its SiLU."""
     shared: Tensor | None
-    """(R, slots * D), the modulation that all blocks share; none when each block has its own linear layer."""
+    """(R, slots * D), the modulation that all blocks share, or (R, 3 * D), that all sublayers do; none when each block
+    has a linear layer of its own.
+    """
 
 
 class TableModulation(nn.Module):
@@ -108,6 +132,29 @@ class LinearModulation(nn.Module):
         return self.linear(condition.embedding)
 
 
+class LowRankModulation(nn.Module):
+    """The product of two thin linear layers for each of some sublayers, beside what they share: adaLN-LoRA.
+
+    Gupta et al. 2023 (W.A.L.T.) and NVIDIA 2025 (Cosmos). `slots` has one entry for each; one that takes fewer than
+    three vectors takes the first of the shared ones.
+    """
+
+    def __init__(self, condition_width: int, width: int, rank: int, slots: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = [width * count for count in slots]
+        self.down = nn.ModuleList(ExactLinear(condition_width, rank, bias=False) for _ in slots)
+        self.up = nn.ModuleList(ExactLinear(rank, size, bias=False) for size in self.sizes)
+
+    def forward(self, condition: Condition) -> Tensor:
+        """-> (R, sum of slots * D)"""
+        assert condition.shared is not None
+        parts = [
+            up(down(condition.embedding)) + condition.shared[:, :size]
+            for down, up, size in zip(self.down, self.up, self.sizes, strict=True)
+        ]
+        return torch.cat(parts, dim=-1)
+
+
 class HeadTable(nn.Module):
     """Shift and scale before the last layer: a learned table added to the embedding (Chen et al. 2023)."""
 
@@ -118,36 +165,6 @@ class HeadTable(nn.Module):
     def forward(self, condition: Condition) -> Tensor:
         """-> (R, 2 * D)"""
         return torch.cat([condition.raw, condition.raw], dim=1) + self.table
-
-
-def modulated(normed: Tensor, shift: Tensor, scale: Tensor, lengths: Lengths) -> Tensor:
-    """normed * (1 + scale) + shift with one row for each length: normed (N, D), rows (R, D) -> (N, D)."""
-    return _by_rows(lambda x, a, b: torch.addcmul(a, x, b), lengths, [normed], [shift, 1 + scale])
-
-
-def gated_sum(tokens: Tensor, gate: Tensor, update: Tensor, lengths: Lengths) -> Tensor:
-    """tokens + gate * update, with one gate for each length: tokens and update (N, D), gate (R, D) -> (N, D)."""
-    return _by_rows(lambda x, y, a: torch.addcmul(x, a, y), lengths, [tokens, update], [gate])
-
-
-def _by_rows(
-    function: Callable[..., Tensor], lengths: Lengths, tokens: Sequence[Tensor], rows: Sequence[Tensor]
-) -> Tensor:
-    """Call `function` with tokens (b, n, D) and rows (b, 1, D) for each run of rows of equal length.
-
-    Rows broadcast and are never written out token by token: that costs more memory than the tokens.
-    """
-    parts = runs(lengths)
-    if len(parts) == 1:  # a plain batch; splitting it into one part would cost a copy in the backward
-        return _broadcast(function, tokens, rows)
-    token_parts = zip(*(x.split([clips * length for clips, length in parts]) for x in tokens), strict=True)
-    row_parts = zip(*(x.split([clips for clips, _ in parts]) for x in rows), strict=True)
-    return torch.cat([_broadcast(function, *part) for part in zip(token_parts, row_parts, strict=True)])
-
-
-def _broadcast(function: Callable[..., Tensor], tokens: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
-    batched = [x.unflatten(0, (len(rows[0]), -1)) for x in tokens]
-    return function(*batched, *(row[:, None] for row in rows)).flatten(0, 1)
 
 
 def means(words: Tensor, lengths: Lengths) -> Tensor:

@@ -19,6 +19,10 @@ class AttentionPattern(Enum):
     """The same in whole blocks that take turns: the even ones look within each frame and at the caption, the odd ones
     over time at each place and at nothing else (Ma et al. 2024, Latte, variant 1).
     """
+    windowed = "windowed"
+    """Within boxes of `window` tokens, which every other block moves by half their sides so that boxes talk (Liu et al.
+    2021, Swin; 2022, Video Swin).
+    """
 
 
 class PositionEmbedding(Enum):
@@ -34,6 +38,14 @@ class PositionEmbedding(Enum):
     sincos_apart = "sincos_apart"
     """Half of the channels for columns and half for rows, and all of them again for time, added where a block first
     looks over time (Latte). A single frame has no time.
+    """
+    learned_axes = "learned_axes"
+    """A learned vector for each frame, row and column of tokens up to `position_grid`; their sum, brought to unit size,
+    is added again in every block (NVIDIA 2025, Cosmos 1).
+    """
+    learned = "learned"
+    """A learned vector for each token of a clip, of exactly `position_grid`, and each word of a caption, of at most
+    `position_words` (Dosovitskiy et al. 2020, ViT; CogVideoX 5B I2V). With text=shared.
     """
 
 
@@ -65,6 +77,10 @@ class TextEmbedding(Enum):
     linear = "linear"
     refiner = "refiner"
     """A small transformer that knows the timestep (HunyuanVideo)."""
+    activated = "activated"
+    """One layer and `text_activation` (Cosmos-Predict 2.5)."""
+    none = "none"
+    """As they are; keys and values alone bring them to the model's width (Cosmos)."""
 
 
 class ModulationSource(Enum):
@@ -74,6 +90,10 @@ class ModulationSource(Enum):
     """One linear layer for all blocks and a learned table in each (adaLN-single)."""
     linear = "linear"
     """A linear layer in each block (adaLN-Zero): about a third more weights, hardly more time."""
+    lora = "lora"
+    """One linear layer for all sublayers, and in each the product of two thin ones (adaLN-LoRA; W.A.L.T., Gupta et al.
+    2023; Cosmos, NVIDIA 2025).
+    """
 
 
 class HeadModulation(Enum):
@@ -83,6 +103,8 @@ class HeadModulation(Enum):
     """A linear layer of the timestep's embedding (Peebles and Xie 2023)."""
     table = "table"
     """A learned table added to the embedding itself (Chen et al. 2023, PixArt-alpha)."""
+    lora = "lora"
+    """As in the blocks, with modulation=lora."""
 
 
 class NormKind(Enum):
@@ -150,7 +172,11 @@ class DiTConfig:
     """Latent frames, rows and columns that one token holds."""
     condition_channels: int = 0
     """Channels of given latents (a first frame, a mask) beside the noisy ones, in the same patches."""
+    padding_channel: bool = False
+    """One channel more, which says where a frame is padding (Cosmos). No clip here is padded: it is zero."""
     attention: AttentionPattern = AttentionPattern.full
+    window: list[int] = field(default_factory=lambda: [8, 7, 7])
+    """Frames, rows and columns of tokens of a box of attention=windowed; at the edges of a clip boxes are smaller."""
     attention_kernel: AttentionKernel = AttentionKernel.sdpa
     text: TextEdge = TextEdge.cross
     text_to_the_end: bool = False
@@ -158,6 +184,8 @@ class DiTConfig:
     activation: Activation = Activation.gelu
     bias: bool = True
     """Whether attention and MLP have biases."""
+    edge_bias: bool = True
+    """Whether the layers of patches, timesteps, shared modulation and head have them."""
     norm: NormKind = NormKind.layer
     norm_eps: float = 1e-6
     """Added to the variance before the root."""
@@ -167,6 +195,8 @@ class DiTConfig:
     """One more norm between the last block and the head."""
     cross_norm: CrossNorm = CrossNorm.modulated
     modulation: ModulationSource = ModulationSource.table
+    modulation_rank: int = 64
+    """Width of the thin layers of modulation=lora."""
     head_modulation: HeadModulation = HeadModulation.linear
     qk_norm: QKNorm = QKNorm.rms_head
     qk_norm_eps: float = 1e-6
@@ -175,6 +205,14 @@ class DiTConfig:
     """Channels of a head that turn with time, height and width; even, and their sum is the head width."""
     rope_theta: float = 10000.0
     """Base of the wavelengths of both position embeddings: they lie between 2 pi and 2 pi * theta tokens."""
+    rope_scale: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    """How many times longer in time, height and width the slowest waves of rope=axes become, where the fastest stay:
+    theta grows for that axis (NTK-aware scaling; bloc97 2023, Peng et al. 2023, YaRN, section 3.1).
+    """
+    rope_fps: float = 0.0
+    """Frames a second whose tokens are one step of time apart, for clips whose rate `extras.fps` tells (Cosmos-Predict
+    2); where it is not told, tokens are. 0 where the model knows no rates.
+    """
     rope_extent: list[float] = field(default_factory=lambda: [20.0, 2048.0, 2048.0])
     """Seconds, rows and columns of pixels of the largest clip, with rope=fractional."""
     rope_units: list[float] = field(default_factory=lambda: [8 / 25, 32.0, 32.0])
@@ -186,10 +224,22 @@ class DiTConfig:
     """Frames, rows and columns of tokens that every clip is stretched to for the position embedding, whatever its size
     (PixArt-alpha, Latte); 0 leaves them as they are.
     """
+    position_grid: list[int] = field(default_factory=lambda: [0, 0, 0])
+    """Frames, rows and columns of tokens of the largest clip, with position_embedding=learned_axes or learned."""
+    position_words: int = 0
+    """Words of the longest caption, with position_embedding=learned."""
     timestep_channels: int = 256
     """Sines and cosines of a timestep."""
     timestep_width: int = 0
     """Channels of a timestep's embedding; 0 for the model's width."""
+    timestep_scale: float = 1000.0
+    """What timesteps from 0 to 1 are multiplied by before their sines: DDPM counts a thousand (Ho et al. 2020)."""
+    timestep_norm: bool = False
+    """The sines themselves, normalised, are the embedding, and layers of their own make of them what all sublayers
+    share (Cosmos). With modulation=lora.
+    """
+    ofs_channels: int = 0
+    """Sines and cosines of `extras.ofs`, a number for each clip (CogVideoX 1.5 I2V); 0 for none."""
     guidance: bool = False
     """Embed the strength of guidance like a timestep: for models distilled to need no second pass."""
     pooled_width: int = 0
@@ -198,7 +248,9 @@ class DiTConfig:
     refiner_depth: int = 2
     """Blocks of text_embedding=refiner."""
     text_activation: Activation = Activation.gelu
-    """Between the two layers that bring captions to the model's width."""
+    """Between the two layers that bring captions to the model's width, or after the only one."""
+    text_channels: int = 0
+    """Channels of a caption's tokens in the blocks; 0 for the model's width. With text=cross."""
     pooled_text: bool = False
     """Add the mean of the text embeddings to the timestep's: the caption also modulates every block."""
     first_frame_given: bool = False
@@ -225,6 +277,7 @@ class DiTConfig:
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together, and choices that exclude one another."""
         above_zero = ["width", "depth", "num_heads", "mlp_ratio", "rope_theta", "norm_eps", "qk_norm_eps"]
+        above_zero += ["modulation_rank", "timestep_scale"]
         for name in (*above_zero, "timestep_channels"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be above zero.")
@@ -232,6 +285,10 @@ class DiTConfig:
             "condition_channels",
             "image_width",
             "timestep_width",
+            "text_channels",
+            "ofs_channels",
+            "position_words",
+            "rope_fps",
             "pooled_width",
             "single_depth",
             "image_positions",
@@ -250,22 +307,53 @@ class DiTConfig:
                 f"model.patch_size={self.patch_size} must be three numbers from 1 up (frames, rows, columns)."
                 " Type for example model.patch_size=[1,2,2]."
             )
-        if self.timestep_channels % 2:
-            raise ValueError(f"model.timestep_channels={self.timestep_channels} must be even: half are cosines.")
+        for name in ("timestep_channels", "ofs_channels"):
+            if getattr(self, name) % 2:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be even: half are cosines.")
         if self.text_activation is Activation.swiglu:
             raise ValueError("model.text_activation=swiglu needs a third layer. Type gelu, gelu_tanh or silu.")
-        for name in ("rope_extent", "rope_units", "position_scale"):
+        for name in ("rope_extent", "rope_units", "rope_scale", "position_scale"):
             if len(getattr(self, name)) != 3 or min(getattr(self, name)) <= 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be three numbers above zero.")
         if self.rope is Rope.axes:
             check_rope_axes(self.rope_axes, self.head_dim)
+        self._check_scaling()
         self._check_positions()
         self._check_attention()
         self._check_text()
         self._check_modulation()
         self._check_control()
 
+    def _check_scaling(self) -> None:
+        scaled = [size for size, scale in zip(self.rope_axes, self.rope_scale, strict=True) if scale != 1]
+        if scaled and (self.rope is not Rope.axes or min(scaled) <= 2):
+            raise ValueError(
+                f"model.rope_scale={self.rope_scale} stretches waves of model.rope_axes={self.rope_axes} with "
+                f"model.rope={self.rope.name}: it needs rope=axes and, for a scale, more than one wave (two channels). "
+                "Type model.rope_scale=[1,1,1]."
+            )
+        if self.rope_fps and self.rope is not Rope.axes:
+            raise ValueError(f"model.rope_fps={self.rope_fps} needs model.rope=axes. Type model.rope_fps=0.")
+
     def _check_positions(self) -> None:
+        is_learned = self.position_embedding in (PositionEmbedding.learned_axes, PositionEmbedding.learned)
+        if len(self.position_grid) != 3 or min(self.position_grid) < 0 or is_learned is not all(self.position_grid):
+            raise ValueError(
+                f"model.position_grid={self.position_grid} must be frames, rows and columns of tokens of the "
+                "largest clip with model.position_embedding=learned_axes or learned, and [0,0,0] with any other."
+            )
+        of_words = self.position_embedding is PositionEmbedding.learned
+        if of_words is not bool(self.position_words) or (of_words and self.text is not TextEdge.shared):
+            raise ValueError(
+                f"model.position_words={self.position_words} must be the words of the longest caption with "
+                f"model.position_embedding=learned and model.text=shared (it is {self.text.name}), and 0 otherwise."
+            )
+        if is_learned and (any(self.position_extent) or any(scale != 1 for scale in self.position_scale)):
+            raise ValueError(
+                f"model.position_extent={self.position_extent} and model.position_scale={self.position_scale} move "
+                f"tokens between places; model.position_embedding={self.position_embedding.name} knows none. Type "
+                "model.position_extent=[0,0,0] model.position_scale=[1,1,1]."
+            )
         if self.position_embedding is PositionEmbedding.sincos_quarters and self.width % 16:
             raise ValueError(
                 f"model.position_embedding=sincos_quarters cuts model.width={self.width} into quarters and eighths "
@@ -295,6 +383,11 @@ class DiTConfig:
             )
 
     def _check_text(self) -> None:
+        if self.text_channels and (self.text is not TextEdge.cross or self.text_embedding is TextEmbedding.refiner):
+            raise ValueError(
+                f"model.text_channels={self.text_channels}: only model.text=cross without a refiner reads captions of "
+                "another width than the model's. Type model.text_channels=0."
+            )
         if self.image_positions and not self.image_width:
             raise ValueError(
                 f"model.image_positions={self.image_positions} places image tokens, which model.image_width=0 refuses. "
@@ -327,6 +420,11 @@ class DiTConfig:
             )
 
     def _check_attention(self) -> None:
+        if len(self.window) != 3 or min(self.window) < 1:
+            raise ValueError(
+                f"model.window={self.window} must be three numbers from 1 up (frames, rows and columns of tokens). "
+                "Type for example model.window=[4,8,8]."
+            )
         if self.attention is not AttentionPattern.alternating:
             return
         if self.depth % 2:
@@ -341,16 +439,28 @@ class DiTConfig:
             )
 
     def _check_modulation(self) -> None:
+        is_lora = self.modulation is ModulationSource.lora
+        if self.head_modulation is HeadModulation.lora and not is_lora:
+            raise ValueError(
+                "model.head_modulation=lora adds to what model.modulation=lora shares; model.modulation="
+                f"{self.modulation.name} shares no such thing. Type model.head_modulation=linear."
+            )
+        if self.timestep_norm and (not is_lora or self.timestep_width):
+            raise ValueError(
+                f"model.timestep_norm=true needs model.modulation=lora (it is {self.modulation.name}), "
+                f"and has model.timestep_channels itself: type model.timestep_width=0 (it is {self.timestep_width})."
+            )
         alike = self.text is not TextEdge.joint or self.text_to_the_end
         if self.modulation is ModulationSource.table and not alike:
             raise ValueError(
                 "model.modulation=table is shared by all blocks, but with model.text=joint the last ones have other "
                 "sublayers. Type model.modulation=linear."
             )
-        if self.head_modulation is HeadModulation.table and self.timestep_width not in (0, self.width):
+        if self.head_modulation is HeadModulation.table and self.condition_width != self.width:
             raise ValueError(
                 f"model.head_modulation=table adds the timestep's embedding to rows of model.width={self.width}, but "
-                f"model.timestep_width={self.timestep_width}. Type model.head_modulation=linear."
+                f"it has {self.condition_width} channels (model.timestep_width={self.timestep_width}). Type "
+                "model.head_modulation=linear."
             )
 
     def _check_control(self) -> None:
@@ -378,7 +488,12 @@ class DiTConfig:
     @property
     def condition_width(self) -> int:
         """Channels of the timestep's embedding."""
-        return self.timestep_width or self.width
+        return self.timestep_channels if self.timestep_norm else self.timestep_width or self.width
+
+    @property
+    def caption_width(self) -> int:
+        """Channels of a caption's tokens in the blocks."""
+        return self.text_channels or self.width
 
     @property
     def hidden_width(self) -> int:
@@ -389,5 +504,7 @@ class DiTConfig:
         """The self-attentions of a block, in order."""
         if self.attention is AttentionPattern.full:
             return [Span.clip]
+        if self.attention is AttentionPattern.windowed:
+            return [[Span.window, Span.shifted][block % 2]]
         both = [Span.frame, Span.place]
         return both if self.attention is AttentionPattern.factorised else [both[block % 2]]

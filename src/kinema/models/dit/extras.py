@@ -22,6 +22,10 @@ class Extras:
     """Strength of guidance, for example 6.0."""
     control: Sequence[Tensor] | None = None
     """Given latents (control_channels, T, H, W) that the control tower reads."""
+    ofs: Sequence[float] | None = None
+    """A number that CogVideoX 1.5 embeds like a timestep; its release was made with 2.0."""
+    fps: Sequence[float] | None = None
+    """Frames a second of the clip, for a model with `rope_fps`, which may do without."""
 
     def take(self, clips: Sequence[int]) -> "Extras":
         """The same for these clips, in this order."""

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 from kinema.models.attention import Attention, Lengths
 from kinema.models.dit.activations import gelu_tanh
-from kinema.models.dit.conditioning import Condition, LinearModulation, TableModulation, gated_sum, modulated
+from kinema.models.dit.conditioning import (
+    Condition,
+    LinearModulation,
+    LowRankModulation,
+    TableModulation,
+)
 from kinema.models.dit.config import Activation, NormKind, QKNorm
+from kinema.models.dit.memory import made_again
+from kinema.models.dit.modulating import gated_sum
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import Rope, Rows, Segments, Span, Tokens
 from kinema.models.position import apply_rope
@@ -50,8 +57,8 @@ class FeedForward(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         """x (N, D) -> (N, D)"""
         if self.gate is not None:
-            return self.project(F.silu(self.gate(x)) * self.expand(x))
-        return self.project(activate(self.expand(x), self.activation))
+            return made_again(lambda gate, x: self.project(F.silu(gate) * x), self.gate(x), self.expand(x))
+        return made_again(lambda x: self.project(activate(x, self.activation)), self.expand(x))
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip, for these segments."""
@@ -88,9 +95,9 @@ class HeadShape(NamedTuple):
     eps: float
     bias: bool
 
-    def linear(self) -> Linear:
-        """Width to width."""
-        return Linear(self.width, self.width, self.bias)
+    def linear(self, given: int | None = None) -> Linear:
+        """Width, or that of what is given, to width."""
+        return Linear(given or self.width, self.width, self.bias)
 
     def norm(self) -> nn.Module:
         """The norm of queries or keys."""
@@ -131,12 +138,18 @@ class SegmentAttention(nn.Module):
     """
 
     def __init__(
-        self, shape: HeadShape, asks: str, answers: Sequence[str], attention: Attention, span: Span = Span.clip
+        self,
+        shape: HeadShape,
+        asks: str,
+        answers: Sequence[str],
+        attention: Attention,
+        span: Span = Span.clip,
+        answer_width: int | None = None,
     ) -> None:
         super().__init__()
         self.asks, self.answers, self.span = asks, answers[0], span
         self.shape, self.attention = shape, attention
-        self.query, self.key, self.value = (shape.linear() for _ in range(3))
+        self.query, self.key, self.value = shape.linear(), shape.linear(answer_width), shape.linear(answer_width)
         self.query_norm, self.key_norm = shape.norm(), shape.norm()
         self.project = shape.linear()
         self.others = nn.ModuleDict({name: KeyValue(shape) for name in answers[1:]})
@@ -168,8 +181,9 @@ class SegmentAttention(nn.Module):
         if self.answers == self.asks:
             pairs = counts.seen[self.span] if self.asks == "video" else asking**2
             return 4 * asking * square + 2 * pairs * self.shape.width
-        answering = sum(counts.tokens[name] for name in (self.answers, *self.others))
-        return 2 * (asking + answering) * square + 2 * asking * answering * self.shape.width
+        others = sum(counts.tokens[name] for name in self.others)
+        keys = 2 * counts.tokens[self.answers] * self.key.weight.numel() + 2 * others * square
+        return 2 * asking * square + keys + 2 * asking * (counts.tokens[self.answers] + others) * self.shape.width
 
 
 class Stream(nn.Module):
@@ -241,7 +255,7 @@ class SingleStream(nn.Module):
         """asking (N, D) of every segment, already normalised -> updates (N, D)"""
         triples = {name: self._heads(x, segments[name].rope) for name, x in asking.items()}
         mixed = attend_jointly(triples, segments, self.attention)
-        return {name: self.project(torch.cat([mixed[name], self._hidden(x)], dim=-1)) for name, x in asking.items()}
+        return {name: made_again(self._way_back, mixed[name], *self._hidden(x)) for name, x in asking.items()}
 
     def _heads(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         q = self.shape.normed_heads(self.query(x), self.query_norm)
@@ -251,10 +265,13 @@ class SingleStream(nn.Module):
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         return q.to(v.dtype), k.to(v.dtype), v
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        if self.gate is not None:
-            return F.silu(self.gate(x)) * self.expand(x)
-        return activate(self.expand(x), self.activation)
+    def _hidden(self, x: Tensor) -> list[Tensor]:
+        """x (N, D) -> what the MLP's non-linearity takes, (N, hidden) each"""
+        return [self.expand(x)] if self.gate is None else [self.expand(x), self.gate(x)]
+
+    def _way_back(self, mixed: Tensor, hidden: Tensor, gate: Tensor | None = None) -> Tensor:
+        active = activate(hidden, self.activation) if gate is None else F.silu(gate) * hidden
+        return self.project(torch.cat([mixed, active], dim=-1))
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip, for these segments."""
@@ -333,7 +350,7 @@ class Sublayer(nn.Module):
     def _input(self, x: Tensor, rows: Rows, part: Sequence[Tensor]) -> Tensor:
         if len(part) <= 1:
             return self.norm(x)
-        return modulated(self.norm(x), rows.of(part[0]), rows.of(part[1]), rows.lengths)
+        return self.norm.modulated(x, rows.of(part[0]), rows.of(part[1]), rows.lengths)
 
     def _sum(self, x: Tensor, update: Tensor, rows: Rows, part: Sequence[Tensor]) -> Tensor:
         return gated_sum(x, rows.of(part[-1]), update, rows.lengths) if part else x + update
@@ -350,7 +367,11 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, sublayers: Sequence[Sublayer], modulation: TableModulation | LinearModulation, *, placed: bool = False
+        self,
+        sublayers: Sequence[Sublayer],
+        modulation: TableModulation | LinearModulation | LowRankModulation,
+        *,
+        placed: bool = False,
     ) -> None:
         super().__init__()
         self.sublayers = nn.ModuleList(sublayers)

@@ -1,6 +1,6 @@
 """The DiT: its parts, how they start, and the way of a pack through it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TypeAlias
 
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from kinema.models.attention import Attention, Lengths
 from kinema.models.dit.blocks import blocks, slots_of
 from kinema.models.dit.conditioning import (
+    SHARED_SLOTS,
     Condition,
     ExactLinear,
     HeadTable,
     LinearModulation,
+    LowRankModulation,
+    NormedTimesteps,
     PooledEmbedding,
     TimestepEmbedding,
     means,
-    modulated,
 )
 from kinema.models.dit.config import (
     DiTConfig,
@@ -71,27 +73,34 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.latent_channels, self.text_width = latent_channels, text_width
-        width = config.width
+        width, bias = config.width, config.edge_bias
         patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
 
-        self.patch_embedding = Linear((latent_channels + config.condition_channels) * patch, width)
+        channels = latent_channels + config.condition_channels + config.padding_channel
+        self.patch_embedding = Linear(channels * patch, width, bias)
         self.places = Places(config)
         self.text_embedding = _text_embedding(config, text_width)
         places = (config.image_positions, config.image_width)
         self.image_positions = nn.Parameter(torch.zeros(places)) if config.image_positions else None
         self.image_embedding = _image_embedding(config) if config.image_width else None
-        self.timestep_embedding = TimestepEmbedding(config.timestep_channels, config.condition_width)
+        self.timestep_embedding = _timestep_embedding(config)
         self.pooled_text = ExactLinear(text_width, config.condition_width) if config.pooled_text else None
         self.pooled_embedding = (
             PooledEmbedding(config.pooled_width, config.condition_width) if config.pooled_width else None
         )
         self.guidance_embedding = (
-            TimestepEmbedding(config.timestep_channels, config.condition_width) if config.guidance else None
+            TimestepEmbedding(config.timestep_channels, config.condition_width, config.timestep_scale)
+            if config.guidance
+            else None
+        )
+
+        self.ofs_embedding = (
+            TimestepEmbedding(config.ofs_channels, config.condition_width, 1.0) if config.ofs_channels else None
         )
 
         made = blocks(config)
-        table = config.modulation is ModulationSource.table
-        self.shared_modulation = ExactLinear(config.condition_width, slots_of(made[0]) * width) if table else None
+        shared = {ModulationSource.table: slots_of(made[0]), ModulationSource.lora: SHARED_SLOTS}.get(config.modulation)
+        self.shared_modulation = ExactLinear(config.condition_width, shared * width, bias) if shared else None
         self.blocks = nn.ModuleList(made)
         self.control = ControlTower(config) if config.control_layers else None
 
@@ -100,9 +109,8 @@ class DiT(nn.Module):
 
         self.final_norm = norm() if config.final_norm else None
         self.head_norm = norm()
-        linear = config.head_modulation is HeadModulation.linear
-        self.head_modulation = ExactLinear(config.condition_width, 2 * width) if linear else HeadTable(width)
-        self.head = Linear(width, latent_channels * patch * (2 if config.learned_variance else 1))
+        self.head_modulation = _head_modulation(config)
+        self.head = Linear(width, latent_channels * patch * (2 if config.learned_variance else 1), bias)
         self._initialise()
 
     def forward(
@@ -145,9 +153,7 @@ class DiT(nn.Module):
         condition = self._condition(timesteps, words, lengths, extras)
         segments = self._segments(grids, text, extras, condition)
 
-        given = (
-            latents if extras.channels is None else [torch.cat(x) for x in zip(latents, extras.channels, strict=True)]
-        )
+        given = self._with_given(latents, extras)
         video = self.patch_embedding(patchify(given, self.config.patch_size)).to(condition.embedding.dtype)
         places = self.places.at_start(grids, video)
         if places is not None:
@@ -167,11 +173,20 @@ class DiT(nn.Module):
         patches = self._head(tokens["video"], rows, condition)
         return unpatchify(patches.to(latents[0].dtype), grids, self.config.patch_size)
 
+    def _with_given(self, latents: Sequence[Tensor], extras: Extras) -> list[Tensor]:
+        """Noisy latents with the channels that are given beside them."""
+        beside = [[x] for x in latents]
+        for clip, channels in zip(beside, extras.channels or [], strict=extras.channels is not None):
+            clip.append(channels)
+        if self.config.padding_channel:
+            beside = [[*clip, torch.zeros_like(clip[0][:1])] for clip in beside]
+        return [torch.cat(clip) if len(clip) > 1 else clip[0] for clip in beside]
+
     def _head(self, video: Tensor, rows: Rows, condition: Condition) -> Tensor:
         linear = self.config.head_modulation is HeadModulation.linear
         both = self.head_modulation(condition.embedding if linear else condition)
         shift, scale = both.chunk(2, dim=-1)
-        return self.head(modulated(self.head_norm(video), rows.of(shift), rows.of(scale), rows.lengths))
+        return self.head(self.head_norm.modulated(video, rows.of(shift), rows.of(scale), rows.lengths))
 
     def _hints(self, tokens: Tokens, segments: Segments, condition: Condition, extras: Extras) -> dict[int, Tensor]:
         """What the control tower adds to the video after some blocks: layer -> (N, D)."""
@@ -187,7 +202,11 @@ class DiT(nn.Module):
             embedded = self.text_embedding(words)
             if self.config.text is TextEdge.cross:
                 return embedded
-            return embedded.to(torch.promote_types(embedded.dtype, torch.float32))  # a residual stream, like the video
+            embedded = embedded.to(
+                torch.promote_types(embedded.dtype, torch.float32)
+            )  # a residual stream, like the video
+            places = self.places.of_words(lengths)
+            return embedded if places is None else embedded + places
         return self.text_embedding(words, lengths, _of_clips(timesteps))
 
     def _condition(self, timesteps: Timesteps, words: Tensor, lengths: Lengths, extras: Extras) -> Condition:
@@ -199,6 +218,8 @@ class DiT(nn.Module):
             clips.append(self.pooled_text(means(words.to(embedding.dtype), lengths)))
         if self.pooled_embedding is not None and extras.pooled is not None:
             clips.append(self.pooled_embedding(torch.stack(list(extras.pooled))))
+        if self.ofs_embedding is not None and extras.ofs is not None:
+            clips.append(self.ofs_embedding(rows.new_tensor(list(extras.ofs))))
         for clip in clips:
             embedding = embedding + _for_rows(clip, timesteps)
         if self.guidance_embedding is not None and extras.guidance is not None:
@@ -206,7 +227,10 @@ class DiT(nn.Module):
             given = rows == 0 if isinstance(timesteps, Sequence) else torch.zeros_like(rows, dtype=torch.bool)
             embedding = torch.where(given[:, None], embedding, embedding + guidance)
         active = F.silu(embedding)
-        shared = None if self.shared_modulation is None else self.shared_modulation(active)
+        source = (
+            self.timestep_embedding.for_all(rows) if isinstance(self.timestep_embedding, NormedTimesteps) else active
+        )
+        shared = None if self.shared_modulation is None else self.shared_modulation(source)
         return Condition(embedding, active, shared)
 
     def _segments(
@@ -214,22 +238,28 @@ class DiT(nn.Module):
     ) -> Segments:
         """Angles (dtype and device of the condition), cuts and orders, made once; blocks only read them."""
         like = condition.embedding
-        rope, places = self._rope(grids, like), self.places.in_blocks(grids, like)
+        rope, places = self._rope(grids, extras.fps, like), self.places.in_blocks(grids, like)
         segments = {
-            "video": video_segment(grids, _rows(grids, condition), rope, places, self._spans, like.device),
+            "video": video_segment(
+                grids, _rows(grids, condition), rope, places, self._spans, self.config.window, like.device
+            ),
             "text": clip_segment(tuple(len(caption) for caption in text), len(like) - len(grids)),
         }
         if extras.image is not None:
             segments["image"] = clip_segment(tuple(len(image) for image in extras.image))
         return segments
 
-    def _rope(self, grids: Sequence[Grid], like: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _rope(self, grids: Sequence[Grid], fps: Sequence[float] | None, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """The rotary table of every token."""
         if self.config.rope is Rope.none:
             return None
         tables = []
-        for positions, clips in _runs(grids, like.device):
-            table = self._angles(positions, like.dtype)
+        rates = [self.config.rope_fps] * len(grids) if fps is None else fps
+        for (grid, rate), group in groupby(zip(grids, rates, strict=True)):
+            positions = grid_positions(*grid, device=like.device)
+            if rate != self.config.rope_fps:
+                positions[:, 0] = positions[:, 0] / rate * self.config.rope_fps
+            table, clips = self._angles(positions, like.dtype), len(list(group))
             tables.append([part.repeat(clips, *[1] * (part.ndim - 1)) for part in table])
         cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
         return cos, sin
@@ -237,7 +267,7 @@ class DiT(nn.Module):
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         config = self.config
         if config.rope is Rope.axes:
-            return rope_3d(positions, config.head_dim, config.rope_axes, config.rope_theta, dtype)
+            return rope_3d(positions, config.head_dim, config.rope_axes, config.rope_theta, dtype, config.rope_scale)
         units, patch, extent = (
             positions.new_tensor(x) for x in (config.rope_units, config.patch_size, config.rope_extent)
         )
@@ -284,6 +314,11 @@ class DiT(nn.Module):
                 )
             if given is not None and len(given) != len(latents):
                 raise ValueError(f"extras.{name} has {len(given)} entries for {len(latents)} clips.")
+        if extras.fps is not None and (not self.config.rope_fps or len(extras.fps) != len(latents)):
+            raise ValueError(
+                f"extras.fps has {len(extras.fps)} entries for {len(latents)} clips and model.rope_fps="
+                f"{self.config.rope_fps}: only a model with rope_fps above zero reads rates, one a clip."
+            )
         for key, name in GIVEN.items():
             for clip, given in zip(latents, getattr(extras, name) or [], strict=getattr(extras, name) is not None):
                 expected = (getattr(self.config, key), *clip.shape[1:])
@@ -310,6 +345,7 @@ class DiT(nn.Module):
         zero: list[nn.Linear] = [self.head]
         zero += [linear for linear in (self.shared_modulation, self.head_modulation) if isinstance(linear, nn.Linear)]
         zero += [module.linear for module in self.modules() if isinstance(module, LinearModulation)]
+        zero += [up for module in self.modules() if isinstance(module, LowRankModulation) for up in module.up]
         zero += [hint for tower in self.modules() if isinstance(tower, ControlTower) for hint in tower.hints]
         # Without a gate the last layer of the operation is what makes a new block the identity.
         zero += [m.operation.project for m in self.modules() if isinstance(m, Sublayer) and m.slots == 0]
@@ -333,7 +369,7 @@ class DiT(nn.Module):
         Matrix products only; backward takes twice as many.
         """
         tokens = {"video": grid[0] * grid[1] * grid[2], "text": text_tokens, "image": image_tokens}
-        counts = Counts(tokens, {span: seen(span, grid) for span in self._spans})
+        counts = Counts(tokens, {span: seen(span, grid, self.config.window) for span in self._spans})
         products = sum(module.products(counts) for module in self.modules() if isinstance(module, Sublayer))
         for name, module in self.named_modules():  # layers outside the blocks see each token, or each clip, once
             if isinstance(module, nn.Linear) and ".operation." not in name:
@@ -355,7 +391,13 @@ EDGES = {
 GIVEN = {"condition_channels": "channels", "control_channels": "control"}
 """Key of the config -> latents of a clip's own size that it makes the model demand."""
 
-EXTRAS = {**GIVEN, "image_width": "image", "pooled_width": "pooled", "guidance": "guidance"}
+EXTRAS = {
+    **GIVEN,
+    "image_width": "image",
+    "pooled_width": "pooled",
+    "guidance": "guidance",
+    "ofs_channels": "ofs",
+}
 """Key of the config -> what it makes the model demand."""
 
 
@@ -363,10 +405,35 @@ def _text_embedding(config: DiTConfig, text_width: int) -> nn.Module:
     """Captions to the model's width."""
     if config.text_embedding is TextEmbedding.refiner:
         return TextRefiner(config, text_width)
-    first = Linear(text_width, config.width)
+    if config.text_embedding is TextEmbedding.none:
+        if text_width != config.caption_width:
+            raise ValueError(
+                f"model.text_embedding=none leaves captions as they are, with text.width={text_width} channels, where "
+                f"blocks read {config.caption_width}. Type model.text_channels={text_width}."
+            )
+        return nn.Identity()
+    first = Linear(text_width, config.caption_width)
     if config.text_embedding is TextEmbedding.linear:
         return first
-    return nn.Sequential(first, Activate(config.text_activation), Linear(config.width, config.width))
+    if config.text_embedding is TextEmbedding.activated:
+        return nn.Sequential(first, Activate(config.text_activation))
+    return nn.Sequential(first, Activate(config.text_activation), Linear(config.caption_width, config.caption_width))
+
+
+def _timestep_embedding(config: DiTConfig) -> TimestepEmbedding | NormedTimesteps:
+    channels, scale, bias = config.timestep_channels, config.timestep_scale, config.edge_bias
+    if config.timestep_norm:
+        return NormedTimesteps(channels, scale, bias=bias)
+    return TimestepEmbedding(channels, config.condition_width, scale, bias=bias)
+
+
+def _head_modulation(config: DiTConfig) -> HeadTable | LowRankModulation | ExactLinear:
+    """Shift and scale before the last layer."""
+    if config.head_modulation is HeadModulation.table:
+        return HeadTable(config.width)
+    if config.head_modulation is HeadModulation.lora:
+        return LowRankModulation(config.condition_width, config.width, config.modulation_rank, [2])
+    return ExactLinear(config.condition_width, 2 * config.width, config.edge_bias)
 
 
 def _image_embedding(config: DiTConfig) -> nn.Sequential:
@@ -374,12 +441,6 @@ def _image_embedding(config: DiTConfig) -> nn.Sequential:
     given, width = config.image_width, config.width
     norms = (Norm(NormKind.layer, channels, IMAGE_NORM_EPSILON, affine=True) for channels in (given, width))
     return nn.Sequential(next(norms), Linear(given, given), nn.GELU(), Linear(given, width), next(norms))
-
-
-def _runs(grids: Sequence[Grid], device: torch.device) -> Iterator[tuple[Tensor, int]]:
-    """Token positions (n, 3) of each run of equal grids, and how many clips it has."""
-    for grid, group in groupby(grids):
-        yield grid_positions(*grid, device=device), len(list(group))
 
 
 def _rows(grids: Sequence[Grid], condition: Condition) -> Rows:

@@ -5,7 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kinema.models.attention import Lengths
 from kinema.models.dit.config import NormKind
+from kinema.models.dit.modulating import modulated
+
+FEW_ROWS = 8
 
 
 class Norm(nn.Module):
@@ -20,30 +24,55 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., channels) -> the same shape in at least float32."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(dtype)
         weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        return self._normalised(x.to(dtype), weight, bias)
+
+    def modulated(self, x: Tensor, shift: Tensor, scale: Tensor, lengths: Lengths) -> Tensor:
+        """forward(x) * (1 + scale) + shift, one row for each length: x (N, D), rows (R, D) -> (N, D), at least float32.
+
+        A row is then the weight and bias of a norm, and a norm needs only its input for the backward. Many rows are
+        broadcast instead: a kernel for each would take longer.
+        """
+        if len(lengths) > FEW_ROWS:
+            return modulated(self(x), shift, scale, lengths)
+        parts = x.to(shift.dtype).split(lengths)
+        weights, biases = self._composed(shift, scale)
+        rows = [self._normalised(*row) for row in zip(parts, weights, biases, strict=True)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _composed(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and biases of this norm with the modulation behind it, (R, D) each."""
+        weight = 1 + scale
+        bias = shift if self.bias is None else torch.addcmul(shift, weight, self.bias.to(weight.dtype))
+        return (weight if self.weight is None else weight * self.weight.to(weight.dtype)), bias
+
+    def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.kind is NormKind.layer:
             return F.layer_norm(x, (self.channels,), weight, bias, self.eps)
         if weight is not None and x.device.type == "cpu":  # no fused kernel there: its backward takes twelve passes
-            return _RMSNorm.apply(x, weight, self.eps)
-        return F.rms_norm(x, (self.channels,), weight, self.eps)
+            return _RMSNorm.apply(x, weight, bias, self.eps)
+        normed = F.rms_norm(x, (self.channels,), weight, self.eps)
+        return normed if bias is None else normed + bias
 
 
 class _RMSNorm(torch.autograd.Function):
-    """F.rms_norm with its backward written out, in half the passes over memory."""
+    """F.rms_norm, and a bias, with its backward written out, in half the passes over memory."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
-        inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = torch.rsqrt(length.square() / x.shape[-1] + eps)
         normed = x * inverse
         ctx.save_for_backward(normed, inverse, weight)
-        return normed * weight
+        return normed * weight if bias is None else torch.addcmul(bias, normed, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def]
         normed, inverse, weight = ctx.saved_tensors
         product = grad * normed
         along = (product @ weight).unsqueeze(-1) / len(weight)
-        grad_x = torch.addcmul(grad * weight, normed, along, value=-1).mul_(inverse)
-        return grad_x, product.sum_to_size(weight.shape), None
+        grad_weight = product.sum_to_size(weight.shape)
+        grad_bias = grad.sum_to_size(weight.shape) if ctx.needs_input_grad[2] else None
+        grad_x = torch.mul(grad, weight, out=product).addcmul_(normed, along, value=-1).mul_(inverse)
+        return grad_x, grad_weight, grad_bias, None

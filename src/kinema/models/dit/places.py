@@ -1,14 +1,19 @@
 """Position embeddings that are added to tokens: with the patches, or again in blocks."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from kinema.models.attention import Lengths
 from kinema.models.dit.config import DiTConfig, PositionEmbedding
 from kinema.models.dit.segments import Grid
 from kinema.models.position import grid_positions, sincos_3d, sincos_quarters, sincos_space, sincos_time
+
+LEARNED_STD = 0.02
+LEARNED_EPSILON = 1e-6
 
 Waves = Callable[[Tensor, int, float, torch.dtype], Tensor]
 
@@ -25,18 +30,58 @@ class Places(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        learned = config.position_embedding is PositionEmbedding.learned_axes
+        tables = [nn.Parameter(LEARNED_STD * torch.randn(size, config.width)) for size in config.position_grid]
+        self.axes = nn.ParameterList(tables) if learned else None
+        is_whole = config.position_embedding is PositionEmbedding.learned
+        whole = (math.prod(config.position_grid), config.width)
+        self.tokens = nn.Parameter(LEARNED_STD * torch.randn(whole)) if is_whole else None
+        self.words = nn.Parameter(LEARNED_STD * torch.randn(config.position_words, config.width)) if is_whole else None
 
     def at_start(self, grids: Sequence[Grid], like: Tensor) -> Tensor | None:
         """(N, D) in the dtype of `like`, to be added to the patches; None for nothing."""
+        if self.tokens is not None:
+            for grid in grids:
+                if list(grid) != self.config.position_grid:
+                    raise ValueError(
+                        f"a clip of {grid} frames, rows and columns of tokens, where the model has learned places of "
+                        f"exactly model.position_grid={self.config.position_grid}."
+                    )
+            return _exact(self.tokens).repeat(len(grids), 1)
         waves = AT_START.get(self.config.position_embedding)
         return None if waves is None else self._waves(waves, grids, like)
 
+    def of_words(self, lengths: Lengths) -> Tensor | None:
+        """(M, D), to be added to captions of these numbers of tokens; None for nothing."""
+        if self.words is None:
+            return None
+        if max(lengths) > len(self.words):
+            raise ValueError(
+                f"a caption of {max(lengths)} tokens, where model.position_words={len(self.words)} have a place."
+            )
+        return torch.cat([_exact(self.words[:length]) for length in lengths])
+
     def in_blocks(self, grids: Sequence[Grid], like: Tensor) -> Tensor | None:
         """(N, D), to be added in the blocks that are placed; None for nothing."""
+        if self.axes is not None:
+            return torch.cat([self._sum(grid).repeat(len(list(group)), 1) for grid, group in groupby(grids)])
         if self.config.position_embedding is not PositionEmbedding.sincos_apart:
             return None
         later = [tokens for t, h, w in grids for tokens in [t > 1] * (t * h * w)]  # a single frame has no time
         return self._waves(sincos_time, grids, like) * torch.tensor(later, device=like.device)[:, None]
+
+    def _sum(self, grid: Grid) -> Tensor:
+        """One vector an axis for every token, their sum brought to a root mean square of one: (n, D)."""
+        assert self.axes is not None
+        if any(size > largest for size, largest in zip(grid, self.config.position_grid, strict=True)):
+            raise ValueError(
+                f"a clip of {grid} frames, rows and columns of tokens is larger than model.position_grid="
+                f"{self.config.position_grid}: the model has learned no place beyond."
+            )
+        t, h, w = (_exact(table[:size]) for table, size in zip(self.axes, grid, strict=True))
+        whole = (t[:, None, None] + h[:, None] + w).flatten(0, 2)
+        root = whole.square().mean(-1, keepdim=True).sqrt()
+        return whole / (root + LEARNED_EPSILON)
 
     def _waves(self, waves: Waves, grids: Sequence[Grid], like: Tensor) -> Tensor:
         width, theta = self.config.width, self.config.rope_theta
@@ -52,3 +97,7 @@ class Places(nn.Module):
             size / extent if extent else 1.0 for size, extent in zip(grid, self.config.position_extent, strict=True)
         ]
         return torch.tensor(stretched, device=device) * torch.tensor(self.config.position_scale, device=device)
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -20,7 +20,7 @@ class TextRefiner(nn.Module):
     def __init__(self, config: DiTConfig, text_width: int) -> None:
         super().__init__()
         self.embed = Linear(text_width, config.width)
-        self.timestep_embedding = TimestepEmbedding(config.timestep_channels, config.width)
+        self.timestep_embedding = TimestepEmbedding(config.timestep_channels, config.width, config.timestep_scale)
         self.pooled_embedding = PooledEmbedding(text_width, config.width)
         self.blocks = nn.ModuleList(refiner_blocks(config))
 

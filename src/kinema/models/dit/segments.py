@@ -1,5 +1,7 @@
 """The segments of a pack: what a block knows of each one besides its tokens."""
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -31,6 +33,10 @@ class Span(Enum):
     """Those of the same frame."""
     place = "place"
     """Those of the same place, over time."""
+    window = "window"
+    """Those of the same box of frames, rows and columns."""
+    shifted = "shifted"
+    """The same with boxes moved by half their sides, across the borders of the others."""
 
 
 class Cut(NamedTuple):
@@ -78,10 +84,11 @@ def video_segment(
     rope: Rope | None,
     places: Tensor | None,
     spans: Iterable[Span],
+    window: Sequence[int],
     device: torch.device,
 ) -> Segment:
     """The segment of clips with these token grids, with only the cuts that the model asks for."""
-    cuts = {span: _cut(span, grids, device) for span in spans}
+    cuts = {span: _cut(span, grids, window, device) for span in spans}
     return Segment(tuple(t * h * w for t, h, w in grids), rows, cuts, rope, places)
 
 
@@ -90,18 +97,49 @@ def clip_segment(lengths: Lengths, first_row: int = 0) -> Segment:
     return Segment(lengths, Rows(lengths, first_row), {Span.clip: Cut(lengths)})
 
 
-def seen(span: Span, grid: Grid) -> int:
+def seen(span: Span, grid: Grid, window: Sequence[int]) -> int:
     """Pairs of tokens of one clip that attend to one another."""
     t, h, w = grid
+    if span in (Span.window, Span.shifted):
+        return math.prod(sum(side**2 for side in sides) for sides in _sides(span, grid, window))
     return {Span.clip: (t * h * w) ** 2, Span.frame: t * (h * w) ** 2, Span.place: h * w * t**2}[span]
 
 
-def _cut(span: Span, grids: Sequence[Grid], device: torch.device) -> Cut:
+def _cut(span: Span, grids: Sequence[Grid], window: Sequence[int], device: torch.device) -> Cut:
+    if span in (Span.window, Span.shifted):
+        return _window_cut(span, grids, window, device)
     if span is Span.clip:
         return Cut(tuple(t * h * w for t, h, w in grids))
     if span is Span.frame:  # tokens lie frame after frame already
         return Cut(tuple(h * w for t, h, w in grids for _ in range(t)))
     return Cut(tuple(t for t, h, w in grids for _ in range(h * w)), _place_order(grids, device))
+
+
+def _window_cut(span: Span, grids: Sequence[Grid], window: Sequence[int], device: torch.device) -> Cut:
+    """One length for each window of each clip; those of equal length lie together, which is one call of a kernel."""
+    windows, start = list[Tensor](), 0
+    for t, h, w in grids:
+        clip = torch.arange(start, start + t * h * w).view(t, h, w)
+        boxes = [clip]
+        for axis, sides in enumerate(_sides(span, (t, h, w), window)):
+            boxes = [part for box in boxes for part in box.split(sides, dim=axis)]
+        windows += [box.flatten() for box in boxes]
+        start += t * h * w
+    windows.sort(key=len)
+    return Cut(tuple(len(tokens) for tokens in windows), Order.of(torch.cat(windows).to(device)))
+
+
+def _sides(span: Span, grid: Grid, window: Sequence[int]) -> list[list[int]]:
+    """Sides of the windows along each axis: whole ones, and at the edges what is left.
+
+    An axis that one window spans is not cut. Equal to the cyclic shift and mask of Liu et al. 2021 (Swin), section 3.2.
+    """
+    cuts = []
+    for size, side in zip(grid, window, strict=True):
+        first = side // 2 if span is Span.shifted and side < size else 0
+        borders = [0, *range(first or side, size, side), size]
+        cuts.append([end - start for start, end in itertools.pairwise(borders)])
+    return cuts
 
 
 def _place_order(grids: Sequence[Grid], device: torch.device) -> Order:

@@ -1,0 +1,86 @@
+"""Samplers of `diffusers`, an optional package, behind the same door as our own: one scheduler for each clip.
+
+Multistep methods keep a memory of the steps before, and published models ship with one of them; the library that
+defined their numbers steps here, told by the objective what the network predicts.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinema.diffusion.objective import DDPM, Clips, Objective, PredictionTarget
+from kinema.diffusion.schedules import BetaSchedule
+
+FLOW_TARGETS = {PredictionTarget.velocity: "flow_prediction", PredictionTarget.data: "sample"}
+TABLE_TARGETS = {
+    PredictionTarget.noise: "epsilon",
+    PredictionTarget.velocity: "v_prediction",
+    PredictionTarget.data: "sample",
+}
+BETAS = {
+    BetaSchedule.linear: "linear",
+    BetaSchedule.scaled_linear: "scaled_linear",
+    BetaSchedule.cosine: "squaredcos_cap_v2",
+}
+
+
+def scheduler_facts(objective: Objective, shift: float) -> dict[str, Any]:
+    """What a scheduler must be told of an objective, in the library's words."""
+    if not isinstance(objective, DDPM):
+        return {
+            "prediction_type": FLOW_TARGETS[objective.prediction_target],
+            "use_flow_sigmas": True,
+            "flow_shift": shift,
+            "num_train_timesteps": objective.num_trained,
+        }
+    facts = {
+        "prediction_type": TABLE_TARGETS[objective.prediction_target],
+        "beta_schedule": BETAS[objective.beta_schedule],
+        "num_train_timesteps": objective.num_trained,
+        "rescale_betas_zero_snr": objective.zero_terminal_snr,
+    }
+    if objective.beta_schedule is not BetaSchedule.cosine:
+        facts["beta_start"], facts["beta_end"] = objective.beta_range
+    return facts
+
+
+def make_scheduler(name: str, objective: Objective, shift: float, options: dict[str, Any]) -> Any:
+    """A scheduler of the library for one clip; ValueError for options that it lacks or that the objective decides."""
+    if find_spec("diffusers") is None:
+        raise ValueError(
+            f"solver: {name} is a sampler of diffusers, which is missing: pip install 'kinema[diffusers]'."
+        )
+    facts = scheduler_facts(objective, shift)
+    if wrong := {key: value for key, value in options.items() if facts.get(key, value) != value}:
+        known = {key: facts[key] for key in wrong}
+        raise ValueError(f"scheduler={wrong} contradicts the objective, which says {known}. Leave these out.")
+    spacing = {} if facts.get("use_flow_sigmas") else {"timestep_spacing": "trailing"}
+    try:
+        return getattr(import_module("diffusers"), name)(**{**spacing, **options, **facts})
+    except (TypeError, NotImplementedError) as error:
+        raise ValueError(f"scheduler={options}: {name} cannot follow this objective. {error}") from error
+
+
+def library_steps(
+    predict: Callable[[Clips, Tensor], Clips],
+    x: Clips,
+    objective: Objective,
+    schedulers: Sequence[Any],
+    num_steps: int,
+    progress: Callable[[int, int], None],
+) -> Clips:
+    """Unit noise -> latents; the network is told the timesteps that the scheduler counts, which it may round."""
+    for scheduler in schedulers:
+        scheduler.set_timesteps(num_steps)
+        scheduler.set_begin_index(0)
+    first_row = 1 if isinstance(objective, DDPM) else 0  # the library counts rows from 0; ours is t = 1 / num_trained
+    for step, counted in enumerate(zip(*(scheduler.timesteps for scheduler in schedulers), strict=True), start=1):
+        predictions = predict(x, (torch.stack(counted).double() + first_row) / objective.num_trained)
+        clips = zip(schedulers, predictions, counted, x, strict=True)
+        x = [scheduler.step(p[None], t, clip[None]).prev_sample[0] for scheduler, p, t, clip in clips]
+        progress(step, num_steps)
+    return x

@@ -1,0 +1,50 @@
+"""What the denoiser is told of a clip, built by one piece of code for trainer, validator and sampler."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kinema.conditioning.condition import Condition, Words
+from kinema.conditioning.frames import ClipSize, FrameCondition, Given
+from kinema.data.geometry import ClipShape, Geometry
+from kinema.data.pixels import to_model_range
+from kinema.models.vae import CausalVAE
+
+
+@dataclass(frozen=True)
+class Conditioner:
+    """Captions and given images to conditions."""
+
+    frames: FrameCondition
+    vae: CausalVAE
+    geometry: Geometry
+
+    def of_images(self, words: Words, shape: ClipShape, images: Tensor) -> Condition:
+        """A clip of this shape with its embedded caption, and the frames that it is given, uint8 (n, H, W, 3)."""
+        pixels = to_model_range(images).unbind(1)
+        return self._told(words, self.frames.of_images(pixels, self._size(shape), self._encode))
+
+    def of_latents(self, words: Words, shape: ClipShape, mean: Tensor | None) -> Condition:
+        """As `of_images`, from the mean (C, t, h, w) of the clip's posterior, or None where it is given nothing."""
+        return self._told(words, self.frames.of_latents(mean, self._size(shape)))
+
+    def _told(self, words: Words, given: Given) -> Condition:
+        device = next(self.vae.parameters()).device
+        told = {**words, **given._asdict()}
+        return Condition(**{name: value.to(device) for name, value in told.items() if value is not None})
+
+    def _size(self, shape: ClipShape) -> ClipSize:
+        latents = (self.vae.config.latent_channels, *self.geometry.latent_shape(shape))
+        return ClipSize(shape, latents, self.geometry.temporal_stride)
+
+    @torch.no_grad()
+    def _encode(self, video: Tensor) -> Tensor:
+        """The encoding of given frames is the mean of their posterior, in training and in sampling."""
+        device = next(self.vae.parameters()).device
+        return self.vae.encode(video[None].to(device)).mean[0]
+
+
+def shown_frames(frames: Tensor, count: int) -> Tensor:
+    """The frames (count, H, W, 3) of a clip (T, H, W, 3) that it is given: none, the first, or the first and last."""
+    return frames[[0, -1][:count]]
