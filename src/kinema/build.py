@@ -28,7 +28,7 @@ from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process, seed_everything
 from kinema.identity import digest, to_plain
-from kinema.models.dit import DiT
+from kinema.models.dit import DiT, Expert, Experts, make_denoiser
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
 from kinema.sampling.denoiser import check_condition
@@ -101,11 +101,16 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
 def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=dit`."""
     source = checkpoint_of(config.vae.path, "vae.path")
+    if config.model.expert_boundary and config.model.expert is Expert.both:
+        raise ValueError(
+            f"model.expert_boundary={config.model.expert_boundary}: one of two experts is trained at a time, so that "
+            "no rank waits for gradients of one that got no clip. Type model.expert=high or model.expert=low."
+        )
     vae, vae_identity = load_vae(source, config.vae.weights)
     text_encoder = build_text_encoder(config.text)
     geometry = geometry_of(vae.geometry_strides, config.model)
     check_condition(config.condition, config.model, vae.config)
-    model = DiT(config.model, vae.config.latent_channels, text_encoder.width)
+    model = make_denoiser(config.model, vae.config.latent_channels, text_encoder.width)
     check_training(config.condition, config.data, vae.config)
     data = build_data(config, geometry, process, run, vae_identity["hash"])
     line, base = start_weights(config, model, run, process)
@@ -120,6 +125,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         geometry=geometry,
         guidance_dropout=config.task.guidance_dropout,
         posterior=config.task.posterior,
+        timestep_range=config.model.timestep_range,
         seed=config.seed,
         device=process.device,
         frozen=frozen_parameters(twin) if base is None else {},
@@ -452,7 +458,7 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
     }
 
 
-def dit_flops(config: Config, model: DiT, data: Data, geometry: Geometry) -> float:
+def dit_flops(config: Config, model: DiT | Experts, data: Data, geometry: Geometry) -> float:
     """Floating-point operations of one step: three times the forward pass of every clip of a step."""
     return 3 * sum(model.flops(geometry.token_grid(shape), config.text.max_tokens) for shape in data.step_shapes)
 

@@ -14,6 +14,7 @@ from kinema.conditioning.text import CombinedText, HashText, PretrainedText
 from kinema.data.loading import DataConfig
 from kinema.diffusion.objective import DDPM, RectifiedFlow
 from kinema.distributed.engine import ParallelConfig
+from kinema.identity import digest
 from kinema.models.dit import DiTConfig
 from kinema.models.vae import VAEConfig
 from kinema.sampling.sample import SampleConfig
@@ -116,12 +117,18 @@ FREE_TO_CHANGE = ("parallel.zero_stage", "parallel.timeout_seconds", "logging.",
 
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra; call before composing."""
+    OmegaConf.register_new_resolver("digest", _digest, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema_config", node=Config)
     store.store(name="schema_sample", node=SampleConfig)
     for group, choices in SCHEMAS.items():
         for name, schema in choices.items():
             store.store(group=group, name=f"schema_{name}", node=schema)
+
+
+def _digest(*groups: Any) -> str:
+    """`${digest:${model},${optim}}` in a YAML file: six letters that change when any of these groups does."""
+    return digest([OmegaConf.to_yaml(group, resolve=True) for group in groups])[:6]
 
 
 def to_dataclass(composed: DictConfig) -> Any:

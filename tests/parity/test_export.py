@@ -144,11 +144,53 @@ def test_a_pipeline_comes_in_and_out(tmp_path, pipeline):
     assert again.scheduler.config.shift == 3.0
 
 
-def test_a_pipeline_of_two_transformers_is_not_cut_in_half(tmp_path, pipeline):
-    _, published = pipeline
-    (published / "transformer").rename(published / "transformer_2")
-    with pytest.raises(ValueError, match=r"two transformers.*Import each"):
-        import_model(published, tmp_path / "run")
+@pytest.fixture(name="pair")
+def published_pair(tmp_path, pipeline):
+    """The same with a transformer for high noise and one for low, as Wan 2.2 A14B has."""
+    whole, _ = pipeline
+    low = randomise(diffusers.WanTransformer3DModel(**WAN))
+    for parameter in low.parameters():
+        parameter.data.neg_()
+    parts = {name: part for name, part in whole.components.items() if name in ("tokenizer", "text_encoder", "vae")}
+    both = diffusers.WanPipeline(
+        **parts, scheduler=whole.scheduler, transformer=whole.transformer, transformer_2=low, boundary_ratio=0.875
+    )
+    both.save_pretrained(tmp_path / "pair")
+    return tmp_path / "pair"
+
+
+def test_a_pair_of_experts_comes_in_and_out(tmp_path, pair):
+    import_model(pair, tmp_path / "run")
+    lines = export(tmp_path / "run", tmp_path / "out")
+    assert [line.split(":")[0] for line in lines] == ["model_index.json", "vae", "transformer", "transformer_2"]
+    for part in ("transformer", "transformer_2", "vae"):
+        assert_bit_equal(tensors_in(tmp_path / "out" / part), tensors_in(pair / part))
+    index, expected = (json.loads((f / "model_index.json").read_text()) for f in (tmp_path / "out", pair))
+    given = {"text_encoder": [None, None], "tokenizer": [None, None]}
+    assert index == {name: value for name, value in expected.items() if name != "expand_timesteps"} | given
+    again = diffusers.WanPipeline.from_pretrained(tmp_path / "out", text_encoder=None, tokenizer=None)
+    assert again.config.boundary_ratio == 0.875
+    assert_bit_equal(again.transformer_2.state_dict(), tensors_in(pair / "transformer_2"))
+
+
+def test_a_pair_of_experts_is_one_module(tmp_path, pair):
+    ours = kinema.load(pair).denoiser
+    latents, timesteps = torch.randn(2, 4, 3, 6, 4), torch.tensor([0.9, 0.8])
+    text = torch.randn(2, 7, 12)
+    found = ours(list(latents), timesteps, list(text))
+    for i, part in enumerate(("transformer", "transformer_2")):
+        theirs = diffusers.WanTransformer3DModel.from_pretrained(pair / part)
+        expected = theirs(latents[i : i + 1], timesteps[i : i + 1] * 1000, text[i : i + 1]).sample[0]
+        assert (found[i] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    lines = kinema.export(ours, tmp_path / "out")
+    assert [line.split(":")[0] for line in lines] == ["transformer", "transformer_2"]
+
+
+def test_a_pair_without_its_boundary_is_refused(tmp_path, pair):
+    index = json.loads((pair / "model_index.json").read_text())
+    (pair / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": None}))
+    with pytest.raises(ValueError, match=r"no boundary_ratio.*0\.875"):
+        import_model(pair, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from kinema.models.attention import attention
 from kinema.models.dit import (
     Activation,
     AttentionPattern,
@@ -33,6 +34,7 @@ from kinema.models.dit.conditioning import (
     TableModulation,
     sinusoids,
 )
+from kinema.models.dit.layers import HeadShape, JointAttention
 from kinema.models.dit.modulating import gated_sum, modulated
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.patches import patchify, unpatchify
@@ -104,6 +106,15 @@ VARIANTS = {
         "rope": Rope.none,
         "width": 32,
         "position_embedding": PositionEmbedding.sincos_quarters,
+    },
+    "joint with one table for all blocks": {"text": TextEdge.joint},
+    "joint and factorised": {"text": TextEdge.joint, "attention": AttentionPattern.factorised},
+    "shared and factorised": {"text": TextEdge.shared, "attention": AttentionPattern.factorised},
+    "single streams and factorised": {
+        "text": TextEdge.joint,
+        "attention": AttentionPattern.factorised,
+        "modulation": ModulationSource.linear,
+        "single_depth": 1,
     },
     "swiglu": {"activation": Activation.swiglu, "bias": False, "qk_norm": QKNorm.layer_head},
     "sincos": {"position_embedding": PositionEmbedding.sincos},
@@ -310,6 +321,41 @@ def test_each_span_reaches_exactly_its_tokens(span):
         assert reached(operation, segments, keys.index(source), len(keys), 24) == expected
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_frame_and_the_caption_share_a_softmax_and_the_caption_sees_all_frames(shared):
+    """The same weights over whole clips, with what may not be seen masked by hand."""
+    shape = HeadShape(24, 2, QKNorm.rms_head, 1e-6, bias=True)
+    torch.manual_seed(0)
+    factorised = JointAttention(shape, ("video", "text"), attention, shared=shared, span=Span.frame).double()
+    grids, words = [(2, 3, 2), (3, 1, 4)], (3, 2)
+    row = torch.zeros(2, 24, dtype=torch.float64)
+    model = random_model(attention=AttentionPattern.factorised)
+    segments = model._segments(grids, [torch.zeros(n, TEXT) for n in words], Extras(), Condition(row, row, None))
+    video = torch.randn(24, 24, dtype=torch.float64, requires_grad=True)
+    text = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
+    given = {"video": video, "text": text}
+
+    frames = torch.tensor([(clip, t) for clip, (n, h, w) in enumerate(grids) for t in range(n) for _ in range(h * w)])
+    frames = torch.cat([frames, torch.tensor([(0, -1)] * 3 + [(1, -1)] * 2)])  # tokens of captions
+    same = frames[:, None, 0] == frames[None, :, 0]
+    beside = (frames[:, None, 1] == frames[None, :, 1]) | (frames[None, :, 1] < 0) | (frames[:, None, 1] < 0)
+    triples = [factorised.streams[factorised.stream_of[n]](x, segments[n].rope) for n, x in given.items()]
+    q, k, v = (torch.cat(parts).transpose(0, 1) for parts in zip(*triples, strict=True))
+    mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=same & beside)
+    mixed = mixed.transpose(0, 1).flatten(1).split([24, 5])
+    expected = {n: factorised.streams[factorised.stream_of[n]].project(x) for n, x in zip(given, mixed, strict=True)}
+
+    actual = factorised(given, given, segments)
+    weights = {name: torch.randn_like(x) for name, x in expected.items()}
+    for name in given:
+        torch.testing.assert_close(actual[name], expected[name])
+    wanted, found = (
+        torch.autograd.grad(sum((x[n] * weights[n]).sum() for n in given), [video, text], retain_graph=True)
+        for x in (expected, actual)
+    )
+    torch.testing.assert_close(found, wanted)
+
+
 def same_window(grid, window, shifted):
     """(n, n) whether two tokens share a box: boxes are numbered from the clip's edge or half a side before it."""
     places = torch.cartesian_prod(*(torch.arange(size) for size in grid)).view(-1, 3)
@@ -488,7 +534,7 @@ def test_one_block_equals_the_equations_written_out(places):
 
 def test_modulation_sources_differ_in_weights_only():
     condition = Condition(torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 8))
-    table, linear = TableModulation(4, 2), LinearModulation(4, 4, 2)
+    table, linear = TableModulation(4, range(2)), LinearModulation(4, 4, 2)
     nn.init.normal_(table.table)
     torch.testing.assert_close(table(condition), condition.shared + table.table)
     torch.testing.assert_close(linear(condition), condition.embedding @ linear.linear.weight.T + linear.linear.bias)
@@ -609,8 +655,13 @@ def extras_for(config, latents):
 
 def unread(name, config):
     """The last block of some published models changes captions that nobody reads any more."""
-    block, last = f"blocks.{config.depth - 1}.", config.text_to_the_end
-    return last and name.startswith(block) and ("streams.text." in name or ".sublayers.2." in name)
+    if not name.startswith(f"blocks.{config.depth - 1}."):
+        return False
+    spans = len(config.spans(0))
+    thin = (f".down.{2 + spans}.", f".up.{2 + spans}.")  # of the last sublayer's captions, with modulation=lora
+    whole = ("streams.text.", f".sublayers.{1 + spans}.")
+    marks = (*thin, *whole) if config.text_to_the_end else thin if config.text is TextEdge.shared else ()
+    return any(mark in name for mark in marks)
 
 
 def test_random_points_of_the_product_of_the_axes_train():
@@ -704,10 +755,12 @@ def test_a_given_first_frame_is_read_without_noise_and_guidance():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text": TextEdge.joint}, r"model\.modulation=table .*Type model\.modulation=linear"),
-        ({"text": TextEdge.shared, "attention": AttentionPattern.factorised}, r"model\.text=shared .*factorised"),
+        ({"text": TextEdge.joint, "single_depth": 1}, r"model\.modulation=table .*Type model\.modulation=linear"),
+        (
+            {"text": TextEdge.shared, "attention": AttentionPattern.alternating, "modulation": ModulationSource.linear},
+            r"model\.text=shared .*attention=alternating",
+        ),
         ({"text": TextEdge.shared, "image_width": 3}, r"model\.image_width=3 needs model\.text=cross"),
-        ({"text": TextEdge.shared, "cross_norm": CrossNorm.none}, r"model\.cross_norm=none needs model\.text=cross"),
         ({"single_depth": 1}, r"model\.single_depth=1 needs model\.text=joint"),
         ({"text_to_the_end": True}, r"model\.text_to_the_end=true"),
         ({"rope": Rope.none}, r"model\.rope=none .* no token would know its place"),

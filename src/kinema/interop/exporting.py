@@ -113,6 +113,7 @@ def export(
             return write_kinema(aside, held)
     if Format(format) in (Format.lora_diffusers, Format.lora_comfyui):
         held = held.adapted(format)
+    held = held.apart()
     chosen = {name: Described.of(name, model, tensors, held, preset) for name, (model, tensors) in held.models.items()}
     write = WRITERS[Format(format)]
     with published_folder(Path(to)) as aside:
@@ -178,13 +179,13 @@ def is_vae(preset: Preset) -> bool:
 
 def write_diffusers(folder: Path, held: Held, models: dict[str, Described]) -> list[str]:
     """A component's folder for one model; a pipeline's for a transformer with its VAE."""
-    whole = len(models) > 1
+    whole, is_pipeline = len(models) > 1, "vae" in models and len(models) > 1
     lines = []
     for name, model in models.items():
         where = folder / name if whole else folder
         write_component(where, model)
         lines.append(check_difference(name, model, reload(where, model)))
-    return [write_pipeline(folder, held, models), *lines] if whole else lines
+    return [write_pipeline(folder, held, models), *lines] if is_pipeline else lines
 
 
 def write_component(folder: Path, model: Described) -> None:
@@ -268,7 +269,8 @@ def write_pipeline(folder: Path, held: Held, models: dict[str, Described]) -> st
         "_diffusers_version": version("diffusers"),
         **{name: ["diffusers", model.preset.reference] for name, model in models.items()},
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        **{name: [None, None] for name in absent},
+        **{name: [None, None] for name in absent if name not in models},
+        **({} if held.boundary is None else {"boundary_ratio": held.boundary}),
     }
     write_json(folder / "model_index.json", index)
     return f"model_index.json: {pipeline}, shift {flow_shift(held):g}; give it {', '.join(absent[:2])} when you load it"
@@ -295,7 +297,7 @@ def write_single_file(folder: Path, held: Held, models: dict[str, Described]) ->
     """One file a model in the maker's own names, as ComfyUI reads them, compared after reading it back."""
     lines = []
     for name, model in models.items():
-        prefix = COMFY_PREFIX if name == "transformer" else ""
+        prefix = "" if name == "vae" else COMFY_PREFIX
         path = folder / f"{name}.safetensors"
         save({f"{prefix}{key}": tensor for key, tensor in model.original.items()}, path)
         lines.append(check_difference(name, model, reload_single_file(path, model)))

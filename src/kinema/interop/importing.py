@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from kinema.identity import digest, fingerprint, to_plain
 from kinema.interop.folders import published_folder
 from kinema.interop.reading import is_pipeline
-from kinema.interop.recognising import Recognised, recognise
+from kinema.interop.recognising import Recognised, RecognisedPair, recognise, recognise_transformers
 from kinema.interop.releases import Release, release_of
 from kinema.interop.texts import carry_text, has_text
-from kinema.models.dit import DiT
+from kinema.models.dit import DiT, Experts
 from kinema.models.vae import CausalVAE
 from kinema.training.checkpoint import CheckpointStore, Writer, json_writer, tensor_writer
 
@@ -53,7 +53,7 @@ class Found:
     """What a path holds: a transformer, a VAE, or both."""
 
     path: Path
-    dit: Recognised | None
+    dit: Recognised | RecognisedPair | None
     vae: Recognised | None
     release: Release | None
     """None for parts, and for pipelines that Kinema cannot sample yet."""
@@ -84,7 +84,7 @@ def recognise_all(path: Path, vae: Path | None = None, prefix: str | None = None
             raise ValueError(f"--vae {vae} is a {second.preset.name}, which is no VAE.")
         return Found(path, first, second, None)
     release = release_of(path)
-    return Found(path, recognise(path / "transformer"), recognise(vae or path / "vae"), release)
+    return Found(path, recognise_transformers(path), recognise(vae or path / "vae"), release)
 
 
 def _import_vae(found: Found, aside: Path, to: Path) -> list[str]:
@@ -140,7 +140,7 @@ def dit_manifest(found: Found) -> dict[str, Any]:
 
 def model_record(model: nn.Module) -> dict[str, Any]:
     """A DiT's configuration and what it is made for, as a manifest holds it."""
-    assert isinstance(model, DiT)
+    assert isinstance(model, DiT | Experts)
     return {
         "config": to_plain(model.config),
         "latent_channels": model.latent_channels,
@@ -153,7 +153,7 @@ def _vae_config(vae: Recognised) -> dict[str, Any]:
     return to_plain(vae.skeleton.config)
 
 
-def _common(found: Found, part: Recognised, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _common(found: Found, part: Recognised | RecognisedPair, tensors: dict[str, Tensor]) -> dict[str, Any]:
     mark = fingerprint(tensors)
     return {
         "format_version": 1,
@@ -175,7 +175,7 @@ def _common(found: Found, part: Recognised, tensors: dict[str, Tensor]) -> dict[
 def _write_configs(found: Found, aside: Path, to: Path, text: dict[str, Any] | None) -> None:
     """Hydra groups of this model, for `python train.py --config-dir DIR/configs experiment=imported`."""
     assert found.dit is not None
-    assert isinstance(found.dit.skeleton, DiT)
+    assert isinstance(found.dit.skeleton, DiT | Experts)
     choices = [{"override /task": "dit"}, {"override /model": "imported"}]
     experiment: dict[str, Any] = {"defaults": choices, "init_from": str(to)}
     model = to_plain(found.dit.skeleton.config)
@@ -212,7 +212,7 @@ def write_yaml(path: Path, content: dict[str, Any], comment: str) -> None:
     path.write_text(f"# {comment}\n{OmegaConf.to_yaml(OmegaConf.create(content))}")
 
 
-def _line(part: Recognised, tensors: dict[str, Tensor]) -> str:
+def _line(part: Recognised | RecognisedPair, tensors: dict[str, Tensor]) -> str:
     published = part.published
     numbers = sum(tensor.numel() for tensor in tensors.values())
     left = f", {published.left_out} tensors of other parts left out" if published.left_out else ""

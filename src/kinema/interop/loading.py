@@ -11,8 +11,8 @@ from kinema.diffusion.objective import DDPM, Objective, RectifiedFlow
 from kinema.identity import from_plain, to_plain
 from kinema.interop.importing import import_model, recognise_all
 from kinema.interop.reading import is_pipeline
-from kinema.interop.recognising import recognise
-from kinema.models.dit import DiT, DiTConfig
+from kinema.interop.recognising import recognise, recognise_transformers
+from kinema.models.dit import DiTConfig, Experts, make_denoiser, split_experts
 from kinema.models.vae import CausalVAE
 from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import load_pipeline
@@ -41,6 +41,8 @@ class Held:
     models: dict[str, Model]
     manifest: dict[str, Any] | None
     vae_manifest: dict[str, Any] | None = None
+    boundary: float | None = None
+    """Timestep from which on `transformer` is used, and below which `transformer_2`, where there are two."""
 
     def only(self, part: str) -> "Held":
         """This with one of its models, or with all."""
@@ -55,7 +57,18 @@ class Held:
         model, _ = self.models.get("transformer", (None, None))
         if model is None or not adapters_of(model):
             raise ValueError(f"--format {format}: there are no adapters. Train with finetune=lora, or choose another.")
+        if isinstance(model, Experts):
+            raise ValueError(f"--format {format}: adapters of two experts are not written yet. Export merged weights.")
         return Held({"transformer": (model, base_weights(model))}, self.manifest)
+
+    def apart(self) -> "Held":
+        """This with two experts as two transformers, as the reference has them."""
+        model, tensors = self.models.get("transformer", (None, {}))
+        if not isinstance(model, Experts):
+            return self
+        high, low = split_experts(tensors)
+        models = {**self.models, "transformer": (model.high, high), "transformer_2": (model.low, low)}
+        return Held(models, self.manifest, self.vae_manifest, model.config.expert_boundary)
 
     def objective(self) -> Objective | None:
         """The objective of the training; None for a module without a manifest."""
@@ -97,7 +110,7 @@ def load(path: "str | Path") -> Any:
 def load_published_pipeline(path: Path) -> "Pipeline | Parts":
     """A pipeline's folder: ready to sample where it holds its text encoder, its denoiser and VAE otherwise."""
     if not recognise_all(path).can_sample:
-        return Parts(recognise(path / "transformer").module(), recognise(path / "vae").module())
+        return Parts(recognise_transformers(path).module(), recognise(path / "vae").module())
     with TemporaryDirectory() as folder:
         import_model(path, Path(folder) / "run")
         return load_pipeline(checkpoint_of(f"{folder}/run", "path")).pipeline
@@ -152,7 +165,7 @@ def vae_of(checkpoint: Checkpoint, weights: Weights) -> Model:
 def transformer_of(checkpoint: Checkpoint, manifest: dict[str, Any], weights: Weights, vae: nn.Module | None) -> Model:
     """The DiT of a checkpoint, its fingerprint verified."""
     config = from_plain(manifest["model"]["config"], DiTConfig)
-    model = DiT(config, *dit_widths(manifest, vae))
+    model = make_denoiser(config, *dit_widths(manifest, vae))
     if load_weights(model, checkpoint, weights) != manifest["fingerprints"][weights.value]:
         raise ValueError(f"{checkpoint.folder}: the weights are not those that its manifest names.")
     return model, merged_weights(model) if is_adapted(manifest) else checkpoint.tensors(file_of(weights))

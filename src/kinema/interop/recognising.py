@@ -1,7 +1,7 @@
 """Which preset a set of tensors is, and whether every one of them fits: decided on shapes, before a number is read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,8 +11,9 @@ from kinema.interop.inferring import infer_config
 from kinema.interop.keymap import KeyMap
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets import PRESETS
-from kinema.interop.reading import Published, Shape, dtype_of, read_published
+from kinema.interop.reading import Published, Shape, dtype_of, read_json, read_published
 from kinema.interop.reference import with_defaults
+from kinema.models.dit import DiT, Experts, join_experts
 
 LISTED = 8
 """Names that an error shows of each kind."""
@@ -46,6 +47,79 @@ class Recognised:
         module = self.preset.build(self.config)
         module.load_state_dict(self.tensors())
         return module.eval()
+
+
+@dataclass(frozen=True)
+class RecognisedPair:
+    """Two published transformers that share the way from noise to data, as if they were one."""
+
+    high: Recognised
+    low: Recognised
+    boundary: float
+    """Timestep from which on the first of them is used."""
+
+    @property
+    def preset(self) -> Preset:
+        """That of both."""
+        return self.high.preset
+
+    @property
+    def config(self) -> Record:
+        """The reference's config of each."""
+        return self.high.config
+
+    @property
+    def naming(self) -> str:
+        """reference or original."""
+        return self.high.naming
+
+    @property
+    def published(self) -> Published:
+        """Both as one."""
+        high, low = self.high.published, self.low.published
+        stored = {f"{name}.{key}": x for name, part in (("high", high), ("low", low)) for key, x in part.stored.items()}
+        return replace(high, path=high.path.parent, stored=stored)
+
+    @property
+    def skeleton(self) -> Experts:
+        """Our module, without numbers."""
+        alone = self.high.skeleton
+        assert isinstance(alone, DiT)
+        with torch.device("meta"):
+            return Experts(
+                replace(alone.config, expert_boundary=self.boundary), alone.latent_channels, alone.text_width
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of both, in the type that it was stored in."""
+        return join_experts(self.high.tensors(), self.low.tensors())
+
+    def module(self) -> Experts:
+        """Both with their weights, float32, in evaluation mode."""
+        skeleton = self.skeleton
+        module = Experts(skeleton.config, skeleton.latent_channels, skeleton.text_width)
+        module.load_state_dict(self.tensors())
+        return module.eval()
+
+
+def recognise_transformers(pipeline: Path) -> Recognised | RecognisedPair:
+    """The transformer of a pipeline's folder, or its two."""
+    high = recognise(pipeline / "transformer")
+    if not (pipeline / "transformer_2").is_dir():
+        return high
+    low, boundary = (
+        recognise(pipeline / "transformer_2"),
+        read_json(pipeline / "model_index.json").get("boundary_ratio"),
+    )
+    if high.config != low.config:
+        keys = [key for key in high.config if high.config[key] != low.config.get(key)]
+        raise ValueError(f"{pipeline}: transformer and transformer_2 differ in {', '.join(keys)}; experts are alike.")
+    if boundary is None:
+        raise ValueError(
+            f"{pipeline}/model_index.json has no boundary_ratio, from which on transformer is used and below which "
+            "transformer_2: write it there (Wan 2.2 has 0.875 for text to video and 0.9 for image to video)."
+        )
+    return RecognisedPair(high, low, float(boundary))
 
 
 def recognise(path: Path, prefix: str | None = None) -> Recognised:

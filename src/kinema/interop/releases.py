@@ -61,16 +61,8 @@ HABITS = {
 
 
 def release_of(pipeline: Path) -> Release | None:
-    """The release of a pipeline's folder: its own scheduler decides the shift. None for one that we cannot sample yet.
-
-    ValueError for a pipeline of two transformers, of which a checkpoint would hold only one.
-    """
+    """The release of a pipeline's folder: its own scheduler decides the shift. None for one that we cannot sample."""
     index = read_json(pipeline / "model_index.json")
-    if (pipeline / "transformer_2").is_dir():
-        raise ValueError(
-            f"{pipeline} has two transformers, one for high and one for low noise; a checkpoint holds one. Import "
-            f"each: kinema import {pipeline}/transformer --vae {pipeline}/vae --to DIR"
-        )
     name = index.get("_class_name", "")
     if name not in HABITS:
         return None

@@ -21,7 +21,7 @@ from kinema.diffusion.objective import DDPM, RectifiedFlow
 from kinema.diffusion.solvers import LIBRARY, Solver
 from kinema.diffusion.timesteps import TimestepSpacing
 from kinema.identity import from_plain, to_plain
-from kinema.models.dit import DiT, DiTConfig
+from kinema.models.dit import DiTConfig, make_denoiser
 from kinema.sampling.denoiser import check_condition
 from kinema.sampling.images import fit_images, nearest_shape, read_image
 from kinema.sampling.pipeline import Pipeline, SamplingConfig
@@ -148,7 +148,7 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
     model_config = from_plain(manifest["model"]["config"], DiTConfig)
     condition = condition_of(manifest)
     check_condition(condition, model_config, vae.config)
-    denoiser = DiT(model_config, vae.config.latent_channels, text_encoder.width)
+    denoiser = make_denoiser(model_config, vae.config.latent_channels, text_encoder.width)
     found = load_weights(denoiser, checkpoint, weights)
     if found != manifest["fingerprints"][weights.value]:
         raise ValueError(f"{checkpoint.folder}: the {weights.value} weights are not those that its manifest names.")

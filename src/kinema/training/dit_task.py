@@ -33,6 +33,7 @@ class PosteriorDraw(enum.Enum):
     """Its mean: without the noise that the decoder was trained to remove."""
 
 
+MAX_DRAWS = 1000
 NOISE_BINS = 4
 """Losses are reported for this many equal ranges of the timestep."""
 
@@ -100,6 +101,7 @@ class DiTTask:
         seed: int,
         device: torch.device,
         frozen: dict[str, Tensor],
+        timestep_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.engine = engine
         self.vae = vae
@@ -111,6 +113,7 @@ class DiTTask:
         self.conditioner = Conditioner(condition, vae, geometry)
         self.guidance_dropout = guidance_dropout
         self.posterior = posterior
+        self.timestep_range = timestep_range
         self.seed = seed
         self.device = device
         self.frozen = frozen
@@ -126,9 +129,8 @@ class DiTTask:
             without = [self.condition.is_dropped(seed) for seed in self.seeds("condition", pack)]
             conditions = self.conditions(pack, posteriors, words, without)
             tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]
-            timesteps = torch.cat(
-                [self.objective.sample_timesteps(1, g, [count]) for g, count in zip(generators, tokens, strict=True)]
-            ).to(self.device)
+            draws = [self.timestep(g, count) for g, count in zip(generators, tokens, strict=True)]
+            timesteps = torch.cat(draws).to(self.device)
             noise = [
                 torch.randn(clip.shape, generator=generator).to(self.device)
                 for clip, generator in zip(latents, generators, strict=True)
@@ -150,6 +152,18 @@ class DiTTask:
             **({"images_dropped": float(sum(without))} if self.condition.num_images() else {}),
             **by_noise_level(losses.detach().cpu(), timesteps.cpu(), pack.weights),
         }
+
+    def timestep(self, generator: torch.Generator, tokens: int) -> Tensor:
+        """The timestep (1,) of a clip: the objective's, drawn again until one falls into the range of the expert."""
+        low, high = self.timestep_range
+        for _ in range(MAX_DRAWS):
+            drawn = self.objective.sample_timesteps(1, generator, [tokens])
+            if low <= drawn.item() < high or drawn.item() == high == 1:
+                return drawn
+        raise ValueError(
+            f"none of {MAX_DRAWS} timesteps fell between {low} and {high}, the range of model.expert: the objective "
+            "hardly draws any there. Move objective.timestep_shift or objective.timestep_mean towards it."
+        )
 
     def encode(self, pack: Pack) -> list[Posterior]:
         """The normalised posterior of each clip, cached or fresh; a batch of one each."""
@@ -199,7 +213,8 @@ class DiTTask:
                 torch.randn(x.shape, generator=g).to(self.device) for x, g in zip(latents, generators, strict=True)
             ]
             spread = torch.tensor([(position * 0.6180339887) % 1 for position in pack.positions])  # golden ratio
-            timesteps = (0.02 + 0.96 * spread).to(self.device)
+            low, high = self.timestep_range
+            timesteps = (low + (high - low) * (0.02 + 0.96 * spread)).to(self.device)
             words = embed(self.text_encoder, pack.captions)
             conditions = self.conditions(pack, posteriors, words, [False] * len(words))
             tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]

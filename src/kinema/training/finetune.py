@@ -34,7 +34,7 @@ class Parts:
 
     def prepare(self, model: nn.Module) -> str:
         """As `Full.prepare`."""
-        chosen = set(matching(self.train, [name for name, _ in model.named_parameters()], "finetune.train"))
+        chosen = set(matching(self.train, list(trained_parameters(model)), "finetune.train"))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
         return trained_line(model)
@@ -67,6 +67,7 @@ class LoRA:
         from peft import LoraConfig, inject_adapter_in_model
 
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        linear = [name for name in linear if model.get_submodule(name).weight.requires_grad]  # not of a frozen expert
         chosen = matching(self.targets, linear, "finetune.targets")
         exactly = "|".join(re.escape(name) for name in chosen)  # peft takes names in a list as endings of names
         strength: Any = self.alpha  # peft says int and takes any number

@@ -5,6 +5,7 @@ from kinema.models.dit.config import (
     AttentionPattern,
     CrossNorm,
     DiTConfig,
+    Expert,
     HeadModulation,
     ModulationSource,
     NormKind,
@@ -14,6 +15,7 @@ from kinema.models.dit.config import (
     TextEdge,
     TextEmbedding,
 )
+from kinema.models.dit.experts import Experts, join_experts, make_denoiser, split_experts
 from kinema.models.dit.extras import Extras
 from kinema.models.dit.model import DiT
 
@@ -23,6 +25,8 @@ __all__ = [
     "CrossNorm",
     "DiT",
     "DiTConfig",
+    "Expert",
+    "Experts",
     "Extras",
     "HeadModulation",
     "ModulationSource",
@@ -32,4 +36,7 @@ __all__ = [
     "Rope",
     "TextEdge",
     "TextEmbedding",
+    "join_experts",
+    "make_denoiser",
+    "split_experts",
 ]

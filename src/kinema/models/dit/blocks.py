@@ -38,14 +38,18 @@ VIDEO, TEXT = ("video",), ("text",)
 
 def blocks(config: DiTConfig) -> list[Block]:
     """All blocks of the model, first to last."""
-    made = [_block(config, _sublayers(config, index), index) for index in range(config.depth)]
-    assert config.modulation is not ModulationSource.table or len({slots_of(each) for each in made}) == 1
-    return made
+    return [_block(config, _sublayers(config, index), index) for index in range(config.depth)]
 
 
-def slots_of(each: Block) -> int:
-    """Vectors of modulation that a block takes."""
-    return sum(sublayer.slots for sublayer in each.sublayers)
+def shared_slots(made: Sequence[Block]) -> int:
+    """Vectors of modulation that all blocks share: as many as the block needs that takes the most."""
+    return 1 + max(row for each in made for row in _rows(each.sublayers))
+
+
+def _rows(sublayers: Sequence[Sublayer]) -> list[int]:
+    """Which of the shared vectors these sublayers take: each group of segments has three, and may leave the last."""
+    groups = [slots for sublayer in sublayers for slots in sublayer.groups.values() if slots]
+    return [WHOLE * number + slot for number, slots in enumerate(groups) for slot in range(slots)]
 
 
 def refiner_blocks(config: DiTConfig) -> list[Block]:
@@ -69,7 +73,7 @@ def control_blocks(config: DiTConfig) -> list[Block]:
 def _block(config: DiTConfig, sublayers: Sequence[Sublayer], index: int) -> Block:
     slots, placed = sum(sublayer.slots for sublayer in sublayers), _is_placed(config, index)
     if config.modulation is ModulationSource.table:
-        return Block(sublayers, TableModulation(config.width, slots), placed=placed)
+        return Block(sublayers, TableModulation(config.width, _rows(sublayers)), placed=placed)
     if config.modulation is ModulationSource.lora:
         groups = [count for sublayer in sublayers for count in sublayer.groups.values() if count]
         low_rank = LowRankModulation(config.condition_width, config.width, config.modulation_rank, groups)
@@ -87,21 +91,27 @@ def _is_placed(config: DiTConfig, index: int) -> bool:
 
 def _sublayers(config: DiTConfig, index: int) -> list[Sublayer]:
     attention = attention_of(config.attention_kernel)
+    spans = config.spans(index)
     if index >= config.depth - config.single_depth:
-        return [_single(config, attention)]
+        return [*_looks(config, attention, spans[1:]), _single(config, attention, spans[0])]
     if config.text is TextEdge.cross:
-        return _cross(config, attention, config.spans(index))
+        return _cross(config, attention, spans)
     if config.text is TextEdge.shared:
-        return _shared(config, attention)
+        return _shared(config, attention, spans)
     last = index == config.depth - 1 and not config.text_to_the_end
-    return _joint(config, attention, last=last)
+    return _joint(config, attention, spans, last=last)
+
+
+def _looks(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> list[Sublayer]:
+    """Attention of the video to itself, over one span after the other."""
+    looks = [SegmentAttention(_shape(config), "video", VIDEO, attention, span) for span in spans]
+    return [Sublayer({VIDEO: WHOLE}, look, _norm(config)) for look in looks]
 
 
 def _cross(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> list[Sublayer]:
     """Self-attention over each span, cross-attention to the caption unless the block is over time alone, the MLP."""
     shape = _shape(config)
-    looks = [SegmentAttention(shape, "video", VIDEO, attention, span) for span in spans]
-    before = [Sublayer({VIDEO: WHOLE}, look, _norm(config)) for look in looks]
+    before = _looks(config, attention, spans)
     after = Sublayer({VIDEO: WHOLE}, _mlp(config), _norm(config))
     if spans == [Span.place]:
         return [*before, after]
@@ -115,24 +125,30 @@ def _cross(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> li
     return [*before, reading, after]
 
 
-def _joint(config: DiTConfig, attention: Attention, *, last: bool) -> list[Sublayer]:
-    """One softmax over video and caption, then an MLP for each; the last block only reads the caption."""
+def _joint(config: DiTConfig, attention: Attention, spans: Sequence[Span], *, last: bool) -> list[Sublayer]:
+    """One softmax over video and caption, then an MLP for each; the last block only reads the caption.
+
+    With factorised attention a frame's softmax holds that frame and the caption, the caption's all frames; then the
+    video alone looks over time.
+    """
     silent = TEXT if last else ()
-    mixing = JointAttention(_shape(config), VIDEO + TEXT, attention, shared=False, silent=silent)
+    mixing = JointAttention(_shape(config), VIDEO + TEXT, attention, shared=False, silent=silent, span=spans[0])
     first = Sublayer({VIDEO: WHOLE, TEXT: READ if last else WHOLE}, mixing, _norm(config))
     segments = [VIDEO] if last else [VIDEO, TEXT]
-    return [first, *(Sublayer({segment: WHOLE}, _mlp(config), _norm(config)) for segment in segments)]
+    mlps = [Sublayer({segment: WHOLE}, _mlp(config), _norm(config)) for segment in segments]
+    return [first, *_looks(config, attention, spans[1:]), *mlps]
 
 
-def _shared(config: DiTConfig, attention: Attention) -> list[Sublayer]:
+def _shared(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> list[Sublayer]:
     """The same with one set of weights and a modulation for each."""
-    mixing = JointAttention(_shape(config), VIDEO + TEXT, attention, shared=True)
-    return [Sublayer({VIDEO: WHOLE, TEXT: WHOLE}, operation, _norm(config)) for operation in (mixing, _mlp(config))]
+    mixing = JointAttention(_shape(config), VIDEO + TEXT, attention, shared=True, span=spans[0])
+    first, last = (Sublayer({VIDEO: WHOLE, TEXT: WHOLE}, each, _norm(config)) for each in (mixing, _mlp(config)))
+    return [first, *_looks(config, attention, spans[1:]), last]
 
 
-def _single(config: DiTConfig, attention: Attention) -> Sublayer:
+def _single(config: DiTConfig, attention: Attention, span: Span) -> Sublayer:
     """Attention and MLP side by side on video and caption, with one modulation for both."""
-    operation = SingleStream(_shape(config), config.hidden_width, config.activation, attention)
+    operation = SingleStream(_shape(config), config.hidden_width, config.activation, attention, span)
     return Sublayer({VIDEO + TEXT: WHOLE}, operation, _norm(config))
 
 

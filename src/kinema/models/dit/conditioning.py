@@ -110,14 +110,17 @@ class TableModulation(nn.Module):
     A linear layer in each block instead would add almost half as many weights again.
     """
 
-    def __init__(self, width: int, slots: int) -> None:
+    def __init__(self, width: int, rows: Sequence[int]) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(slots * width))
+        self.table = nn.Parameter(torch.zeros(len(rows) * width))
+        self.width, self.rows = width, list(rows)
 
     def forward(self, condition: Condition) -> Tensor:
         """-> (R, slots * D)"""
         assert condition.shared is not None
-        return condition.shared + self.table
+        shared = condition.shared.unflatten(1, (-1, self.width))
+        taken = shared if len(self.rows) == shared.shape[1] else shared[:, self.rows]
+        return taken.flatten(1) + self.table
 
 
 class LinearModulation(nn.Module):

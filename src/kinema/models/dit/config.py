@@ -14,7 +14,10 @@ class AttentionPattern(Enum):
     full = "full"
     """Every token sees every other: one attention over the clip."""
     factorised = "factorised"
-    """First within each frame, then over time at each place: cheaper for long clips."""
+    """First within each frame, then over time at each place: cheaper for long clips (Bertasius et al. 2021,
+    TimeSformer). With text=joint or shared, a frame shares its softmax with the caption, the caption asks all frames,
+    and over time the video looks alone.
+    """
     alternating = "alternating"
     """The same in whole blocks that take turns: the even ones look within each frame and at the caption, the odd ones
     over time at each place and at nothing else (Ma et al. 2024, Latte, variant 1).
@@ -107,6 +110,17 @@ class HeadModulation(Enum):
     """As in the blocks, with modulation=lora."""
 
 
+class Expert(Enum):
+    """Which of two experts a training moves."""
+
+    both = "both"
+    """Neither is set apart: for import, sampling and export. It cannot be trained so."""
+    high = "high"
+    """That for high noise, on timesteps from the boundary on."""
+    low = "low"
+    """That for low noise, on timesteps below it."""
+
+
 class NormKind(Enum):
     """What a block normalises its tokens with."""
 
@@ -117,7 +131,7 @@ class NormKind(Enum):
 
 
 class CrossNorm(Enum):
-    """What stands before and after the attention to the caption."""
+    """What stands before and after the attention to the caption; says nothing with text=joint or shared."""
 
     modulated = "modulated"
     """The same as for every other sublayer: norm, shift and scale, and a gate."""
@@ -262,6 +276,12 @@ class DiTConfig:
     image_positions: int = 0
     """Image tokens that each have a learned position, where their order matters (a first and a last frame); 0 for none.
     """
+    expert_boundary: float = 0.0
+    """Timestep from which on clips go to a second set of weights, made for high noise (Balaji et al. 2022, eDiff-I; Wan
+    2.2, with 0.875 for text and 0.9 for images); 0 for one model.
+    """
+    expert: Expert = Expert.both
+    """Which of the two a training moves, with timesteps of its range alone; the other stays, and sampling uses both."""
     learned_variance: bool = False
     """The head also says, in as many channels again, where between its bounds the variance of a step lies (Nichol and
     Dhariwal 2021). `DiT.predict` returns it; `forward`, and so training and sampling here, leave it out: it keeps the
@@ -319,6 +339,7 @@ class DiTConfig:
             check_rope_axes(self.rope_axes, self.head_dim)
         self._check_scaling()
         self._check_positions()
+        self._check_experts()
         self._check_attention()
         self._check_text()
         self._check_modulation()
@@ -394,19 +415,15 @@ class DiTConfig:
                 "Type their width, or model.image_positions=0."
             )
         if self.text is not TextEdge.cross:
-            if self.attention is not AttentionPattern.full:
+            if self.attention not in (AttentionPattern.full, AttentionPattern.factorised):
                 raise ValueError(
-                    f"model.text={self.text.name} puts captions into the softmax of the whole clip, which "
-                    f"model.attention={self.attention.name} does not have. Type model.text=cross."
+                    f"model.text={self.text.name} puts captions into the softmax of a clip or of its frames, which "
+                    f"model.attention={self.attention.name} does not have. Type model.attention=factorised, "
+                    "model.attention=full or model.text=cross."
                 )
             if self.image_width:
                 raise ValueError(
                     f"model.image_width={self.image_width} needs model.text=cross: images join its queries."
-                )
-            if self.cross_norm is not CrossNorm.modulated:
-                raise ValueError(
-                    f"model.cross_norm={self.cross_norm.name} needs model.text=cross: model.text={self.text.name} "
-                    "has no cross-attention."
                 )
         if self.single_depth and (self.text is not TextEdge.joint or self.single_depth >= self.depth):
             raise ValueError(
@@ -417,6 +434,14 @@ class DiTConfig:
             raise ValueError(
                 "model.text_to_the_end=true says something only of model.text=joint without single_depth: elsewhere "
                 "the last block has no weights for captions alone."
+            )
+
+    def _check_experts(self) -> None:
+        if not 0 <= self.expert_boundary < 1:
+            raise ValueError(f"model.expert_boundary={self.expert_boundary} must be in [0, 1), for example 0.875.")
+        if self.expert is not Expert.both and not self.expert_boundary:
+            raise ValueError(
+                f"model.expert={self.expert.name} needs two experts: type model.expert_boundary=0.875, or leave it out."
             )
 
     def _check_attention(self) -> None:
@@ -450,11 +475,10 @@ class DiTConfig:
                 f"model.timestep_norm=true needs model.modulation=lora (it is {self.modulation.name}), "
                 f"and has model.timestep_channels itself: type model.timestep_width=0 (it is {self.timestep_width})."
             )
-        alike = self.text is not TextEdge.joint or self.text_to_the_end
-        if self.modulation is ModulationSource.table and not alike:
+        if self.modulation is ModulationSource.table and self.single_depth:
             raise ValueError(
-                "model.modulation=table is shared by all blocks, but with model.text=joint the last ones have other "
-                "sublayers. Type model.modulation=linear."
+                "model.modulation=table is shared by all blocks, but those of model.single_depth="
+                f"{self.single_depth} have other sublayers. Type model.modulation=linear or model.single_depth=0."
             )
         if self.head_modulation is HeadModulation.table and self.condition_width != self.width:
             raise ValueError(
@@ -484,6 +508,12 @@ class DiTConfig:
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.width // self.num_heads
+
+    @property
+    def timestep_range(self) -> tuple[float, float]:
+        """Timesteps that a training draws: those of the expert that it moves."""
+        low = self.expert_boundary if self.expert is Expert.high else 0.0
+        return low, self.expert_boundary if self.expert is Expert.low else 1.0
 
     @property
     def condition_width(self) -> int:

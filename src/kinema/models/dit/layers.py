@@ -20,7 +20,7 @@ from kinema.models.dit.config import Activation, NormKind, QKNorm
 from kinema.models.dit.memory import made_again
 from kinema.models.dit.modulating import gated_sum
 from kinema.models.dit.norms import Norm
-from kinema.models.dit.segments import Rope, Rows, Segments, Span, Tokens
+from kinema.models.dit.segments import Rope, Rows, Segments, Span, Tokens, clip_segment, repeated
 from kinema.models.position import apply_rope
 
 
@@ -211,14 +211,22 @@ class Stream(nn.Module):
 class JointAttention(nn.Module):
     """One softmax over the tokens of several segments of a clip: MMDiT (Esser et al. 2024).
 
-    Each segment has weights of its own, or all share those of the first; the `silent` ones answer but do not ask.
+    Each segment has weights of its own, or all share those of the first; the `silent` ones answer but do not ask. The
+    video sees of itself its `span`, and the other segments see all of it.
     """
 
     def __init__(
-        self, shape: HeadShape, names: Sequence[str], attention: Attention, *, shared: bool, silent: Sequence[str] = ()
+        self,
+        shape: HeadShape,
+        names: Sequence[str],
+        attention: Attention,
+        *,
+        shared: bool,
+        silent: Sequence[str] = (),
+        span: Span = Span.clip,
     ) -> None:
         super().__init__()
-        self.shape, self.attention, self.silent = shape, attention, tuple(silent)
+        self.shape, self.attention, self.silent, self.span = shape, attention, tuple(silent), span
         own = names[:1] if shared else names
         self.streams = nn.ModuleDict({name: Stream(shape, asks=name not in silent) for name in own})
         self.stream_of = {name: names[0] if shared else name for name in names}
@@ -226,14 +234,16 @@ class JointAttention(nn.Module):
     def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
         """asking (N, D) of every segment, already normalised -> updates (N, D) of those not silent"""
         triples = {name: self.streams[self.stream_of[name]](x, segments[name].rope) for name, x in asking.items()}
-        mixed = attend_jointly(triples, segments, self.attention)
+        mixed = attend_jointly(triples, segments, self.attention, self.span)
         return {name: self.streams[self.stream_of[name]].project(x) for name, x in mixed.items()}
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip, for these segments."""
         asking = sum(counts.tokens[name] for name in asks if name not in self.silent)
         answering = sum(counts.tokens[name] for name in asks)
-        return 2 * (asking + answering) * self.shape.width**2 + 2 * asking * answering * self.shape.width
+        unseen = counts.tokens["video"] ** 2 - counts.seen[self.span]
+        pairs = asking * answering - unseen
+        return 2 * (asking + answering) * self.shape.width**2 + 2 * pairs * self.shape.width
 
 
 class SingleStream(nn.Module):
@@ -242,9 +252,11 @@ class SingleStream(nn.Module):
     The parallel block of Dehghani et al. 2023 (ViT-22B), as in FLUX and HunyuanVideo.
     """
 
-    def __init__(self, shape: HeadShape, hidden: int, activation: Activation, attention: Attention) -> None:
+    def __init__(
+        self, shape: HeadShape, hidden: int, activation: Activation, attention: Attention, span: Span = Span.clip
+    ) -> None:
         super().__init__()
-        self.shape, self.attention, self.activation = shape, attention, activation
+        self.shape, self.attention, self.activation, self.span = shape, attention, activation, span
         self.query, self.key, self.value = (shape.linear() for _ in range(3))
         self.query_norm, self.key_norm = shape.norm(), shape.norm()
         self.expand = Linear(shape.width, hidden, shape.bias)
@@ -254,7 +266,7 @@ class SingleStream(nn.Module):
     def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
         """asking (N, D) of every segment, already normalised -> updates (N, D)"""
         triples = {name: self._heads(x, segments[name].rope) for name, x in asking.items()}
-        mixed = attend_jointly(triples, segments, self.attention)
+        mixed = attend_jointly(triples, segments, self.attention, self.span)
         return {name: made_again(self._way_back, mixed[name], *self._hidden(x)) for name, x in asking.items()}
 
     def _heads(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,16 +290,21 @@ class SingleStream(nn.Module):
         count, width = sum(counts.tokens[name] for name in asks), self.shape.width
         gate = 0 if self.gate is None else self.gate.weight.numel()
         layers = 3 * width**2 + self.expand.weight.numel() + self.project.weight.numel() + gate
-        return count * (layers + 2 * count * width)
+        pairs = count**2 - counts.tokens["video"] ** 2 + counts.seen[self.span]
+        return count * layers + 2 * pairs * width
 
 
-def attend_jointly(
-    triples: Mapping[str, tuple[Tensor | None, Tensor, Tensor]], segments: Segments, attention: Attention
-) -> Tokens:
-    """Queries, keys and values (N, h, d) of some segments, one softmax for each clip -> mixed (N, D) of those that ask.
+Triples = Mapping[str, tuple[Tensor | None, Tensor, Tensor]]
+"""Queries, keys and values (N, h, d) of some segments; without queries, a segment only answers."""
+
+
+def attend_jointly(triples: Triples, segments: Segments, attention: Attention, span: Span = Span.clip) -> Tokens:
+    """One softmax for each clip over all these segments -> mixed (N, D) of those that ask.
 
     Packed segments lie one after the other; here the segments of each clip lie together.
     """
+    if span is not Span.clip:
+        return _attend_by_span(triples, segments, attention, span)
     asking = {name: q for name, (q, _, _) in triples.items() if q is not None}
     q_lengths = [segments[name].lengths for name in asking]
     k_lengths = [segments[name].lengths for name in triples]
@@ -307,6 +324,28 @@ def _join(parts: Sequence[Tensor], lengths: Sequence[Lengths]) -> Tensor:
 
 def _totals(lengths: Sequence[Lengths]) -> Lengths:
     return tuple(sum(clip) for clip in zip(*lengths, strict=True))
+
+
+def _attend_by_span(triples: Triples, segments: Segments, attention: Attention, span: Span) -> Tokens:
+    """The video asks its own span and the other segments, which ask the whole clip: no answer of theirs is averaged."""
+    query, key, value = triples["video"]
+    video, others = segments["video"], {name: triple for name, triple in triples.items() if name != "video"}
+    copies = video.pieces(span)
+    pieces = {"video": clip_segment(video.cuts[span].lengths)}
+    answers: dict[str, tuple[Tensor | None, Tensor, Tensor]] = {"video": (query, key, value)}
+    for name, (_, k, v) in others.items():
+        lengths = segments[name].lengths
+        pieces[name] = clip_segment(repeated(lengths, copies))
+        answers[name] = (None, _repeat(k, lengths, copies), _repeat(v, lengths, copies))
+    mixed = attend_jointly(answers, pieces, attention)
+    if any(q is not None for q, _, _ in others.values()):
+        mixed |= attend_jointly({"video": (None, key, value), **others}, segments, attention)
+    return mixed
+
+
+def _repeat(x: Tensor, lengths: Lengths, copies: Sequence[int]) -> Tensor:
+    """The tokens of each clip as many times as that clip has copies, one after the other."""
+    return torch.cat([clip for clip, count in zip(x.split(list(lengths)), copies, strict=True) for _ in range(count)])
 
 
 class Sublayer(nn.Module):

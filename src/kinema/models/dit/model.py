@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.attention import Attention, Lengths
-from kinema.models.dit.blocks import blocks, slots_of
+from kinema.models.dit.blocks import blocks, shared_slots
 from kinema.models.dit.conditioning import (
     SHARED_SLOTS,
     Condition,
@@ -99,8 +99,9 @@ class DiT(nn.Module):
         )
 
         made = blocks(config)
-        shared = {ModulationSource.table: slots_of(made[0]), ModulationSource.lora: SHARED_SLOTS}.get(config.modulation)
-        self.shared_modulation = ExactLinear(config.condition_width, shared * width, bias) if shared else None
+        shared = SHARED_SLOTS if config.modulation is ModulationSource.lora else shared_slots(made)
+        has_own = config.modulation is ModulationSource.linear
+        self.shared_modulation = None if has_own else ExactLinear(config.condition_width, shared * width, bias)
         self.blocks = nn.ModuleList(made)
         self.control = ControlTower(config) if config.control_layers else None
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -74,6 +74,12 @@ class Segment:
     places: Tensor | None = None
     """(N, D), what blocks add to the tokens that are `placed`."""
 
+    def pieces(self, span: Span) -> list[int]:
+        """Number of pieces that a span cuts each clip into."""
+        ends = set(accumulate(self.lengths))
+        closes = [number for number, end in enumerate(accumulate(self.cuts[span].lengths), 1) if end in ends]
+        return [last - first for first, last in pairwise([0, *closes])]
+
 
 Segments = dict[str, Segment]
 
@@ -95,6 +101,11 @@ def video_segment(
 def clip_segment(lengths: Lengths, first_row: int = 0) -> Segment:
     """The segment of captions or images with these numbers of tokens, which have no grid."""
     return Segment(lengths, Rows(lengths, first_row), {Span.clip: Cut(lengths)})
+
+
+def repeated(lengths: Lengths, copies: Sequence[int]) -> Lengths:
+    """The length of each clip as many times as it has copies."""
+    return tuple(length for length, count in zip(lengths, copies, strict=True) for _ in range(count))
 
 
 def seen(span: Span, grid: Grid, window: Sequence[int]) -> int:
