@@ -7,12 +7,19 @@ import subprocess
 import sys
 import time
 
+import diffusers
 import pytest
 import safetensors.torch
 import torch
 
+import kinema
+from kinema.interop.comparing import Sample, relative, wan
+from kinema.interop.importing import import_model
+from kinema.interop.loading import held_of
 from kinema.training.checkpoint import CheckpointStore, json_writer, tensor_writer
+from kinema.training.run_folder import Weights
 from tests.end_to_end.commands import ROOT, checkpoint, dit_command, environment, run, torchrun
+from tests.end_to_end.test_imported import VAE, WAN, randomise
 from tests.end_to_end.test_training import frames, same_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -105,3 +112,32 @@ def kill_after_a_checkpoint(folder, name, command):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not checkpoint(folder, name, 3).exists()
+
+
+def test_adapters_of_an_imported_wan_compute_the_same_in_diffusers(folder, tmp_path):
+    transformer = randomise(diffusers.WanTransformer3DModel(**WAN))
+    transformer.save_pretrained(tmp_path / "transformer")
+    randomise(diffusers.AutoencoderKLWan(**VAE)).save_pretrained(tmp_path / "vae")
+    import_model(tmp_path / "transformer", tmp_path / "imported", vae=tmp_path / "vae")
+    command = (
+        f"train.py --config-dir {tmp_path}/imported/configs experiment=imported name=tuned run_root={tmp_path}/runs "
+        f"steps=2 data.path={folder}/toy data.shapes=[[5,32,32]] text.width=12 data.clips_per_step=2 data.lanes=2 "
+        "data.num_workers=0 logging=file validation.clips=2 task.samples.every_steps=0 schedule.warmup_steps=0 "
+        "optim.learning_rate=0.05 finetune=lora finetune.rank=2 finetune.alpha=3"
+    )
+    run(*torchrun(2), *command.split())
+    lines = kinema.export(tmp_path / "runs/tuned", tmp_path / "lora", format="lora-diffusers", weights="raw")
+    lines += kinema.export(tmp_path / "runs/tuned", tmp_path / "comfyui", format="lora-comfyui", weights="raw")
+    differences = [float(line.rsplit(" ", 1)[1]) for line in lines]
+    assert len(differences) == 3  # by diffusers, as ComfyUI does, and by diffusers from ComfyUI's file
+    assert max(differences) < 1e-5
+
+    ours, _ = held_of(tmp_path / "runs/tuned", Weights.raw).models["transformer"]
+    sample = Sample.of(ours, 7)
+    with torch.no_grad():
+        expected = torch.stack(ours.predict(list(sample.latents), sample.timesteps, list(sample.text)))
+        before = wan(transformer, {}, sample)
+        transformer.load_lora_adapter(tmp_path / "lora", prefix="transformer")
+        assert relative(wan(transformer, {}, sample), expected) < 1e-5
+    assert relative(before, expected) > 1e-3
+    assert json.loads((tmp_path / "lora/manifest.json").read_text())["exported"]["format"] == "lora-diffusers"
