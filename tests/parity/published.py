@@ -3,6 +3,8 @@
 import diffusers
 import torch
 
+from tests.parity import tiny_texts
+
 WAN = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 12,
     "freq_dim": 16, "ffn_dim": 40, "num_layers": 2,
@@ -41,12 +43,69 @@ def umt5(width=12):
     return randomise(UMT5EncoderModel(config))
 
 
-def wan_pipeline(scheduler, **config):
-    """A whole WanPipeline."""
+def wan_pipeline(scheduler, low_noise=False, **config):
+    """A whole WanPipeline, on demand with a second transformer for low noise."""
+    made = [randomise(diffusers.WanTransformer3DModel(**WAN | config), seed) for seed in range(1 + low_noise)]
     return diffusers.WanPipeline(
         tokenizer=tokenizer(),
         text_encoder=umt5(),
         vae=randomise(diffusers.AutoencoderKLWan(**WAN_VAE)),
         scheduler=scheduler,
-        transformer=randomise(diffusers.WanTransformer3DModel(**WAN | config)),
+        transformer=made[0],
+        transformer_2=made[1] if low_noise else None,
+        boundary_ratio=0.875 if low_noise else None,
     )
+
+
+HUNYUAN = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 1,
+           "num_single_layers": 1, "text_embed_dim": 16, "pooled_projection_dim": 8,
+           "rope_axes_dim": (4, 4, 4)}  # fmt: skip
+HUNYUAN_VAE = {"latent_channels": 4, "block_out_channels": (8, 16, 24, 24), "layers_per_block": 1, "norm_num_groups": 4}
+
+
+def hunyuan_pipeline(scheduler, **config):
+    """A whole HunyuanVideoPipeline."""
+    (llama, words), (clip, letters) = tiny_texts.llama(), tiny_texts.clip()
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=llama, tokenizer=words, text_encoder_2=clip, tokenizer_2=letters,
+        vae=randomise(diffusers.AutoencoderKLHunyuanVideo(**HUNYUAN_VAE)),
+        scheduler=scheduler,
+        transformer=randomise(diffusers.HunyuanVideoTransformer3DModel(**HUNYUAN | config)),
+    )  # fmt: skip
+
+
+LTX = {"num_attention_heads": 2, "attention_head_dim": 20, "in_channels": 6, "out_channels": 6,
+       "cross_attention_dim": 40, "num_layers": 2, "caption_channels": 12}  # fmt: skip
+LTX_VAE = {"latent_channels": 6, "block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8),
+           "layers_per_block": (1, 1, 1, 1, 1), "decoder_layers_per_block": (1, 1, 1, 1, 1)}  # fmt: skip
+
+
+def ltx_pipeline(scheduler, **config):
+    """A whole LTXPipeline."""
+    encoder, words = tiny_texts.t5()
+    return diffusers.LTXPipeline(
+        text_encoder=encoder, tokenizer=words, vae=randomise(diffusers.AutoencoderKLLTXVideo(**LTX_VAE)),
+        scheduler=scheduler, transformer=randomise(diffusers.LTXVideoTransformer3DModel(**LTX | config)),
+    )  # fmt: skip
+
+
+COGVIDEOX = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
+             "time_embed_dim": 14, "text_embed_dim": 12, "num_layers": 2, "sample_width": 6, "sample_height": 4,
+             "sample_frames": 5, "use_rotary_positional_embeddings": True}  # fmt: skip
+COGVIDEOX_VAE = {
+    "latent_channels": 4,
+    "block_out_channels": (8, 8, 8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+    "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+}
+
+
+def cogvideox_pipeline(scheduler, **config):
+    """A whole CogVideoXPipeline."""
+    encoder, words = tiny_texts.t5()
+    return diffusers.CogVideoXPipeline(
+        text_encoder=encoder, tokenizer=words, vae=randomise(diffusers.AutoencoderKLCogVideoX(**COGVIDEOX_VAE)),
+        scheduler=scheduler, transformer=randomise(diffusers.CogVideoXTransformer3DModel(**COGVIDEOX | config)),
+    )  # fmt: skip

@@ -384,8 +384,8 @@ def close(ours, theirs, scale=None):
     return float((ours - theirs).detach().abs().max() / (theirs if scale is None else scale).detach().abs().max())
 
 
-def gradients_disagree(case, theirs, model):
-    """Parameters whose gradient differs by more than the tolerance.
+def gradient_differences(case, theirs, model):
+    """Difference of the gradient of every parameter.
 
     A bias is measured by the larger of its own and its layer's gradient: those of keys cancel in a softmax, and
     what is left of them is rounding.
@@ -399,21 +399,25 @@ def gradients_disagree(case, theirs, model):
         weight = expected.get(name.removesuffix("bias") + "weight", expected[name])
         scale = torch.stack([expected[name].abs().max(), weight.abs().max()])
         found[name] = close(grad, expected[name], scale)
-    return {name: difference for name, difference in found.items() if not difference <= TOLERANCE}
+    return found
 
 
-def test_outputs_and_gradients_equal_the_reference(case):
+def test_outputs_and_gradients_equal_the_reference(case, request, parity):
     theirs = reference(case)
     model = ours(case, theirs)
     given = inputs(case, model)
     expected = RUN[case.preset](theirs, given)
     actual = run_ours(model, given)
-    assert close(actual, expected) <= TOLERANCE
+    output = close(actual, expected)
+    assert output <= TOLERANCE
 
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
     (expected * weights).sum().backward()
     (actual * weights).sum().backward()
-    assert gradients_disagree(case, theirs, model) == {}
+    gradients = gradient_differences(case, theirs, model)
+    assert {name: difference for name, difference in gradients.items() if not difference <= TOLERANCE} == {}
+    row = request.node.callspec.params["case"]
+    parity.note(row, case.preset, output=output, gradients=max(gradients.values()))
 
 
 def test_weights_come_back_bit_for_bit(case):
@@ -452,7 +456,7 @@ RELEASED = [(case, name) for case, entry in CASES.items() for name in entry.rele
 
 
 @pytest.mark.parametrize(("case_name", "release"), RELEASED)
-def test_every_tensor_of_a_release_has_its_place(case_name, release):
+def test_every_tensor_of_a_release_has_its_place(case_name, release, parity):
     case = CASES[case_name]
     preset = BY_NAME[case.preset]
     whole, tensors = meta_record(case, case.released[release])
@@ -462,6 +466,7 @@ def test_every_tensor_of_a_release_has_its_place(case_name, release):
     assert {n: x.shape for n, x in mapped.items()} == {n: x.shape for n, x in model.state_dict().items()}
     back = preset.key_map(whole).to_theirs(model.state_dict())
     assert {n: x.shape for n, x in back.items()} == {n: x.shape for n, x in tensors.items()}
+    parity.size(case_name, case.preset, release, tensors)
 
 
 @pytest.mark.parametrize(

@@ -182,21 +182,22 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("frames", [1, 5, 9])
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 @torch.no_grad()
-def test_latents_and_videos_are_those_of_the_reference(case, frames):
+def test_latents_and_videos_are_those_of_the_reference(case, frames, parity):
     reference, ours, _ = pair(case.preset)
     video = clip(case, 1 + (frames - 1) * ours.config.temporal_stride // 4)
     mean, logvar = their_latents(reference, ours, video)
     posterior = ours.encode(video)
-    assert difference(posterior.mean, mean) <= TOLERANCE
-    assert difference(posterior.logvar, logvar) <= TOLERANCE
+    found = [difference(posterior.mean, mean), difference(posterior.logvar, logvar)]
     expected = their_video(reference, ours, mean)
     assert expected.std() > 0.05
     assert (expected.abs() < 1).float().mean() > 0.5  # where the output is clamped, little is compared
-    assert difference(ours.decode(mean), expected) <= TOLERANCE
+    found.append(difference(ours.decode(mean), expected))
+    assert max(found) <= TOLERANCE, found
+    parity.note(case.preset, case.preset, output=max(found))
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_gradients_are_those_of_the_reference(case):
+def test_gradients_are_those_of_the_reference(case, parity):
     """Of decode(encode(x)) and the log-variance, for each parameter under its name there.
 
     In float64: sums of small numbers of either sign have few digits left in float32.
@@ -216,15 +217,17 @@ def test_gradients_are_those_of_the_reference(case):
     mean, logvar = their_latents(reference, ours, video)
     expected = gradients(reference, their_video(reference, ours, mean), logvar)
     posterior = ours.encode(video)
-    found = gradients(ours, ours.decode(posterior.mean), posterior.logvar)
+    mine = gradients(ours, ours.decode(posterior.mean), posterior.logvar)
     constants = preset_of(case).key_map(config).constants
-    actual = preset_of(case).key_map(config).to_theirs(found | constants)
+    actual = preset_of(case).key_map(config).to_theirs(mine | constants)
     for name, gradient in expected.items():
         if name.endswith("to_k.bias"):  # the same number in every score of a softmax: no gradient but rounding
             assert max(gradient.abs().max(), actual[name].abs().max()) < 1e-15
             continue
         assert gradient.abs().max() > 1e-9, name
-        assert difference(actual[name], gradient) <= TOLERANCE, name
+        found = difference(actual[name], gradient)
+        assert found <= TOLERANCE, name
+        parity.note(case.preset, case.preset, gradients=found)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -273,7 +276,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_every_released_tensor_is_named(case):
+def test_every_released_tensor_is_named(case, parity):
     with torch.device("meta"):
         reference, config = make_reference(case, case.released)
         ours = preset_of(case).build(config)
@@ -282,6 +285,7 @@ def test_every_released_tensor_is_named(case):
     numel = sum(p.numel() for p in ours.parameters())
     assert numel == sum(p.numel() for p in reference.parameters())
     assert numel / 1e6 == pytest.approx(case.millions, rel=2e-3)
+    parity.size(case.preset, case.preset, "", dict(reference.named_parameters()))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +329,7 @@ def test_a_later_frame_changes_no_earlier_one(case):
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 @torch.no_grad()
-def test_streamed_is_whole_bit_for_bit_or_refused(case):
+def test_streamed_is_whole_bit_for_bit_or_refused(case, parity):
     _, ours, _ = pair(case.preset)
     stride = ours.config.temporal_stride
     video = clip(case, 1 + 3 * stride)
@@ -347,6 +351,10 @@ def test_streamed_is_whole_bit_for_bit_or_refused(case):
         else:
             with pytest.raises(ValueError, match="cannot decode in chunks: vae"):
                 list(ours.decode_chunks(whole.mean.split(chunks, dim=2)))
+    looks = {"encoder": ours.config.encoder_looks_ahead(), "decoder": ours.config.decoder_looks_ahead()}
+    causal = ", ".join(f"{part} {'no' if reason else 'yes'}" for part, reason in looks.items())
+    chunks = ", ".join(f"{part} {'refused' if reason else 'equals whole'}" for part, reason in looks.items())
+    parity.note(case.preset, case.preset, causal=causal, chunks=chunks)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)

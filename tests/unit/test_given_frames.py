@@ -12,7 +12,7 @@ from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.loading import DataConfig, Pack
 from kinema.diffusion.guidance import guided
 from kinema.diffusion.objective import DDPM, PredictionTarget, RectifiedFlow
-from kinema.diffusion.solvers import Solver, solve
+from kinema.diffusion.solvers import FOR_TABLES, Solver, solve
 from kinema.models.dit import DiT, DiTConfig, Extras
 from kinema.models.vae import CausalVAE, Norm, VAEConfig
 from kinema.sampling.denoiser import Denoiser, check_condition, extras_of, with_given_frames
@@ -92,7 +92,7 @@ def test_a_pack_without_given_frames_is_asked_with_one_timestep_a_clip():
     assert torch.equal(seen[0], TIMESTEPS)
 
 
-@pytest.mark.parametrize("solver", list(Solver))
+@pytest.mark.parametrize("solver", [solver for solver in Solver if solver not in FOR_TABLES])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_given_frames_stay_exactly_through_every_step_of_every_solver(name, solver):
     model, calls = tiny_dit(), []

@@ -205,3 +205,29 @@ def test_quantiles_rise_with_probability():
         times = objective.training_timesteps(u, objective.shift_for(None))
         assert (times.diff() >= 0).all()
         assert times[-1] == 1
+
+
+def test_the_shift_can_be_a_line_of_tokens_in_its_logarithm():
+    flow = RectifiedFlow(timestep_shift=2.0, shift_base_tokens=100, shift_top=8.0, shift_top_tokens=300)
+    assert [flow.shift_for(tokens) for tokens in (100, 200, 300, 400)] == pytest.approx([2.0, 4.0, 8.0, 16.0])
+    with pytest.raises(ValueError, match="two points"):
+        RectifiedFlow(shift_base_tokens=100, shift_top=8.0)
+
+
+def test_the_last_step_can_begin_where_it_is_told_to():
+    visited = RectifiedFlow(timestep_shift=3.0).sampling_timesteps(5, terminal=0.1)
+    assert visited[[0, -2, -1]].tolist() == pytest.approx([1.0, 0.1, 0.0])
+    with pytest.raises(ValueError, match="timestep_terminal"):
+        RectifiedFlow().sampling_timesteps(1, terminal=0.1)
+
+
+def test_a_table_can_be_shifted_in_its_signal_to_noise_ratio():
+    plain, shifted = (DDPM(snr_shift=by).noise_schedule.level(torch.tensor([0.3, 0.9])) for by in (1.0, 3.0))
+    ratio = (plain.alpha / plain.sigma) ** 2 / (shifted.alpha / shifted.sigma) ** 2
+    torch.testing.assert_close(ratio, torch.full((2,), 3.0, dtype=torch.float64))
+
+
+def test_the_network_can_be_told_rows_from_zero():
+    times = torch.tensor([1.0, 0.001], dtype=torch.float64)
+    assert DDPM(rows_from_zero=True).told(times).tolist() == pytest.approx([0.999, 0.0])
+    assert DDPM().told(times) is times

@@ -7,6 +7,7 @@ defined their numbers steps here, told by the objective what the network predict
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ BETAS = {
 }
 
 
-def scheduler_facts(objective: Objective, shift: float) -> dict[str, Any]:
+def scheduler_facts(name: str, objective: Objective, shift: float) -> dict[str, Any]:
     """What a scheduler must be told of an objective, in the library's words."""
     if not isinstance(objective, DDPM):
         return {
@@ -45,6 +46,10 @@ def scheduler_facts(objective: Objective, shift: float) -> dict[str, Any]:
     }
     if objective.beta_schedule is not BetaSchedule.cosine:
         facts["beta_start"], facts["beta_end"] = objective.beta_range
+    if name.startswith("CogVideoX"):
+        facts["snr_shift_scale"] = objective.snr_shift
+    elif objective.snr_shift != 1:
+        raise ValueError(f"objective.snr_shift={objective.snr_shift}: {name} knows none. Type solver=cogvideox_ddim.")
     return facts
 
 
@@ -54,15 +59,22 @@ def make_scheduler(name: str, objective: Objective, shift: float, options: dict[
         raise ValueError(
             f"solver: {name} is a sampler of diffusers, which is missing: pip install 'kinema[diffusers]'."
         )
-    facts = scheduler_facts(objective, shift)
+    made = getattr(import_module("diffusers"), name)
+    facts = scheduler_facts(name, objective, shift)
     if wrong := {key: value for key, value in options.items() if facts.get(key, value) != value}:
         known = {key: facts[key] for key in wrong}
         raise ValueError(f"scheduler={wrong} contradicts the objective, which says {known}. Leave these out.")
-    spacing = {} if facts.get("use_flow_sigmas") else {"timestep_spacing": "trailing"}
-    try:
-        return getattr(import_module("diffusers"), name)(**{**spacing, **options, **facts})
-    except (TypeError, NotImplementedError) as error:
-        raise ValueError(f"scheduler={options}: {name} cannot follow this objective. {error}") from error
+    parameters = signature(made.__init__).parameters
+    if unknown := sorted((options.keys() | facts.keys()) - parameters.keys()):
+        raise ValueError(
+            f"{name} has no {', '.join(unknown)}: it cannot follow this objective, or scheduler={options}."
+        )
+    ours = {key: value for key, value in OURS.items() if key in parameters}
+    return made(**{**ours, **options, **facts})
+
+
+OURS = {"timestep_spacing": "trailing", "clip_sample": False}
+"""What we choose for tables of noise levels where nobody says otherwise: latents have no bounds."""
 
 
 def library_steps(
@@ -76,7 +88,8 @@ def library_steps(
     """Unit noise -> latents; the network is told the timesteps that the scheduler counts, which it may round."""
     for scheduler in schedulers:
         scheduler.set_timesteps(num_steps)
-        scheduler.set_begin_index(0)
+        if hasattr(scheduler, "set_begin_index"):  # of those that round timesteps, and could take one for another
+            scheduler.set_begin_index(0)
     first_row = 1 if isinstance(objective, DDPM) else 0  # the library counts rows from 0; ours is t = 1 / num_trained
     for step, counted in enumerate(zip(*(scheduler.timesteps for scheduler in schedulers), strict=True), start=1):
         predictions = predict(x, (torch.stack(counted).double() + first_row) / objective.num_trained)

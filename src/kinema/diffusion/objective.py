@@ -106,6 +106,10 @@ class Objective:
         """How many timesteps published samplers count from 0 to 1."""
         return TRAINED_TIMESTEPS
 
+    def told(self, timesteps: Tensor) -> Tensor:
+        """What the network is given for timesteps of any shape."""
+        return timesteps
+
     def shift_for(self, num_tokens: int | None) -> float:
         """The timestep shift of a clip of `num_tokens`; training and sampling both ask here."""
         raise NotImplementedError
@@ -281,6 +285,12 @@ class RectifiedFlow(Objective):
     shift_base_tokens: int | None = None
     """If set, a clip of m tokens has shift timestep_shift * sqrt(m / shift_base_tokens); section 5.3.2."""
 
+    shift_top: float | None = None
+    """If set too, the logarithm of the shift is linear in tokens: this is the shift at shift_top_tokens (LTX-Video)."""
+
+    shift_top_tokens: int | None = None
+    """Tokens of a clip whose shift is shift_top."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prediction_target is PredictionTarget.noise:
@@ -296,6 +306,17 @@ class RectifiedFlow(Objective):
                 f"objective.shift_base_tokens={self.shift_base_tokens} must be a number of tokens, or null "
                 "for one shift."
             )
+        line = (self.shift_top, self.shift_top_tokens)
+        if line != (None, None):
+            top, tokens = line
+            if top is None or tokens is None or self.shift_base_tokens is None or tokens == self.shift_base_tokens:
+                raise ValueError(
+                    f"objective.shift_top={top}, shift_top_tokens={tokens}, "
+                    f"shift_base_tokens={self.shift_base_tokens}: a line needs two points. Type all three, at two "
+                    "numbers of tokens, or null for the first two."
+                )
+            if top <= 0:
+                raise ValueError(f"objective.shift_top={top} must be above 0; 1 is no shift.")
 
     @cached_property
     def noise_schedule(self) -> FlowSchedule:
@@ -311,7 +332,10 @@ class RectifiedFlow(Objective):
                 f"objective.shift_base_tokens={self.shift_base_tokens} makes the shift depend on the size of "
                 "the clip: num_tokens must be given wherever timesteps are drawn or visited."
             )
-        return self.timestep_shift * (num_tokens / self.shift_base_tokens) ** 0.5
+        if self.shift_top is None or self.shift_top_tokens is None:
+            return self.timestep_shift * (num_tokens / self.shift_base_tokens) ** 0.5
+        share = (num_tokens - self.shift_base_tokens) / (self.shift_top_tokens - self.shift_base_tokens)
+        return self.timestep_shift * (self.shift_top / self.timestep_shift) ** share
 
     def velocity(self, noisy: Clips, prediction: Clips, timesteps: Tensor) -> Clips:
         """noise - latents, which a velocity network predicts itself."""
@@ -343,8 +367,14 @@ class DDPM(Objective):
     beta_end: float | None = None
     """Their last beta; null there means 0.02."""
 
+    snr_shift: float = 1.0
+    """Divides the signal-to-noise ratio of every row; 3 for CogVideoX-2B."""
+
     zero_terminal_snr: bool = False
     """Make the last row pure noise, where sampling starts; not with noise prediction."""
+
+    rows_from_zero: bool = False
+    """The network is told row i as i / num_train_timesteps, as published models are, and not as t itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -358,6 +388,8 @@ class DDPM(Objective):
                     f"objective.{key}={getattr(self, key)} is never read by objective.beta_schedule=cosine. "
                     f"Type objective.{key}=null, or beta_schedule=linear."
                 )
+        if self.snr_shift <= 0:
+            raise ValueError(f"objective.snr_shift={self.snr_shift} must be above 0; 1 is no shift.")
         first, last = self.beta_range
         if not 0 < first < last < 1:
             raise ValueError(
@@ -379,7 +411,11 @@ class DDPM(Objective):
     def noise_schedule(self) -> VPSchedule:
         """The table of noise levels."""
         betas = make_betas(self.beta_schedule, self.num_train_timesteps, *self.beta_range)
-        return VPSchedule(betas, zero_terminal_snr=self.zero_terminal_snr)
+        return VPSchedule(betas, snr_shift=self.snr_shift, zero_terminal_snr=self.zero_terminal_snr)
+
+    def told(self, timesteps: Tensor) -> Tensor:
+        """What the network is given for timesteps of any shape."""
+        return timesteps - 1 / self.num_train_timesteps if self.rows_from_zero else timesteps
 
     @property
     def num_trained(self) -> int:

@@ -77,9 +77,10 @@ class VPSchedule:
     2022, section 4).
     """
 
-    def __init__(self, betas: Tensor, *, zero_terminal_snr: bool = False) -> None:
-        """`betas` (num_steps,) in (0, 1); with `zero_terminal_snr` the last row is pure noise."""
-        alphas = torch.cumprod(1 - betas.double(), dim=0).sqrt()
+    def __init__(self, betas: Tensor, *, snr_shift: float = 1.0, zero_terminal_snr: bool = False) -> None:
+        """`betas` (num_steps,) in (0, 1); signal-to-noise ratios are divided by `snr_shift`, the last then made 0."""
+        alphas_squared = torch.cumprod(1 - betas.double(), dim=0)
+        alphas = (alphas_squared / (snr_shift + (1 - snr_shift) * alphas_squared)).sqrt()
         if zero_terminal_snr:
             alphas = to_zero_terminal_snr(alphas)
         self.alphas_squared = torch.cat([torch.ones(1, dtype=torch.float64), alphas**2])  # (num_steps + 1,)

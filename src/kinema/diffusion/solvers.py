@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kinema.diffusion.library import library_steps, make_scheduler
-from kinema.diffusion.objective import Clips, Objective, per_clip
+from kinema.diffusion.objective import DDPM, Clips, Objective, per_clip
 from kinema.diffusion.timesteps import TimestepSpacing
 
 Predict = Callable[[Clips, Tensor], Clips]
@@ -45,9 +45,23 @@ class Solver(Enum):
     dpm_multistep = "dpm_multistep"
     """DPM-Solver++ multistep by `diffusers`, with its options; one call a step (Lu et al. 2022)."""
 
+    table_ddim = "table_ddim"
+    """DDIM by `diffusers`, with its options: how it spaces the rows of a table, and where it ends."""
 
-LIBRARY = {Solver.unipc: "UniPCMultistepScheduler", Solver.dpm_multistep: "DPMSolverMultistepScheduler"}
+    cogvideox_ddim = "cogvideox_ddim"
+    """The DDIM that CogVideoX is published with, by `diffusers`."""
+
+
+LIBRARY = {
+    Solver.unipc: "UniPCMultistepScheduler",
+    Solver.dpm_multistep: "DPMSolverMultistepScheduler",
+    Solver.table_ddim: "DDIMScheduler",
+    Solver.cogvideox_ddim: "CogVideoXDDIMScheduler",
+}
 """Solvers that the library steps, with its own timesteps, and its class of each."""
+
+FOR_TABLES = (Solver.table_ddim, Solver.cogvideox_ddim)
+"""Those of them that step over a table of noise levels only."""
 
 
 def solve(
@@ -74,7 +88,7 @@ def solve(
     sizes = per_clip(num_tokens, len(noise))
 
     def predict_like_state(x: Clips, t: Tensor) -> Clips:
-        predictions = predict(x, t.float().to(x[0].device))
+        predictions = predict(x, objective.told(t).float().to(x[0].device))
         return [p.to(like.dtype) for p, like in zip(predictions, x, strict=True)]
 
     progress = progress or ignore_progress
@@ -84,6 +98,8 @@ def solve(
                 f"solver={solver.value} has timesteps of its own: timestep_spacing={spacing.value} and "
                 f"timestep_terminal={terminal} are for euler, heun, ddim and dpmpp_2m. Leave them out."
             )
+        if solver in FOR_TABLES and not isinstance(objective, DDPM):
+            raise ValueError(f"solver={solver.value} steps over a table of noise levels (objective=ddpm): type unipc.")
         shifts = [objective.shift_for(tokens) if shift is None else shift for tokens in sizes]
         schedulers = [make_scheduler(LIBRARY[solver], objective, each, dict(scheduler or {})) for each in shifts]
         return library_steps(predict_like_state, state, objective, schedulers, num_steps, progress)

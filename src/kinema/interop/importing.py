@@ -11,10 +11,17 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from kinema.diffusion.objective import DDPM
 from kinema.identity import digest, fingerprint, to_plain
 from kinema.interop.folders import published_folder
-from kinema.interop.reading import is_pipeline
-from kinema.interop.recognising import Recognised, RecognisedPair, recognise, recognise_transformers
+from kinema.interop.reading import is_pipeline, read_json
+from kinema.interop.recognising import (
+    Recognised,
+    RecognisedPair,
+    known_classes,
+    recognise,
+    recognise_transformers,
+)
 from kinema.interop.releases import Release, release_of
 from kinema.interop.texts import carry_text, has_text
 from kinema.models.dit import DiT, Experts
@@ -57,6 +64,8 @@ class Found:
     vae: Recognised | None
     release: Release | None
     """None for parts, and for pipelines that Kinema cannot sample yet."""
+    other_vae: str | None = None
+    """Class of a pipeline's VAE that Kinema cannot be; its latents can be sampled."""
 
     @property
     def can_sample(self) -> bool:
@@ -65,6 +74,8 @@ class Found:
 
     def pipeline_lines(self) -> list[str]:
         """What a whole pipeline lacks for sampling, for people."""
+        if self.other_vae is not None and self.can_sample:
+            return [f"{self.path}/vae: Kinema's VAE cannot be {self.other_vae}; sample.py latents_only=true"]
         if not is_pipeline(self.path) or self.can_sample:
             return []
         missing = "a release that Kinema can sample" if self.release is None else "text_encoder/ and tokenizer/"
@@ -84,7 +95,15 @@ def recognise_all(path: Path, vae: Path | None = None, prefix: str | None = None
             raise ValueError(f"--vae {vae} is a {second.preset.name}, which is no VAE.")
         return Found(path, first, second, None)
     release = release_of(path)
-    return Found(path, recognise_transformers(path), recognise(vae or path / "vae"), release)
+    other = None if vae is not None or release is None or release.strides is None else other_vae(path / "vae")
+    found = recognise(vae or path / "vae") if other is None else None
+    return Found(path, recognise_transformers(path), found, release, other)
+
+
+def other_vae(folder: Path) -> str | None:
+    """The class of a pipeline's VAE that no preset is of; None for one of ours."""
+    name = str(read_json(folder / "config.json").get("_class_name"))
+    return None if name in known_classes() else name
 
 
 def _import_vae(found: Found, aside: Path, to: Path) -> list[str]:
@@ -132,6 +151,8 @@ def dit_manifest(found: Found) -> dict[str, Any]:
         "model": model_record(found.dit.skeleton),
         **(found.release.manifest() if found.release else {}),
     }
+    if found.other_vae is not None and found.release is not None and found.release.strides is not None:
+        manifest["other_vae"] = {"class": found.other_vae, "strides": list(found.release.strides)}
     if found.vae is not None:
         config, mark = _vae_config(found.vae), fingerprint(found.vae.tensors())
         manifest["vae"] = {"config": config, "weights": "ema", "fingerprint": mark, "hash": digest([config, mark])}
@@ -183,7 +204,8 @@ def _write_configs(found: Found, aside: Path, to: Path, text: dict[str, Any] | N
     if found.release is not None:
         choices.append({"override /objective": "imported"})
         objective = to_plain(found.release.objective)
-        write_group(aside, "objective", "rectified_flow", objective, "The shift that the release is sampled with.")
+        schema = "ddpm" if isinstance(found.release.objective, DDPM) else "rectified_flow"
+        write_group(aside, "objective", schema, objective, "The objective that the release is sampled with.")
     if text is not None:
         choices.append({"override /text": "imported"})
         schema = "pretrained" if text["config"]["type"] == "PretrainedText" else "combined"

@@ -11,10 +11,10 @@ from kinema.diffusion.objective import DDPM, Objective, RectifiedFlow
 from kinema.identity import from_plain, to_plain
 from kinema.interop.importing import import_model, recognise_all
 from kinema.interop.reading import is_pipeline
-from kinema.interop.recognising import recognise, recognise_transformers
+from kinema.interop.recognising import recognise
 from kinema.models.dit import DiTConfig, Experts, make_denoiser, split_experts
 from kinema.models.vae import CausalVAE
-from kinema.sampling.pipeline import Pipeline
+from kinema.sampling.pipeline import OtherVAE, Pipeline
 from kinema.sampling.sample import load_pipeline
 from kinema.training.checkpoint import SEAL, Checkpoint, CheckpointStore
 from kinema.training.finetune import adapters_of, base_weights, merged_weights
@@ -109,8 +109,9 @@ def load(path: "str | Path") -> Any:
 
 def load_published_pipeline(path: Path) -> "Pipeline | Parts":
     """A pipeline's folder: ready to sample where it holds its text encoder, its denoiser and VAE otherwise."""
-    if not recognise_all(path).can_sample:
-        return Parts(recognise_transformers(path).module(), recognise(path / "vae").module())
+    found = recognise_all(path)
+    if not found.can_sample and found.dit is not None and found.vae is not None:
+        return Parts(found.dit.module(), found.vae.module())
     with TemporaryDirectory() as folder:
         import_model(path, Path(folder) / "run")
         return load_pipeline(checkpoint_of(f"{folder}/run", "path")).pipeline
@@ -125,7 +126,7 @@ def held_of(source: "nn.Module | Pipeline | Parts | str | Path", weights: Weight
     """The models of a run, or of a module or a pipeline that is given itself."""
     if isinstance(source, Pipeline | Parts):
         given = {"vae": source.vae, "transformer": source.denoiser}
-        models = {name: (model, merged_weights(model)) for name, model in given.items()}
+        models = {n: (model, merged_weights(model)) for n, model in given.items() if not isinstance(model, OtherVAE)}
         return Held(models, pipeline_manifest(source) if isinstance(source, Pipeline) else None)
     if isinstance(source, nn.Module):
         name = "vae" if isinstance(source, CausalVAE) else "transformer"

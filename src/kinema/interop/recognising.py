@@ -139,9 +139,14 @@ def recognise(path: Path, prefix: str | None = None) -> Recognised:
     return Recognised(published, preset, config, naming, skeleton)
 
 
+def known_classes() -> list[str]:
+    """The reference's classes that presets are of."""
+    return sorted({preset.reference for preset in PRESETS})
+
+
 def check_known(class_name: str) -> None:
     """Refuse a class that no preset is of."""
-    known = sorted({preset.reference for preset in PRESETS})
+    known = known_classes()
     if class_name not in known:
         raise ValueError(f"{class_name} is a model of another kind: Kinema has presets of {', '.join(known)}.")
 

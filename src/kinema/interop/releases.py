@@ -22,6 +22,8 @@ class Release:
     fps: float
     shapes: tuple[tuple[int, int, int], ...]
     guidance_dropout: float
+    strides: tuple[int, int] | None
+    """Of a VAE that Kinema cannot be."""
     text: PretrainedText | CombinedText
     """How captions are encoded; `path` is what its encoders are called."""
 
@@ -46,6 +48,9 @@ class Habits:
     guidance_scale: float
     gives_sigmas: bool
     """Whether the pipeline hands the scheduler evenly spaced timesteps, or leaves them to it."""
+    embedded_guidance: float | None = None
+    strides: tuple[int, int] | None = None
+    """Frames and pixels a side of a latent, of a VAE that Kinema cannot be: its latents are sampled, no frames."""
 
 
 HABITS = {
@@ -55,6 +60,30 @@ HABITS = {
         num_steps=50,
         guidance_scale=5.0,
         gives_sigmas=False,
+    ),
+    "HunyuanVideoPipeline": Habits(
+        fps=24.0,
+        shapes=((129, 720, 1280), (129, 544, 960)),
+        num_steps=50,
+        guidance_scale=1.0,
+        gives_sigmas=True,
+        embedded_guidance=6.0,
+    ),
+    "LTXPipeline": Habits(
+        fps=25.0,
+        shapes=((161, 512, 704), (121, 480, 704)),
+        num_steps=50,
+        guidance_scale=3.0,
+        gives_sigmas=True,
+        strides=(8, 32),
+    ),
+    "CogVideoXPipeline": Habits(
+        fps=8.0,
+        shapes=((49, 480, 720),),
+        num_steps=50,
+        guidance_scale=6.0,
+        gives_sigmas=False,
+        strides=(4, 8),
     ),
 }
 """Pipeline class of the reference -> its habits."""
@@ -69,5 +98,10 @@ def release_of(pipeline: Path) -> Release | None:
     habits = HABITS[name]
     config = read_json(pipeline / "scheduler" / "scheduler_config.json")
     objective, sampling = scheduled(config, gives_sigmas=habits.gives_sigmas)
-    settings = SamplingConfig(num_steps=habits.num_steps, guidance_scale=habits.guidance_scale, **sampling)
-    return Release(objective, settings, habits.fps, habits.shapes, 0.1, CAPTIONS[name])
+    settings = SamplingConfig(
+        num_steps=habits.num_steps,
+        guidance_scale=habits.guidance_scale,
+        embedded_guidance=habits.embedded_guidance,
+        **sampling,
+    )
+    return Release(objective, settings, habits.fps, habits.shapes, 0.1, habits.strides, CAPTIONS[name])

@@ -1,7 +1,7 @@
 """The sampling pipeline: everything between captions and frames, for the trainer and for `sample.py` alike."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class SamplingConfig:
     """Classifier-free guidance (Ho and Salimans 2022); 1 turns it off and halves the cost."""
     timestep_shift: float | None = None
     """Shift of the sampler's timesteps; null obeys the training objective, any number overrides it visibly."""
+    embedded_guidance: float | None = None
+    """Strength that a model is told of which was distilled to need no second pass, 6 for HunyuanVideo; or null."""
     seed: int = 0
     """Seed of the first video; the next ones count up from it."""
     negative_prompt: str = NULL_CAPTION
@@ -58,10 +60,27 @@ class SamplingConfig:
         rest = [
             f"timesteps {self.timestep_spacing.value}" * (self.timestep_spacing is not TimestepSpacing.trailing),
             f"the last from {self.timestep_terminal}" * (self.timestep_terminal is not None),
+            f"embedded guidance {self.embedded_guidance}" * (self.embedded_guidance is not None),
             f"negative prompt {self.negative_prompt!r}" * bool(self.negative_prompt),
         ]
         line = f"{self.solver.value}, {self.num_steps} steps, guidance {self.guidance_scale:g}, shift {shift}"
         return ", ".join([line, *filter(None, rest)])
+
+
+class OtherVAE(nn.Module):
+    """A published VAE that Kinema cannot be: its latents are sampled, and another library makes the frames."""
+
+    def __init__(self, name: str, strides: tuple[int, int]) -> None:
+        super().__init__()
+        self.name, self.geometry_strides = name, strides
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """ValueError."""
+        raise self.no_frames()
+
+    def no_frames(self) -> ValueError:
+        """Why there are none."""
+        return ValueError(f"Kinema's VAE cannot be {self.name}, so it makes no frames. Type latents_only=true.")
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ class Pipeline:
     """A denoiser with all that its numbers depend on."""
 
     denoiser: nn.Module
-    vae: CausalVAE
+    vae: CausalVAE | OtherVAE
     text_encoder: TextEncoder
     objective: Objective
     geometry: Geometry
@@ -98,6 +117,12 @@ class Pipeline:
             )
         check_guidance(config.guidance_scale, self.guidance_dropout)
         self.condition.check_images(images)
+        if self.denoiser.config.guidance is not (config.embedded_guidance is not None):
+            needed = "a number, such as 6" if self.denoiser.config.guidance else "null"
+            raise ValueError(
+                f"embedded_guidance={config.embedded_guidance} and model.guidance={self.denoiser.config.guidance}: a "
+                f"model is told of guidance exactly where it was built for it. Type embedded_guidance={needed}."
+            )
 
     @torch.no_grad()
     def latents(
@@ -114,9 +139,10 @@ class Pipeline:
         """
         self.denoiser.eval()
         device = next(self.denoiser.parameters()).device
-        size = (self.vae.config.latent_channels, *self.geometry.latent_shape(shape))
+        size = (self.denoiser.latent_channels, *self.geometry.latent_shape(shape))
         noise = [initial_noise(size, config.seed + index).to(device) for index in range(len(captions))]
-        conditions = self.conditions(captions, shape, images)
+        told = self.conditions(captions, shape, images)
+        conditions = [replace(condition, guidance=config.embedded_guidance) for condition in told]
         nulls = with_words(conditions, self.null_words(config.negative_prompt))
         denoiser = Denoiser(self.denoiser, self.geometry.patch_size[0])
         latents = solve(
@@ -138,6 +164,8 @@ class Pipeline:
         self, captions: Sequence[str], shape: ClipShape, images: Sequence[Tensor] | None = None
     ) -> list[Condition]:
         """What the denoiser is told of each video, on its device."""
+        if isinstance(self.vae, OtherVAE):  # which encodes no image
+            return [Condition(**words) for words in embed(self.text_encoder, captions)]
         given = images or [torch.empty(0, *shape[1:], 3, dtype=torch.uint8)] * len(captions)
         conditioner = Conditioner(self.condition, self.vae, self.geometry)
         return list(map(conditioner.of_images, embed(self.text_encoder, captions), [shape] * len(captions), given))

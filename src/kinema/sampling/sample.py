@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,9 +23,10 @@ from kinema.diffusion.solvers import LIBRARY, Solver
 from kinema.diffusion.timesteps import TimestepSpacing
 from kinema.identity import from_plain, to_plain
 from kinema.models.dit import DiTConfig, make_denoiser
+from kinema.models.vae import CausalVAE
 from kinema.sampling.denoiser import check_condition
 from kinema.sampling.images import fit_images, nearest_shape, read_image
-from kinema.sampling.pipeline import Pipeline, SamplingConfig
+from kinema.sampling.pipeline import OtherVAE, Pipeline, SamplingConfig
 from kinema.training.checkpoint import Checkpoint, CheckpointStore
 from kinema.training.run_folder import Weights, checkpoint_of, load_vae, load_weights
 
@@ -39,6 +41,8 @@ class SampleConfig:
     """Steps of the solver."""
     guidance_scale: float | None = None
     """Classifier-free guidance (Ho and Salimans 2022); 1 turns it off and halves the cost."""
+    embedded_guidance: float | None = None
+    """Strength that a distilled model is told of."""
     timestep_shift: float | None = None
     """Shift of the sampler's timesteps."""
     negative_prompt: str | None = None
@@ -69,6 +73,8 @@ class SampleConfig:
     """Only to state what is expected: another rate than the checkpoint's is refused."""
     allow_untrained_shape: bool = False
     """Sample a legal shape that the training never showed."""
+    latents_only: bool = False
+    """Write the latents (C, T, H, W) to `NNN.safetensors`, and make no frames."""
     batch_size: int = 16
     """Videos denoised together; does not change them beyond rounding."""
     out: str | None = None
@@ -129,26 +135,21 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
     manifest = checkpoint.document("manifest")
     if manifest["task"] != "dit":
         raise ValueError(f"run: {checkpoint.folder} holds a {manifest['task']}; sampling needs a task=dit run.")
-    if missing := [key for key in ("vae", "text", "objective", "fps", "shapes") if key not in manifest]:
+    if missing := [key for key in ("text", "objective", "fps", "shapes") if key not in manifest]:
         raise ValueError(
             f"run: {checkpoint.folder} holds imported weights without {', '.join(missing)}: import the whole pipeline "
             "with its VAE, text encoder and scheduler, or train from it first (init_from)."
         )
-    vae_checkpoint = CheckpointStore(checkpoint.folder.parent.parent / "vae").newest()
-    if vae_checkpoint is None:
-        raise ValueError(f"{checkpoint.folder.parent.parent}/vae is missing: the run folder is not complete.")
-    vae, identity = load_vae(vae_checkpoint, Weights(manifest["vae"]["weights"]))
-    if identity["hash"] != manifest["vae"]["hash"]:
-        raise ValueError(
-            f"the VAE in {vae_checkpoint.folder} (hash {identity['hash']}) is not the one of the training "
-            f"(hash {manifest['vae']['hash']})."
-        )
+    vae = carried_vae(checkpoint, manifest)
     text_encoder = build_text_encoder(from_plain(manifest["text"]["config"], *TEXT_CONFIGS))
     check_policy(text_encoder, manifest["text"]["policy"])
     model_config = from_plain(manifest["model"]["config"], DiTConfig)
     condition = condition_of(manifest)
-    check_condition(condition, model_config, vae.config)
-    denoiser = make_denoiser(model_config, vae.config.latent_channels, text_encoder.width)
+    channels = manifest["model"].get("latent_channels")
+    if isinstance(vae, CausalVAE):
+        check_condition(condition, model_config, vae.config)
+        channels = vae.config.latent_channels
+    denoiser = make_denoiser(model_config, channels, text_encoder.width)
     found = load_weights(denoiser, checkpoint, weights)
     if found != manifest["fingerprints"][weights.value]:
         raise ValueError(f"{checkpoint.folder}: the {weights.value} weights are not those that its manifest names.")
@@ -165,6 +166,24 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
         sampling=from_plain(manifest["sampling"], SamplingConfig) if "sampling" in manifest else SamplingConfig(),
     )
     return Loaded(pipeline, manifest, checkpoint, weights, found)
+
+
+def carried_vae(checkpoint: Checkpoint, manifest: dict[str, Any]) -> CausalVAE | OtherVAE:
+    """The VAE in the run's folder, which must be the one of the manifest; or what is known of a published one."""
+    if "other_vae" in manifest:
+        return OtherVAE(manifest["other_vae"]["class"], tuple(manifest["other_vae"]["strides"]))
+    if "vae" not in manifest:
+        raise ValueError(f"run: {checkpoint.folder} holds imported weights without a VAE: import the whole pipeline.")
+    vae_checkpoint = CheckpointStore(checkpoint.folder.parent.parent / "vae").newest()
+    if vae_checkpoint is None:
+        raise ValueError(f"{checkpoint.folder.parent.parent}/vae is missing: the run folder is not complete.")
+    vae, identity = load_vae(vae_checkpoint, Weights(manifest["vae"]["weights"]))
+    if identity["hash"] != manifest["vae"]["hash"]:
+        raise ValueError(
+            f"the VAE in {vae_checkpoint.folder} (hash {identity['hash']}) is not the one of the training "
+            f"(hash {manifest['vae']['hash']})."
+        )
+    return vae
 
 
 def condition_of(manifest: dict[str, Any]) -> FrameCondition:
@@ -191,6 +210,8 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
     settings = config.settings(pipeline.sampling)
     pipeline.check(settings, shape, config.fps, len(pictures))
     say(f"loaded {loaded.describe()}")
+    if isinstance(pipeline.vae, OtherVAE) and not config.latents_only:
+        raise pipeline.vae.no_frames()
     say(f"sampling: {settings.describe()}{changed(pipeline.sampling, settings)}")
     given = fit_images(pictures, shape, say) if pictures else None
     run_dir = loaded.checkpoint.folder.parent.parent
@@ -204,14 +225,21 @@ def sample(config: SampleConfig, say: Callable[[str], object] = print) -> list[P
         batch = captions[start : start + config.batch_size]
         options = replace(settings, seed=settings.seed + start)
         images = [given] * len(batch) if given is not None else None
-        videos = pipeline.videos(batch, shape, options, advance(bar, len(batch)), images)
-        for offset, (caption, frames) in enumerate(zip(batch, videos, strict=True)):
-            path = out / f"{start + offset:03d}.mp4"
+        make = pipeline.latents if config.latents_only else pipeline.videos
+        made = make(batch, shape, options, advance(bar, len(batch)), images)
+        for offset, (caption, clip) in enumerate(zip(batch, made, strict=True)):
             origin = metadata(loaded, settings, caption, start + offset, config.pictures())
-            write_video(path, frames, pipeline.fps, metadata=origin)
-            rows.append((frames.numpy(), caption))
+            path = out / f"{start + offset:03d}.{'safetensors' if config.latents_only else 'mp4'}"
+            if config.latents_only:
+                save_file({"latents": clip.cpu().contiguous()}, path, metadata=origin)
+            else:
+                write_video(path, clip, pipeline.fps, metadata=origin)
+                rows.append((clip.numpy(), caption))
             paths.append(path)
     bar.close()
+    if config.latents_only:
+        say(f"wrote the latents of {len(paths)} video(s) to {out}")
+        return paths
     contact_sheet(rows, out / "sheet.png", columns=1 if len(rows) < 8 else 2)
     stamp_png(out / "sheet.png", metadata(loaded, settings, " | ".join(captions), 0, config.pictures()))
     say(f"wrote {len(paths)} video(s) and a contact sheet to {out}")

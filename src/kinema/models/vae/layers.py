@@ -87,6 +87,29 @@ def group_means(x: Tensor, groups: int) -> Tensor:
     return sum(members[1:], members[0]) / len(members)
 
 
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """Frames (B, C, T, H, W) one after the other, copied; channels last, which a cut along T else ceases to be."""
+    return torch.cat([part.movedim(1, -1) for part in parts], dim=1).movedim(-1, 1)
+
+
+def activated(normed: Tensor) -> Tensor:
+    """SiLU; in place where no backward will ask for what it was."""
+    return F.silu(normed, inplace=not torch.is_grad_enabled())
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """F.conv2d or F.conv3d, x (B, C, [T,] H, W).
+
+    On a CPU by oneDNN whatever the size. PyTorch takes another kernel for small inputs, among them every first layer
+    with its three channels: a third of the speed, and it leaves channels first.
+    """
+    has_onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    in_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if has_onednn and in_float32 and x.device.type == "cpu":
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, [1] * len(stride), 1)
+    return (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, bias, stride, padding)
+
+
 class CausalConv(nn.Module):
     """3D convolution padded in front of the first frame only; kernel and stride are (time, height, width).
 
@@ -123,12 +146,11 @@ class CausalConv(nn.Module):
             return self._convolve(x)
         assert state is None or self.future_frames == 0, "a layer that looks ahead cannot be streamed"
         past = self._beside(x[:, :, :1], self.past_frames) if state is None or self not in state else state[self]
-        x = torch.cat([past, x], dim=2)
-        if self.future_frames:
-            x = torch.cat([x, self._beside(x[:, :, -1:], self.future_frames)], dim=2)
+        future = [self._beside(x[:, :, -1:], self.future_frames)] if self.future_frames else []
+        x = together([past, x, *future])
         out = self._convolve(x)
         if state is not None:
-            state[self] = x[:, :, out.shape[2] * self.time_stride :].clone()  # a view would keep the chunk alive
+            state[self] = together([x[:, :, out.shape[2] * self.time_stride :]])  # a view would keep the chunk alive
         return out
 
     def _convolve(self, x: Tensor) -> Tensor:
@@ -138,20 +160,22 @@ class CausalConv(nn.Module):
         rows, columns = self.border
         if self.space_padding not in (None, SpacePadding.zeros) and (rows or columns):
             x = F.pad(x, (columns, columns, rows, rows, 0, 0), mode=self.space_padding.value)
+        if height == width == 1:  # one matrix product over the stacked frames
+            count = (x.shape[2] - time) // self.time_stride + 1
+            taps = [x[:, :, i : i + (count - 1) * self.time_stride + 1 : self.time_stride] for i in range(time)]
+            pixels = [tap.movedim(1, -1) for tap in taps]
+            stacked = torch.cat(pixels, dim=-1) if time > 1 else pixels[0]
+            return F.linear(stacked, weight[..., 0, 0].transpose(1, 2).flatten(1), bias).movedim(-1, 1)
         if time == 1:  # frames are a batch of images
             frames = x.movedim(1, -1).flatten(0, 1).movedim(-1, 1)  # stays channels last where this copies
             images: Sequence[Tensor] = [frames]
             if self.frame_by_frame:  # and in one memory format, which a single frame else would not have
                 images = frames.contiguous(memory_format=torch.channels_last).split(1)
             stride, padding = self.conv.stride[1:], tuple(self.conv.padding)[1:]
-            out = torch.cat([F.conv2d(part, weight[:, :, 0], bias, stride, padding) for part in images])
+            out = torch.cat([convolve(part, weight[:, :, 0], bias, stride, padding) for part in images])
             return out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
-        if height == width == 1:  # one matrix product over the stacked frames
-            count = (x.shape[2] - time) // self.time_stride + 1
-            taps = [x[:, :, i : i + (count - 1) * self.time_stride + 1 : self.time_stride] for i in range(time)]
-            stacked = torch.cat([tap.movedim(1, -1) for tap in taps], dim=-1)
-            return F.linear(stacked, weight[..., 0, 0].transpose(1, 2).flatten(1), bias).movedim(-1, 1)
-        return self.conv(x.contiguous(memory_format=torch.channels_last_3d))
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        return convolve(x, weight, bias, self.conv.stride, tuple(self.conv.padding))
 
     def _beside(self, frame: Tensor, count: int) -> Tensor:
         frames = frame.expand(-1, -1, count, -1, -1)
@@ -177,8 +201,7 @@ class LengthNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> the same shape; lengths are taken in float32 at least."""
-        wide = _wide(x)
-        return F.normalize(wide, dim=-1).to(x.dtype) * len(self.weight) ** 0.5 * self.weight
+        return F.normalize(_wide(x), dim=-1).to(x.dtype) * (len(self.weight) ** 0.5 * self.weight)
 
 
 class PixelNorm(nn.Module):
@@ -287,8 +310,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """(B, in, T, H, W) -> (B, out, T, H, W)."""
-        out = self.conv1(F.silu(self.norm1(x)), state)
-        out = self.conv2(F.silu(self.norm2(out)), state)
+        out = self.conv1(activated(self.norm1(x)), state)
+        out = self.conv2(activated(self.norm2(out)), state)
         return self.shortcut(x) + out
 
 
@@ -348,7 +371,7 @@ class Output(nn.Module):
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """(B, in, T, H, W) -> (B, out, T, H, W)."""
-        out = self.conv(F.silu(self.norm(x)), state)
+        out = self.conv(activated(self.norm(x)), state)
         if self.groups is not None:
             out = out + group_means(x, self.groups)
         return out if self.linear is None else self.linear(x, state) + out
