@@ -18,7 +18,7 @@ from kinema.interop.importing import import_model
 from kinema.interop.loading import held_of
 from kinema.training.checkpoint import CheckpointStore, json_writer, tensor_writer
 from kinema.training.run_folder import Weights
-from tests.end_to_end.commands import ROOT, checkpoint, dit_command, environment, run, torchrun
+from tests.end_to_end.commands import ROOT, checkpoint, dit_command, environment, run, torchrun, train_vae
 from tests.end_to_end.test_imported import VAE, WAN, randomise
 from tests.end_to_end.test_training import frames, same_checkpoint
 
@@ -55,6 +55,15 @@ def test_only_parts_move_and_the_run_continues_bit_for_bit(start):
         assert moved == {key for key in before if ".sublayers.1." in key or key.startswith("head.")}
     assert {key.split("/")[2] for key in tensors(found, "optimizer")} == moved
     assert json.loads((found / "manifest.json").read_text())["finetune"]["type"] == "Parts"
+
+
+def test_parts_of_a_vae_are_trained_and_the_others_are_in_its_checkpoint(folder):
+    train_vae(folder, "vae_decoder", 2, "finetune=parts", "finetune.train=[decoder.*]", f"init_from={folder}/runs/vae")
+    before = tensors(checkpoint(folder, "vae", 4), "ema")  # what init_from takes
+    after = tensors(checkpoint(folder, "vae_decoder", 2))
+    assert after.keys() == before.keys()
+    moved = {key for key in after if not torch.equal(after[key], before[key])}
+    assert {key.split(".")[0] for key in moved} == {"decoder", "latent_mean", "latent_std"}
 
 
 LORA = ["finetune=lora", "finetune.rank=2", "finetune.dropout=0.2", "ema.decay=0.5", "checkpoint.every_steps=1",
