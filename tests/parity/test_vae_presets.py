@@ -379,6 +379,9 @@ def test_every_released_tensor_is_named(case, parity):
     ("preset", "choice", "message"),
     [
         ("wan_vae", {"attn_scales": [0.5]}, r"attn_scales=\[0\.5\]: only \[\]"),
+        ("wan_vae", {"dim_mult": [2, 2, 4, 4]}, r"dim_mult\[0\]=2: only 1 is implemented"),
+        ("wan_vae", {"temperal_downsample": [True]}, r"temperal_downsample=\[True\]: dim_mult=.* one entry less"),
+        ("hunyuan_15_vae", {"spatial_compression_ratio": 8}, "spatial_compression_ratio=8 needs 4 levels"),
         ("hunyuan_vae", {"temporal_compression_ratio": 8}, "temporal_compression_ratio=8: only 4"),
         ("hunyuan_15_vae", {"downsample_match_channel": False}, "downsample_match_channel=False: only True"),
         ("ltx2_vae", {"timestep_conditioning": True}, "timestep_conditioning=True: only False"),
