@@ -17,10 +17,10 @@ HEADER = f"""# Parity with the published models
 
 Each preset beside the class of `diffusers` that has its weights: a small model of that class, every parameter random
 and none of them zero, odd grids that are not square, two clips with different timesteps, float32, one CPU thread.
-*Output* and *gradients* are the largest difference over the largest value, of the prediction and of the gradient of each
-parameter under its published name. *Released sizes* are checked without memory: every published tensor has its place,
-one to one, by name and shape. The way back, published to Kinema to published, is bit-equal for all of them, which the
-same tests check. This page is written by them:
+*Output* and *gradients* are the largest difference over the largest value, of the prediction and of the gradient of
+each parameter under its published name. *Released sizes* are checked without memory: every published tensor has its
+place, one to one, by name and shape. The way back, published to Kinema to published, is bit-equal for all of them,
+which the same tests check. This page is written by them:
 
     {COMMAND}
 
