@@ -25,11 +25,14 @@ class ControlTower(nn.Module):
         self.blocks = nn.ModuleList(control_blocks(config))
         self.hints = nn.ModuleList(Linear(config.width, config.width) for _ in self.layers)
 
-    def forward(self, patches: Tensor, tokens: Tokens, segments: Segments, condition: Condition) -> dict[int, Tensor]:
-        """patches (N, control_channels * pt * ph * pw), tokens before the model's blocks -> layer: hint (N, D)"""
+    def forward(self, patches: Tensor, tokens: Tokens, segments: Segments, condition: Condition) -> list[Tensor]:
+        """patches (N, control_channels * pt * ph * pw), tokens before the model's blocks -> a hint (N, D) a layer
+
+        A list, since ZeRO-3 walks through what modules return and takes the keys of dictionaries for names.
+        """
         control = self.enter(self.patch_embedding(patches)) + tokens["video"]
-        tokens, hints = {**tokens, "video": control}, dict[int, Tensor]()
-        for layer, block, hint in zip(self.layers, self.blocks, self.hints, strict=True):
+        tokens, hints = {**tokens, "video": control}, []
+        for block, hint in zip(self.blocks, self.hints, strict=True):
             tokens = block(tokens, segments, condition)
-            hints[layer] = hint(tokens["video"])
+            hints.append(hint(tokens["video"]))
         return hints

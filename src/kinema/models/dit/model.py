@@ -193,7 +193,8 @@ class DiT(nn.Module):
         """What the control tower adds to the video after some blocks: layer -> (N, D)."""
         if self.control is None or extras.control is None:
             return {}
-        return self.control(patchify(extras.control, self.config.patch_size), tokens, segments, condition)
+        hints = self.control(patchify(extras.control, self.config.patch_size), tokens, segments, condition)
+        return dict(zip(self.control.layers, hints, strict=True))
 
     def _placed(self, image: Tensor) -> Tensor:
         return image if self.image_positions is None else image + self.image_positions

@@ -1,0 +1,96 @@
+"""ZeRO changes nothing of the DiT's training, whichever of its axes are chosen: real models, two ranks, with and
+without every parameter cut into shards."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kinema.distributed.engine import Engine, Precision
+from kinema.models.dit import Activation, DiT, DiTConfig, Extras, ModulationSource, TextEdge, TextEmbedding
+from kinema.models.dit.config import NormKind
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+LANES, STEPS, CHANNELS, TEXT = 2, 2, 2, 8
+SHAPES = [[(3, 4, 6), (1, 4, 4)], [(2, 6, 4), (2, 6, 4)]]
+"""Latent frames, rows and columns of each lane's clips."""
+
+SIZE = {"width": 16, "depth": 2, "num_heads": 2, "rope_axes": [4, 2, 2], "mlp_ratio": 2.0, "rope_theta": 20.0}
+MODELS = {
+    "cross": {"activation": Activation.swiglu, "norm": NormKind.rms},
+    "joint": {
+        "text": TextEdge.joint,
+        "modulation": ModulationSource.linear,
+        "single_depth": 1,
+        "text_embedding": TextEmbedding.refiner,
+        "refiner_depth": 1,
+    },
+    "control": {"control_layers": [0], "control_channels": 3, "activation": Activation.gelu_tanh},
+}
+
+
+def model(name: str) -> DiT:
+    torch.manual_seed(0)
+    found = DiT(DiTConfig(**SIZE, **MODELS[name]), CHANNELS, TEXT)
+    for parameter in found.parameters():  # zero gates would hide everything behind them
+        nn.init.normal_(parameter, std=0.2)
+    return found
+
+
+def loss(module: nn.Module, config: DiTConfig, step: int, lane: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * step + lane)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    shapes = SHAPES[lane]
+    latents = [draw(CHANNELS, *shape) for shape in shapes]
+    text, times = [draw(3 + clip, TEXT) for clip in range(len(shapes))], torch.tensor([0.3, 0.8], dtype=dtype)
+    control = [draw(config.control_channels, *shape) for shape in shapes] if config.control_layers else None
+    found = module(latents, times, text, Extras(control=control))
+    clips = [(prediction - latent).square().mean() for prediction, latent in zip(found, latents, strict=True)]
+    return torch.stack(clips).sum() / (LANES * len(shapes))
+
+
+def optimizer(module: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(module.parameters(), lr=1e-2, eps=1e-2, weight_decay=0.0)  # damped, see test_engine
+
+
+def reference(name: str) -> Iterator[tuple[str, Tensor]]:
+    module = model(name).double()
+    moves = optimizer(module)
+    for step in range(STEPS):
+        moves.zero_grad()
+        for lane in range(LANES):
+            loss(module, module.config, step, lane, torch.float64).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        moves.step()
+    yield from module.state_dict().items()
+
+
+def largest_difference(name: str, stage: int, rank: int) -> float:
+    module = model(name)
+    config, before = module.config, {k: v.clone() for k, v in module.state_dict().items()}
+    engine = Engine(
+        module, optimizer(module), zero_stage=stage, precision=Precision.float32, accumulation=1, gradient_clipping=0.5
+    )
+    for step in range(STEPS):
+        engine.backward(loss(engine, config, step, rank))
+        engine.step(1e-2)
+    found = dict(engine.gather())
+    moves = {key: (value - before[key], found[key] - before[key]) for key, value in reference(name)}
+    # Of each tensor's largest move; moves a thousandth of the learning rate are little more than rounding.
+    return max(float((ours - theirs).abs().max() / (theirs.abs().max() + 1e-5)) for theirs, ours in moves.values())
+
+
+def compare() -> dict[str, float]:
+    import torch.distributed as dist
+
+    return {f"{n} {stage}": largest_difference(n, stage, dist.get_rank()) for n in MODELS for stage in (0, 3)}
+
+
+def test_the_dit_learns_the_same_on_two_ranks_with_and_without_zero_3():
+    for found in run_ranks(compare, 2):
+        assert max(found.values()) < 5e-3, found  # float32 against float64
