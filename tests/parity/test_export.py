@@ -233,6 +233,11 @@ FAMILIES = {
         {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 2,
          "num_single_layers": 2, "text_embed_dim": 10, "pooled_projection_dim": 6, "rope_axes_dim": (4, 4, 4)},
     ),
+    "hunyuan 1.5": (
+        "HunyuanVideo15Transformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 7, "out_channels": 3, "num_layers": 2,
+         "text_embed_dim": 10, "text_embed_2_dim": 6, "image_embed_dim": 8, "rope_axes_dim": (4, 4, 4)},
+    ),
     "cogvideox": (
         "CogVideoXTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,

@@ -290,7 +290,7 @@ def test_every_token_gets_the_rows_of_its_clip(lengths):
 
 def segments_of(model, grids):
     row = torch.zeros(len(grids), 24, dtype=torch.float64)
-    return model._segments(grids, [torch.zeros(1, TEXT)] * len(grids), Extras(), Condition(row, row, None))
+    return model._segments(grids, {"text": (1,) * len(grids)}, Condition(row, row, None), None)
 
 
 def reached(operation, segments, source: int, count: int, width: int) -> set[int]:
@@ -330,7 +330,7 @@ def test_a_frame_and_the_caption_share_a_softmax_and_the_caption_sees_all_frames
     grids, words = [(2, 3, 2), (3, 1, 4)], (3, 2)
     row = torch.zeros(2, 24, dtype=torch.float64)
     model = random_model(attention=AttentionPattern.factorised)
-    segments = model._segments(grids, [torch.zeros(n, TEXT) for n in words], Extras(), Condition(row, row, None))
+    segments = model._segments(grids, {"text": tuple(words)}, Condition(row, row, None), None)
     video = torch.randn(24, 24, dtype=torch.float64, requires_grad=True)
     text = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
     given = {"video": video, "text": text}
@@ -425,7 +425,7 @@ def test_a_thousand_timesteps_have_a_thousand_embeddings_in_bfloat16():
     timesteps = (torch.arange(1000) / 1000).float()
     for model in (new_model(torch.float32), new_model(torch.float32).bfloat16()):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            condition = model._condition(timesteps, torch.zeros(1, TEXT), (1,), Extras())
+            condition = model._condition(timesteps, [torch.zeros(1, TEXT)], Extras())
         assert condition.embedding.dtype == torch.float32
         assert len(condition.embedding.unique(dim=0)) == 1000
 
@@ -543,6 +543,28 @@ def test_modulation_sources_differ_in_weights_only():
 # Numbers and refusals
 
 
+def test_what_joins_the_caption_is_counted_with_it():
+    """The refiner and the embeddings see each its own tokens, blocks see them all."""
+    streams = {"text": TextEdge.joint, "modulation": ModulationSource.linear, "text_embedding": TextEmbedding.refiner}
+    model = new_model(torch.float32, glyph_width=4, glyph_hidden_width=6, image_width=3, **streams)
+    extras = Extras(glyphs=[torch.randn(2, 4)], image=[torch.randn(7, 3)])
+    latents, timesteps, text = pack([(2, 6, 8)], [5], torch.float32)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(latents, timesteps, text, extras)
+    assert counter.get_total_flops() == model.flops((2, 3, 4), 5, image_tokens=7, glyph_tokens=2)
+
+
+def test_an_image_that_joins_the_caption_may_be_missing():
+    model = random_model(text=TextEdge.joint, modulation=ModulationSource.linear, image_width=3)
+    latents, timesteps, text = pack()
+    some = [torch.randn(2 * (clip % 2), 3, dtype=torch.float64) for clip in range(4)]
+    together = model(latents, timesteps, text, Extras(image=some))
+    (alone,) = model(latents[:1], timesteps[:1], text[:1], Extras(image=some[:1]))
+    torch.testing.assert_close(together[0], alone)
+    with pytest.raises(ValueError, match=r"\(L >= 0, 3\)"):
+        model(latents, timesteps, text, Extras(image=[torch.zeros(2, 4)] * 4))
+
+
 @pytest.mark.parametrize("frames", [2, 3])
 def test_flops_equal_torchs_count(variant, frames):
     model = new_model(torch.float32, **variant)
@@ -630,6 +652,8 @@ AXES = {
     "first_frame_given": [False, True],
     "condition_channels": [0, 2],
     "image_width": [0, 3],
+    "glyph_width": [0, 4],
+    "glyph_hidden_width": [6],
     "control_layers": [[], [0], [1]],
     "control_channels": [0, 2],
 }
@@ -646,6 +670,7 @@ def extras_for(config, latents):
         if config.condition_channels
         else None,
         image=[draw(2 + i, 3) for i in range(len(latents))] if config.image_width else None,
+        glyphs=[draw(3 * i, 4) for i in range(len(latents))] if config.glyph_width else None,
         pooled=[draw(3) for _ in latents] if config.pooled_width else None,
         guidance=[1.0 + i for i in range(len(latents))] if config.guidance else None,
         ofs=[2.0 - i for i in range(len(latents))] if config.ofs_channels else None,
@@ -760,7 +785,6 @@ def test_a_given_first_frame_is_read_without_noise_and_guidance():
             {"text": TextEdge.shared, "attention": AttentionPattern.alternating, "modulation": ModulationSource.linear},
             r"model\.text=shared .*attention=alternating",
         ),
-        ({"text": TextEdge.shared, "image_width": 3}, r"model\.image_width=3 needs model\.text=cross"),
         ({"single_depth": 1}, r"model\.single_depth=1 needs model\.text=joint"),
         ({"text_to_the_end": True}, r"model\.text_to_the_end=true"),
         ({"rope": Rope.none}, r"model\.rope=none .* no token would know its place"),
@@ -768,6 +792,7 @@ def test_a_given_first_frame_is_read_without_noise_and_guidance():
         ({"head_modulation": HeadModulation.table, "timestep_width": 10}, r"model\.timestep_width=10"),
         ({"text_activation": Activation.swiglu}, r"model\.text_activation=swiglu"),
         ({"image_positions": 2}, r"model\.image_positions=2 .*model\.image_width=0"),
+        ({"glyph_width": 2, "text_channels": 5}, r"model\.glyph_width=2 .* model\.text_channels=5"),
         ({"timestep_channels": 7}, r"model\.timestep_channels=7"),
         ({"condition_channels": -1}, r"model\.condition_channels=-1"),
         ({"position_scale": [1.0, 2.0, 2.0]}, r"model\.position_scale=.*position_embedding=none"),

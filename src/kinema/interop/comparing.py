@@ -35,6 +35,8 @@ class Sample:
     """(2, pooled_width)"""
     guidance: Tensor | None = None
     """(2,)"""
+    glyphs: Tensor | None = None
+    """(2, L, glyph_width)"""
     ofs: Tensor | None = None
     """(2,)"""
     control: Tensor | None = None
@@ -58,6 +60,7 @@ class Sample:
             image=draw(6, config.image_width) if config.image_width else None,
             pooled=draw(config.pooled_width) if config.pooled_width else None,
             guidance=torch.tensor([6.0, 1.5]) if config.guidance else None,
+            glyphs=draw(4, config.glyph_width) if config.glyph_width else None,
             ofs=torch.tensor([2.0, 1.0]) if config.ofs_channels else None,
             control=draw(config.control_channels, *grid) if config.control_channels else None,
         )
@@ -70,6 +73,7 @@ class Sample:
             image=_rows(self.image),
             pooled=_rows(self.pooled),
             guidance=guidance,
+            glyphs=_rows(self.glyphs),
             control=_rows(self.control),
             ofs=None if self.ofs is None else self.ofs.tolist(),
         )
@@ -112,6 +116,15 @@ def hunyuan_video(reference: Any, config: Record, sample: Sample) -> Tensor:
     mask = torch.ones(sample.text.shape[:2], dtype=torch.long)
     guidance = None if sample.guidance is None else sample.guidance * 1000
     return reference(sample.given(), sample.timesteps * 1000, sample.text, mask, sample.pooled, guidance).sample
+
+
+def hunyuan_video_15(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """HunyuanVideo-1.5: a caption, glyphs and an image, each with a mask."""
+    assert sample.glyphs is not None
+    masks = [torch.ones(source.shape[:2], dtype=torch.long) for source in (sample.text, sample.glyphs)]
+    told = {"encoder_hidden_states_2": sample.glyphs, "encoder_attention_mask_2": masks[1]}
+    timesteps = sample.timesteps * 1000
+    return reference(sample.given(), timesteps, sample.text, masks[0], image_embeds=sample.image, **told).sample
 
 
 def cogvideox(reference: Any, config: Record, sample: Sample) -> Tensor:
@@ -175,6 +188,7 @@ CALLS: dict[str, Call] = {
     "WanVACETransformer3DModel": wan_vace,
     "LTXVideoTransformer3DModel": ltx_video,
     "HunyuanVideoTransformer3DModel": hunyuan_video,
+    "HunyuanVideo15Transformer3DModel": hunyuan_video_15,
     "CogVideoXTransformer3DModel": cogvideox,
 }
 """How the forward of each class of the reference takes a sample."""

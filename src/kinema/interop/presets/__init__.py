@@ -4,6 +4,7 @@ from kinema.interop.preset import Preset
 from kinema.interop.presets.cogvideox import COGVIDEOX
 from kinema.interop.presets.cosmos import COSMOS
 from kinema.interop.presets.hunyuan import HUNYUAN
+from kinema.interop.presets.hunyuan15 import HUNYUAN_15
 from kinema.interop.presets.hunyuan_vae import HUNYUAN_15_VAE, HUNYUAN_VAE
 from kinema.interop.presets.latte import LATTE
 from kinema.interop.presets.ltx import LTX
@@ -15,6 +16,7 @@ PRESETS: list[Preset] = [
     COGVIDEOX,
     COSMOS,
     HUNYUAN,
+    HUNYUAN_15,
     LATTE,
     LTX,
     WAN,

@@ -11,7 +11,7 @@ from kinema.interop.presets.described import check_described
 from kinema.models.dit import Activation, DiT, DiTConfig, ModulationSource, QKNorm, TextEdge, TextEmbedding
 
 Names = tuple[str, str]
-"""Name in `diffusers`, and here."""
+"""Name in `diffusers` or in Tencent's files, and here."""
 
 EDGES: list[Names] = [
     ("x_embedder.proj.bias", "patch_embedding.bias"),
@@ -72,10 +72,12 @@ ORIGINAL_EDGES: list[Names] = [
     ("img_in.proj.bias", "patch_embedding.bias"),
     ("time_in.mlp.0.{p}", "timestep_embedding.expand.{p}"),
     ("time_in.mlp.2.{p}", "timestep_embedding.project.{p}"),
-    ("vector_in.in_layer.{p}", "pooled_embedding.expand.{p}"),
-    ("vector_in.out_layer.{p}", "pooled_embedding.project.{p}"),
     ("final_layer.adaLN_modulation.1.{p}", "head_modulation.{p}"),
     ("final_layer.linear.{p}", "head.{p}"),
+]
+ORIGINAL_POOLED: list[Names] = [
+    ("vector_in.in_layer.{p}", "pooled_embedding.expand.{p}"),
+    ("vector_in.out_layer.{p}", "pooled_embedding.project.{p}"),
 ]
 ORIGINAL_GUIDANCE: list[Names] = [
     ("guidance_in.mlp.0.{p}", "guidance_embedding.expand.{p}"),
@@ -105,6 +107,8 @@ ORIGINAL_SINGLE: list[Names] = [
     ("linear2.{p}", "project.{p}"),
 ]
 QKV = ("query.{p}", "key.{p}", "value.{p}")
+SEGMENTS = (("img", "video"), ("txt", "text"))
+"""In Tencent's files, and here."""
 DUAL_SLOTS = (0, 1, 2, 6, 7, 8, 3, 4, 5, 9, 10, 11)
 """Theirs: attention and MLP of the video, then of the caption; ours: attention of both, MLP of each."""
 
@@ -149,13 +153,9 @@ def key_map(record: Record) -> KeyMap:
     width, dual = _width(record), record["num_layers"]
     rules = [Rule(theirs, ours) for theirs, ours in EDGES + (GUIDANCE if record["guidance_embeds"] else [])]
     rules += [Rule(f"context_embedder.{theirs}", f"text_embedding.{ours}") for theirs, ours in REFINER]
-    rules += [Rule("x_embedder.proj.weight", "patch_embedding.weight", _kernel(record))]
+    rules += [Rule("x_embedder.proj.weight", "patch_embedding.weight", kernel(record))]
     rules += [Rule("norm_out.linear.{p}", "head_modulation.{p}", ReorderedRows((1, 0)))]
-    for block in range(dual):
-        there, here = f"transformer_blocks.{block}", f"blocks.{block}"
-        rules += [Rule(f"{there}.{theirs}", f"{here}.{ours}") for theirs, ours in DUAL]
-        both = (f"{there}.norm1.linear.{{p}}", f"{there}.norm1_context.linear.{{p}}")
-        rules.append(Rule(both, f"{here}.modulation.linear.{{p}}", _slots(width)))
+    rules += dual_rules(dual, width)
     for block in range(record["num_single_layers"]):
         there, here = f"single_transformer_blocks.{block}", f"blocks.{dual + block}"
         rules += [Rule(f"{there}.{theirs}", f"{here}.sublayers.0.operation.{ours}") for theirs, ours in SINGLE]
@@ -167,22 +167,14 @@ def original_key_map(record: Record) -> KeyMap:
     """Names in Tencent's own files, where queries, keys and values are one tensor."""
     width, dual = _width(record), record["num_layers"]
     qkv, hidden = Fused((width,) * 3), round(width * record["mlp_ratio"])
-    edges = ORIGINAL_EDGES + (ORIGINAL_GUIDANCE if record["guidance_embeds"] else [])
-    rules = [Rule(theirs, ours) for theirs, ours in edges]
-    rules += [Rule("img_in.proj.weight", "patch_embedding.weight", _kernel(record))]
-    rules += [Rule(f"txt_in.{theirs}", f"text_embedding.{ours}") for theirs, ours in ORIGINAL_REFINER]
-    refiner = _inside("text_embedding.blocks.{i}.sublayers.0.operation", QKV)
-    rules.append(Rule("txt_in.individual_token_refiner.blocks.{i}.self_attn_qkv.{p}", refiner, qkv))
+    edges = ORIGINAL_EDGES + ORIGINAL_POOLED + (ORIGINAL_GUIDANCE if record["guidance_embeds"] else [])
+    rules = [Rule(theirs, ours) for theirs, ours in edges] + original_refiner_rules(width)
+    rules += [Rule("img_in.proj.weight", "patch_embedding.weight", kernel(record))]
     for block in range(dual):
-        there, here = f"double_blocks.{block}", f"blocks.{block}"
-        for number, (prefix, segment) in enumerate((("img", "video"), ("txt", "text"))):
-            stream, mlp = f"{here}.sublayers.0.operation.streams.{segment}", f"{here}.sublayers.{number + 1}.operation"
-            rules += [Rule(f"{there}.{prefix}_{theirs}", f"{stream}.{ours}") for theirs, ours in ORIGINAL_STREAM]
-            rules.append(Rule(f"{there}.{prefix}_attn_qkv.{{p}}", _inside(stream, QKV), qkv))
-            rules.append(Rule(f"{there}.{prefix}_mlp.fc1.{{p}}", f"{mlp}.expand.{{p}}"))
-            rules.append(Rule(f"{there}.{prefix}_mlp.fc2.{{p}}", f"{mlp}.project.{{p}}"))
-        both = (f"{there}.img_mod.linear.{{p}}", f"{there}.txt_mod.linear.{{p}}")
-        rules.append(Rule(both, f"{here}.modulation.linear.{{p}}", _slots(width)))
+        rules += original_dual_rules(block, width)
+        for prefix, segment in SEGMENTS:
+            stream = f"blocks.{block}.sublayers.0.operation.streams.{segment}"
+            rules.append(Rule(f"double_blocks.{block}.{prefix}_attn_qkv.{{p}}", _inside(stream, QKV), qkv))
     for block in range(record["num_single_layers"]):
         there, here = f"single_blocks.{block}", f"blocks.{dual + block}"
         operation = f"{here}.sublayers.0.operation"
@@ -193,13 +185,45 @@ def original_key_map(record: Record) -> KeyMap:
     return KeyMap(rules)
 
 
-def _width(record: Record) -> int:
-    return record["num_attention_heads"] * record["attention_head_dim"]
+def dual_rules(blocks: int, width: int) -> list[Rule]:
+    """The blocks of two streams in `diffusers`, by number: those of one stream follow them here."""
+    rules = []
+    for block in range(blocks):
+        there, here = f"transformer_blocks.{block}", f"blocks.{block}"
+        rules += [Rule(f"{there}.{theirs}", f"{here}.{ours}") for theirs, ours in DUAL]
+        both = (f"{there}.norm1.linear.{{p}}", f"{there}.norm1_context.linear.{{p}}")
+        rules.append(Rule(both, f"{here}.modulation.linear.{{p}}", _slots(width)))
+    return rules
 
 
-def _kernel(record: Record) -> Layout:
+def original_dual_rules(block: int, width: int) -> list[Rule]:
+    """A block of two streams in Tencent's files, but for its queries, keys and values."""
+    there, here, rules = f"double_blocks.{block}", f"blocks.{block}", list[Rule]()
+    for number, (prefix, segment) in enumerate(SEGMENTS):
+        stream, mlp = f"{here}.sublayers.0.operation.streams.{segment}", f"{here}.sublayers.{number + 1}.operation"
+        rules += [Rule(f"{there}.{prefix}_{theirs}", f"{stream}.{ours}") for theirs, ours in ORIGINAL_STREAM]
+        rules.append(Rule(f"{there}.{prefix}_mlp.fc1.{{p}}", f"{mlp}.expand.{{p}}"))
+        rules.append(Rule(f"{there}.{prefix}_mlp.fc2.{{p}}", f"{mlp}.project.{{p}}"))
+    both = (f"{there}.img_mod.linear.{{p}}", f"{there}.txt_mod.linear.{{p}}")
+    return [*rules, Rule(both, f"{here}.modulation.linear.{{p}}", _slots(width))]
+
+
+def original_refiner_rules(width: int) -> list[Rule]:
+    """The captions' own transformer in Tencent's files."""
+    rules = [Rule(f"txt_in.{theirs}", f"text_embedding.{ours}") for theirs, ours in ORIGINAL_REFINER]
+    inside = _inside("text_embedding.blocks.{i}.sublayers.0.operation", QKV)
+    fused = Fused((width,) * 3)
+    return [*rules, Rule("txt_in.individual_token_refiner.blocks.{i}.self_attn_qkv.{p}", inside, fused)]
+
+
+def kernel(record: Record) -> Layout:
+    """A convolution over patches as a linear layer."""
     patch = (record["patch_size_t"], record["patch_size"], record["patch_size"])
     return Reshaped((_width(record), record["in_channels"], *patch), (_width(record), -1))
+
+
+def _width(record: Record) -> int:
+    return record["num_attention_heads"] * record["attention_head_dim"]
 
 
 def _slots(width: int) -> Layout:

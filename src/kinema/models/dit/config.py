@@ -272,7 +272,9 @@ class DiTConfig:
     and the head with the clip's own timestep (HunyuanVideo I2V, token replacement).
     """
     image_width: int = 0
-    """Channels of image tokens, which blocks read as they read the caption, in a softmax of their own; 0 for none."""
+    """Channels of image tokens; 0 for none. With text=cross blocks read them as they read the caption, in a softmax of
+    their own; otherwise they join the caption.
+    """
     image_positions: int = 0
     """Image tokens that each have a learned position, where their order matters (a first and a last frame); 0 for none.
     """
@@ -287,6 +289,12 @@ class DiTConfig:
     Dhariwal 2021). `DiT.predict` returns it; `forward`, and so training and sampling here, leave it out: it keeps the
     numbers that it has.
     """
+    glyph_width: int = 0
+    """Channels of a second encoding of words, letter by letter, that joins the caption (Glyph-ByT5, Liu et al. 2024;
+    HunyuanVideo-1.5); 0 for none. What joins it goes through the caption's weights, told apart by a learned vector.
+    """
+    glyph_hidden_width: int = 2048
+    """Channels inside the MLP that brings it to the model's width."""
     control_layers: list[int] = field(default_factory=list)
     """Blocks to whose video a second tower adds what it makes of `control_channels`, one block of its own for each
     (Zhang et al. 2023, ControlNet; Jiang et al. 2025, VACE). Its ways back start at zero. With text=cross.
@@ -297,7 +305,7 @@ class DiTConfig:
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together, and choices that exclude one another."""
         above_zero = ["width", "depth", "num_heads", "mlp_ratio", "rope_theta", "norm_eps", "qk_norm_eps"]
-        above_zero += ["modulation_rank", "timestep_scale"]
+        above_zero += ["modulation_rank", "timestep_scale", "glyph_hidden_width"]
         for name in (*above_zero, "timestep_channels"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be above zero.")
@@ -313,6 +321,7 @@ class DiTConfig:
             "single_depth",
             "image_positions",
             "control_channels",
+            "glyph_width",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be zero or more.")
@@ -409,22 +418,24 @@ class DiTConfig:
                 f"model.text_channels={self.text_channels}: only model.text=cross without a refiner reads captions of "
                 "another width than the model's. Type model.text_channels=0."
             )
+        if self.glyph_width and (self.text_channels or self.text_embedding is TextEmbedding.none):
+            raise ValueError(
+                f"model.glyph_width={self.glyph_width} joins captions of the model's width, which those with "
+                f"model.text_channels={self.text_channels} and model.text_embedding={self.text_embedding.name} do not "
+                "have. Type model.glyph_width=0."
+            )
         if self.image_positions and not self.image_width:
             raise ValueError(
                 f"model.image_positions={self.image_positions} places image tokens, which model.image_width=0 refuses. "
                 "Type their width, or model.image_positions=0."
             )
-        if self.text is not TextEdge.cross:
-            if self.attention not in (AttentionPattern.full, AttentionPattern.factorised):
-                raise ValueError(
-                    f"model.text={self.text.name} puts captions into the softmax of a clip or of its frames, which "
-                    f"model.attention={self.attention.name} does not have. Type model.attention=factorised, "
-                    "model.attention=full or model.text=cross."
-                )
-            if self.image_width:
-                raise ValueError(
-                    f"model.image_width={self.image_width} needs model.text=cross: images join its queries."
-                )
+        whole = self.attention in (AttentionPattern.full, AttentionPattern.factorised)
+        if self.text is not TextEdge.cross and not whole:
+            raise ValueError(
+                f"model.text={self.text.name} puts captions into the softmax of a clip or of its frames, which "
+                f"model.attention={self.attention.name} does not have. Type model.attention=factorised, "
+                "model.attention=full or model.text=cross."
+            )
         if self.single_depth and (self.text is not TextEdge.joint or self.single_depth >= self.depth):
             raise ValueError(
                 f"model.single_depth={self.single_depth} needs model.text=joint and to be below model.depth="
@@ -529,6 +540,12 @@ class DiTConfig:
     def hidden_width(self) -> int:
         """Channels inside the MLP."""
         return round(self.width * self.mlp_ratio)
+
+    @property
+    def caption_sources(self) -> list[str]:
+        """What the segment of captions is made of."""
+        image = self.image_width and self.text is not TextEdge.cross
+        return ["text", *(["glyph"] if self.glyph_width else []), *(["image"] if image else [])]
 
     def spans(self, block: int) -> list[Span]:
         """The self-attentions of a block, in order."""

@@ -14,12 +14,14 @@ class Extras:
     channels: Sequence[Tensor] | None = None
     """Given latents (condition_channels, T, H, W), concatenated to the noisy ones."""
     image: Sequence[Tensor] | None = None
-    """Image tokens (L, image_width)."""
+    """Image tokens (L, image_width); none at all, (0, image_width), only where they join the caption."""
 
     pooled: Sequence[Tensor] | None = None
     """One vector (pooled_width,) for the caption."""
     guidance: Sequence[float] | None = None
     """Strength of guidance, for example 6.0."""
+    glyphs: Sequence[Tensor] | None = None
+    """Words that shall be seen in the picture, letter by letter (L, glyph_width); (0, glyph_width) for none."""
     control: Sequence[Tensor] | None = None
     """Given latents (control_channels, T, H, W) that the control tower reads."""
     ofs: Sequence[float] | None = None

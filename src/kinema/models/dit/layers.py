@@ -20,7 +20,7 @@ from kinema.models.dit.config import Activation, NormKind, QKNorm
 from kinema.models.dit.memory import made_again
 from kinema.models.dit.modulating import gated_sum
 from kinema.models.dit.norms import Norm
-from kinema.models.dit.segments import Rope, Rows, Segments, Span, Tokens, clip_segment, repeated
+from kinema.models.dit.segments import Rope, Rows, Segments, Span, Tokens, clip_segment, joined, repeated, totals
 from kinema.models.position import apply_rope
 
 
@@ -308,22 +308,12 @@ def attend_jointly(triples: Triples, segments: Segments, attention: Attention, s
     asking = {name: q for name, (q, _, _) in triples.items() if q is not None}
     q_lengths = [segments[name].lengths for name in asking]
     k_lengths = [segments[name].lengths for name in triples]
-    q = _join(list(asking.values()), q_lengths)
-    k = _join([key for _, key, _ in triples.values()], k_lengths)
-    v = _join([value for _, _, value in triples.values()], k_lengths)
-    mixed = attention(q, k, v, _totals(q_lengths), _totals(k_lengths)).flatten(1)
+    q = joined(list(asking.values()), q_lengths)
+    k = joined([key for _, key, _ in triples.values()], k_lengths)
+    v = joined([value for _, _, value in triples.values()], k_lengths)
+    mixed = attention(q, k, v, totals(q_lengths), totals(k_lengths)).flatten(1)
     pieces = mixed.split([length for clip in zip(*q_lengths, strict=True) for length in clip])
     return {name: torch.cat(pieces[place :: len(asking)]) for place, name in enumerate(asking)}
-
-
-def _join(parts: Sequence[Tensor], lengths: Sequence[Lengths]) -> Tensor:
-    """Tokens of several segments, clip after clip in each -> clip after clip, segment after segment in each."""
-    clips = zip(*(part.split(list(n)) for part, n in zip(parts, lengths, strict=True)), strict=True)
-    return torch.cat([piece for clip in clips for piece in clip])
-
-
-def _totals(lengths: Sequence[Lengths]) -> Lengths:
-    return tuple(sum(clip) for clip in zip(*lengths, strict=True))
 
 
 def _attend_by_span(triples: Triples, segments: Segments, attention: Attention, span: Span) -> Tokens:

@@ -1,8 +1,9 @@
 """The DiT: its parts, how they start, and the way of a pack through it."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,19 @@ from kinema.models.dit.norms import Norm
 from kinema.models.dit.patches import patchify, token_grid, unpatchify
 from kinema.models.dit.places import Places
 from kinema.models.dit.refiner import TextRefiner
-from kinema.models.dit.segments import Grid, Rows, Segments, Span, Tokens, clip_segment, seen, video_segment
+from kinema.models.dit.segments import (
+    Grid,
+    Rows,
+    Segments,
+    Span,
+    Tokens,
+    clip_segment,
+    joined,
+    lengths_of,
+    seen,
+    totals,
+    video_segment,
+)
 from kinema.models.position import fractional_rope, grid_positions, rope_3d
 
 Timesteps: TypeAlias = Tensor | Sequence[Tensor]
@@ -57,6 +70,13 @@ Where frames have their own, the clip's, which captions are modulated with, is t
 
 NO_EXTRAS = Extras()
 IMAGE_NORM_EPSILON = 1e-5
+
+
+class Source(NamedTuple):
+    """Something told of each clip, at the model's width: (M, D), and its tokens for each clip."""
+
+    tokens: Tensor
+    lengths: Lengths
 
 
 class DiT(nn.Module):
@@ -83,6 +103,9 @@ class DiT(nn.Module):
         places = (config.image_positions, config.image_width)
         self.image_positions = nn.Parameter(torch.zeros(places)) if config.image_positions else None
         self.image_embedding = _image_embedding(config) if config.image_width else None
+        self.glyph_embedding = _glyph_embedding(config) if config.glyph_width else None
+        sources = len(config.caption_sources)
+        self.source_types = nn.Parameter(torch.zeros(sources, width)) if sources > 1 else None
         self.timestep_embedding = _timestep_embedding(config)
         self.pooled_text = ExactLinear(text_width, config.condition_width) if config.pooled_text else None
         self.pooled_embedding = (
@@ -149,19 +172,17 @@ class DiT(nn.Module):
         grids = [token_grid(clip.shape, self.config.patch_size) for clip in latents]
         if self.config.first_frame_given and isinstance(timesteps, Tensor):
             timesteps = [_first_given(time, frames) for time, (frames, _, _) in zip(timesteps, grids, strict=True)]
-        words = torch.cat(list(text))
-        lengths = tuple(len(caption) for caption in text)
-        condition = self._condition(timesteps, words, lengths, extras)
-        segments = self._segments(grids, text, extras, condition)
+        condition = self._condition(timesteps, text, extras)
+        sources = self._sources(text, timesteps, extras)
+        told = {name: source.lengths for name, source in sources.items()}
+        segments = self._segments(grids, told, condition, extras.fps)
 
         given = self._with_given(latents, extras)
         video = self.patch_embedding(patchify(given, self.config.patch_size)).to(condition.embedding.dtype)
         places = self.places.at_start(grids, video)
         if places is not None:
             video = video + places
-        tokens: Tokens = {"video": video, "text": self._captions(words, lengths, timesteps)}
-        if self.image_embedding is not None and extras.image is not None:
-            tokens["image"] = self.image_embedding(torch.cat([self._placed(image) for image in extras.image]))
+        tokens: Tokens = {"video": video, **{name: source.tokens for name, source in sources.items()}}
         hints = self._hints(tokens, segments, condition, extras)
         for layer, each in enumerate(self.blocks):
             tokens = each(tokens, segments, condition)
@@ -199,6 +220,22 @@ class DiT(nn.Module):
     def _placed(self, image: Tensor) -> Tensor:
         return image if self.image_positions is None else image + self.image_positions
 
+    def _sources(self, text: Sequence[Tensor], timesteps: Timesteps, extras: Extras) -> dict[str, Source]:
+        """What is told of each clip, at the model's width: a caption with all that joins it, and what is read apart."""
+        words = torch.cat(list(text))
+        sources = {"text": Source(self._captions(words, lengths_of(text), timesteps), lengths_of(text))}
+        if self.glyph_embedding is not None and extras.glyphs is not None:
+            sources["glyph"] = Source(self.glyph_embedding(torch.cat(list(extras.glyphs))), lengths_of(extras.glyphs))
+        if self.image_embedding is not None and extras.image is not None:
+            placed = torch.cat([self._placed(image) for image in extras.image])
+            sources["image"] = Source(self.image_embedding(placed), lengths_of(extras.image))
+        if self.source_types is None:
+            return sources
+        join = [sources.pop(name) for name in self.config.caption_sources]
+        lengths = [source.lengths for source in join]
+        tokens = joined([x + kind for (x, _), kind in zip(join, self.source_types, strict=True)], lengths)
+        return {"text": Source(tokens, totals(lengths)), **sources}
+
     def _captions(self, words: Tensor, lengths: Lengths, timesteps: Timesteps) -> Tensor:
         if not isinstance(self.text_embedding, TextRefiner):
             embedded = self.text_embedding(words)
@@ -211,13 +248,13 @@ class DiT(nn.Module):
             return embedded if places is None else embedded + places
         return self.text_embedding(words, lengths, _of_clips(timesteps))
 
-    def _condition(self, timesteps: Timesteps, words: Tensor, lengths: Lengths, extras: Extras) -> Condition:
+    def _condition(self, timesteps: Timesteps, text: Sequence[Tensor], extras: Extras) -> Condition:
         """One row a clip; where frames have timesteps of their own, one for each of them and then one a clip."""
         rows = timesteps if isinstance(timesteps, Tensor) else torch.cat([*timesteps, _of_clips(timesteps)])
         embedding = self.timestep_embedding(rows)
         clips = []  # what is the same for all frames of a clip
         if self.pooled_text is not None:
-            clips.append(self.pooled_text(means(words.to(embedding.dtype), lengths)))
+            clips.append(self.pooled_text(means(torch.cat(list(text)).to(embedding.dtype), lengths_of(text))))
         if self.pooled_embedding is not None and extras.pooled is not None:
             clips.append(self.pooled_embedding(torch.stack(list(extras.pooled))))
         if self.ofs_embedding is not None and extras.ofs is not None:
@@ -236,20 +273,16 @@ class DiT(nn.Module):
         return Condition(embedding, active, shared)
 
     def _segments(
-        self, grids: Sequence[Grid], text: Sequence[Tensor], extras: Extras, condition: Condition
+        self, grids: Sequence[Grid], told: Mapping[str, Lengths], condition: Condition, fps: Sequence[float] | None
     ) -> Segments:
         """Angles (dtype and device of the condition), cuts and orders, made once; blocks only read them."""
         like = condition.embedding
-        rope, places = self._rope(grids, extras.fps, like), self.places.in_blocks(grids, like)
-        segments = {
-            "video": video_segment(
-                grids, _rows(grids, condition), rope, places, self._spans, self.config.window, like.device
-            ),
-            "text": clip_segment(tuple(len(caption) for caption in text), len(like) - len(grids)),
-        }
-        if extras.image is not None:
-            segments["image"] = clip_segment(tuple(len(image) for image in extras.image))
-        return segments
+        rope, places = self._rope(grids, fps, like), self.places.in_blocks(grids, like)
+        video = video_segment(
+            grids, _rows(grids, condition), rope, places, self._spans, self.config.window, like.device
+        )
+        own = len(like) - len(grids)
+        return {"video": video, **{name: clip_segment(lengths, own) for name, lengths in told.items()}}
 
     def _rope(self, grids: Sequence[Grid], fps: Sequence[float] | None, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """The rotary table of every token."""
@@ -332,10 +365,17 @@ class DiT(nn.Module):
                     f"extras.image has {len(image)} tokens, the model has places for exactly model.image_positions="
                     f"{self.config.image_positions}."
                 )
-            if image.ndim != 2 or image.shape[1] != self.config.image_width or len(image) == 0:
+            least = 0 if "image" in self.config.caption_sources else 1
+            if image.ndim != 2 or image.shape[1] != self.config.image_width or len(image) < least:
                 raise ValueError(
                     f"extras.image has shape {tuple(image.shape)} where the model was built for "
-                    f"(L >= 1, {self.config.image_width})."
+                    f"(L >= {least}, {self.config.image_width})."
+                )
+        for glyphs in extras.glyphs or []:
+            if glyphs.ndim != 2 or glyphs.shape[1] != self.config.glyph_width:
+                raise ValueError(
+                    f"extras.glyphs has shape {tuple(glyphs.shape)} where the model was built for "
+                    f"(L >= 0, {self.config.glyph_width})."
                 )
 
     def _initialise(self) -> None:
@@ -365,14 +405,21 @@ class DiT(nn.Module):
         """Of all attentions; cross-attention asks with whole clips."""
         return {Span.clip, *(span for block in range(self.config.depth) for span in self.config.spans(block))}
 
-    def flops(self, grid: Grid, text_tokens: int, image_tokens: int = 0) -> float:
+    def flops(self, grid: Grid, text_tokens: int, image_tokens: int = 0, glyph_tokens: int = 0) -> float:
         """Floating-point operations of the forward pass on one clip of this token grid; a multiply and an add are two.
 
         Matrix products only; backward takes twice as many.
         """
-        tokens = {"video": grid[0] * grid[1] * grid[2], "text": text_tokens, "image": image_tokens}
-        counts = Counts(tokens, {span: seen(span, grid, self.config.window) for span in self._spans})
-        products = sum(module.products(counts) for module in self.modules() if isinstance(module, Sublayer))
+        told = {"text": text_tokens, "image": image_tokens, "glyph": glyph_tokens}
+        counts = Counts(
+            {"video": math.prod(grid), **told}, {span: seen(span, grid, self.config.window) for span in self._spans}
+        )
+        caption = sum(told[source] for source in self.config.caption_sources)
+        blocks = Counts({**counts.tokens, "text": caption}, counts.seen)
+        products = 0
+        for name, module in self.named_modules():
+            if isinstance(module, Sublayer):
+                products += module.products(counts if name.startswith("text_embedding.") else blocks)
         for name, module in self.named_modules():  # layers outside the blocks see each token, or each clip, once
             if isinstance(module, nn.Linear) and ".operation." not in name:
                 part = name.split(".")[0]
@@ -387,6 +434,7 @@ EDGES = {
     "control": "video",
     "text_embedding": "text",
     "image_embedding": "image",
+    "glyph_embedding": "glyph",
 }
 """Parts outside the blocks that see every token of a segment; the others see one row a clip."""
 
@@ -396,6 +444,7 @@ GIVEN = {"condition_channels": "channels", "control_channels": "control"}
 EXTRAS = {
     **GIVEN,
     "image_width": "image",
+    "glyph_width": "glyphs",
     "pooled_width": "pooled",
     "guidance": "guidance",
     "ofs_channels": "ofs",
@@ -443,6 +492,14 @@ def _image_embedding(config: DiTConfig) -> nn.Sequential:
     given, width = config.image_width, config.width
     norms = (Norm(NormKind.layer, channels, IMAGE_NORM_EPSILON, affine=True) for channels in (given, width))
     return nn.Sequential(next(norms), Linear(given, given), nn.GELU(), Linear(given, width), next(norms))
+
+
+def _glyph_embedding(config: DiTConfig) -> nn.Sequential:
+    """Glyph tokens to the model's width: norm, and an MLP of three layers."""
+    inside = config.glyph_hidden_width
+    norm = Norm(NormKind.layer, config.glyph_width, IMAGE_NORM_EPSILON, affine=True)
+    first, second, last = Linear(config.glyph_width, inside), Linear(inside, inside), Linear(inside, config.width)
+    return nn.Sequential(norm, first, nn.GELU(), second, nn.GELU(), last)
 
 
 def _rows(grids: Sequence[Grid], condition: Condition) -> Rows:

@@ -116,6 +116,22 @@ def seen(span: Span, grid: Grid, window: Sequence[int]) -> int:
     return {Span.clip: (t * h * w) ** 2, Span.frame: t * (h * w) ** 2, Span.place: h * w * t**2}[span]
 
 
+def lengths_of(parts: Sequence[Tensor]) -> Lengths:
+    """Tokens of each clip."""
+    return tuple(len(part) for part in parts)
+
+
+def joined(parts: Sequence[Tensor], lengths: Sequence[Lengths]) -> Tensor:
+    """Tokens of several segments, clip after clip in each -> clip after clip, segment after segment in each."""
+    clips = zip(*(part.split(list(n)) for part, n in zip(parts, lengths, strict=True)), strict=True)
+    return torch.cat([piece for clip in clips for piece in clip])
+
+
+def totals(lengths: Sequence[Lengths]) -> Lengths:
+    """Tokens of each clip in all of several segments."""
+    return tuple(sum(clip) for clip in zip(*lengths, strict=True))
+
+
 def _cut(span: Span, grids: Sequence[Grid], window: Sequence[int], device: torch.device) -> Cut:
     if span in (Span.window, Span.shifted):
         return _window_cut(span, grids, window, device)
