@@ -32,7 +32,7 @@ from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
 from kinema.sampling.denoiser import check_condition
 from kinema.sampling.pipeline import Pipeline
-from kinema.sampling.sample import geometry_of
+from kinema.sampling.sample import geometry_of, image_encoder_of
 from kinema.training.checkpoint import CheckpointStore, write_json
 from kinema.training.dit_task import DiTTask, check_training
 from kinema.training.ema import EMA
@@ -111,7 +111,8 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
             run.outputs.event(0, "init_from", told)
     text_encoder = build_text_encoder(config.text)
     geometry = geometry_of(vae.geometry_strides, config.model)
-    check_condition(config.condition, config.model, vae.config)
+    image_encoder = image_encoder_of(config.condition)
+    check_condition(config.condition, config.model, vae.config, image_encoder)
     model = make_denoiser(config.model, vae.config.latent_channels, text_encoder.width)
     check_training(config.condition, config.data, vae.config)
     data = build_data(config, geometry, process, run, vae_identity["hash"])
@@ -122,6 +123,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         text_encoder=text_encoder.to(process.device),
         objective=config.objective,
         condition=config.condition,
+        image_encoder=image_encoder and image_encoder.to(process.device),
         geometry=geometry,
         guidance_dropout=config.task.guidance_dropout,
         posterior=config.task.posterior,
@@ -141,6 +143,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         guidance_dropout=config.task.guidance_dropout,
         sampling=config.task.samples.alone(),
         condition=config.condition,
+        image_encoder=image_encoder,
     )
     samples = SampleMaker(pipeline, config.task.samples, run.folder)
     manifest = {
@@ -154,6 +157,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         "shapes": [list(shape) for shape in data.shapes],
         "guidance_dropout": config.task.guidance_dropout,
         "condition": to_plain(config.condition),
+        "image": image_encoder and image_encoder.policy(),
         "posterior": config.task.posterior.value,
         "sampling": to_plain(config.task.samples.alone()),
         **common_manifest(config, data),

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from kinema.conditioning.frames import CleanFrame, FrameChannels, FrameCondition, PaddedClip
+from kinema.conditioning.frames import FRAME_CONDITIONS
 from kinema.conditioning.text import CombinedText, HashText, PretrainedText
 from kinema.data.loading import DataConfig
 from kinema.diffusion.objective import DDPM, RectifiedFlow
@@ -89,12 +89,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "vae": {"causal": VAEConfig, "from_run": VAECheckpoint},
     "objective": {"rectified_flow": RectifiedFlow, "ddpm": DDPM},
     "text": {"hash": HashText, "pretrained": PretrainedText, "combined": CombinedText},
-    "condition": {
-        "none": FrameCondition,
-        "clean_frame": CleanFrame,
-        "frame_channels": FrameChannels,
-        "padded_clip": PaddedClip,
-    },
+    "condition": {**FRAME_CONDITIONS},
     "data": {"clips": DataConfig},
     "optim": {"adamw": AdamW},
     "schedule": {"cosine": Cosine, "constant": Constant},

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from kinema.conditioning.frames import CleanFrame
 from kinema.diffusion.objective import RectifiedFlow
 from kinema.identity import fingerprint
 from kinema.interop.card import model_card
@@ -261,6 +262,7 @@ def write_pipeline(folder: Path, held: Held, models: dict[str, Described]) -> st
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         **{name: [None, None] for name in absent if name not in models},
         **({} if held.boundary is None else {"boundary_ratio": held.boundary}),
+        **({"expand_timesteps": True} if isinstance(held.condition(), CleanFrame) else {}),
     }
     write_json(folder / "model_index.json", index)
     return f"model_index.json: {pipeline}, shift {flow_shift(held):g}; give it {', '.join(absent[:2])} when you load it"

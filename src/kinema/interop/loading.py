@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kinema.conditioning.frames import FrameCondition
 from kinema.diffusion.objective import DDPM, Objective, RectifiedFlow
 from kinema.identity import from_plain, to_plain
 from kinema.interop.importing import import_model, recognise_all
@@ -15,7 +16,7 @@ from kinema.interop.recognising import recognise
 from kinema.models.dit import DiTConfig, Experts, make_denoiser, split_experts
 from kinema.models.vae import CausalVAE
 from kinema.sampling.pipeline import OtherVAE, Pipeline
-from kinema.sampling.sample import load_pipeline
+from kinema.sampling.sample import condition_of, load_pipeline
 from kinema.training.checkpoint import SEAL, Checkpoint, CheckpointStore
 from kinema.training.run_folder import Weights, checkpoint_of, load_vae, load_weights
 
@@ -62,6 +63,10 @@ class Held:
         """The objective of the training; None for a module without a manifest."""
         plain = (self.manifest or {}).get("objective")
         return None if plain is None else from_plain(plain, RectifiedFlow, DDPM)
+
+    def condition(self) -> FrameCondition:
+        """The frames that the training gave; none for a module without a manifest."""
+        return condition_of(self.manifest or {})
 
     def published_preset(self, name: str) -> str | None:
         """The preset that a model was imported as."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from kinema.conditioning.condition import Condition, Words, embed, null_words
 from kinema.conditioning.dropout import drop_text
 from kinema.conditioning.frames import FrameCondition
+from kinema.conditioning.image import ImageEncoder
 from kinema.conditioning.text import TextEncoder
 from kinema.data.geometry import Geometry
 from kinema.data.loading import DataConfig, Pack
@@ -95,6 +96,7 @@ class DiTTask:
         text_encoder: TextEncoder,
         objective: Objective,
         condition: FrameCondition,
+        image_encoder: ImageEncoder | None,
         geometry: Geometry,
         guidance_dropout: float,
         posterior: PosteriorDraw,
@@ -109,7 +111,7 @@ class DiTTask:
         self.condition = condition
         self.geometry = geometry
         self.denoiser = Denoiser(engine, geometry.patch_size[0])
-        self.conditioner = Conditioner(condition, vae, geometry)
+        self.conditioner = Conditioner(condition, vae, geometry, image_encoder)
         self.guidance_dropout = guidance_dropout
         self.posterior = posterior
         self.timestep_range = timestep_range
@@ -247,14 +249,14 @@ def check_training(condition: FrameCondition, data: DataConfig, vae: VAEConfig) 
     for shape in data.clip_shapes:
         if shape.frames <= condition.num_images():
             raise ValueError(
-                f"data.shapes has {list(shape)}, of which condition={type(condition).__name__} gives every frame: "
+                f"data.shapes has {list(shape)}, of which condition={condition.name} gives every frame: "
                 "nothing is left to learn. Leave that shape out, or type condition=none."
             )
     if data.latents is None:
         return
     if condition.reads_pixels():
         raise ValueError(
-            f"data.latents={data.latents}: condition={type(condition).__name__} encodes images of its own, which "
+            f"data.latents={data.latents}: condition={condition.name} encodes images of its own, which "
             "cached latents do not hold. Type data.latents=null."
         )
     if condition.num_images() and (reason := vae.encoder_looks_ahead()):
