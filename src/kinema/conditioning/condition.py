@@ -36,7 +36,7 @@ class Condition:
 
 
 Words = dict[str, Tensor]
-"""What an encoder makes of one caption, by the names of `Condition`: `text` (L, D), and for some models `pooled` or `glyphs`."""
+"""What an encoder makes of one caption, as `Condition` names it: `text` (L, D), sometimes `pooled` or `glyphs`."""
 
 
 def embed(encoder: TextEncoder, captions: Sequence[str]) -> list[Words]:
