@@ -28,6 +28,7 @@ from kinema.interop.releases import Release, release_of
 from kinema.interop.texts import carry_text, has_text
 from kinema.models.dit import AttentionPattern, DiT, Experts
 from kinema.models.vae import CausalVAE
+from kinema.sampling.sample import geometry_of
 from kinema.training.checkpoint import CheckpointStore, Writer, json_writer, tensor_writer
 
 
@@ -187,6 +188,8 @@ def dit_manifest(found: Found) -> dict[str, Any]:
         record, mark = _vae_record(found.vae), fingerprint(found.vae.tensors())
         found_hash = digest([record["config"], mark])
         manifest["vae"] = {**record, "weights": "ema", "fingerprint": mark, "hash": found_hash}
+        assert isinstance(found.vae.skeleton, CausalVAE)
+        manifest["geometry"] = geometry_of(found.vae.skeleton.geometry_strides, found.dit.skeleton.config).describe()
     return manifest
 
 
