@@ -188,6 +188,11 @@ class Rule:
     ours: str | tuple[str, ...]
     layout: Layout = field(default_factory=Same)
 
+    @property
+    def all_theirs(self) -> tuple[str, ...]:
+        """Their names, be it one or several."""
+        return _names(self.theirs)
+
 
 class KeyMap:
     """A table of rules that names every tensor of a model exactly once, in both directions.
