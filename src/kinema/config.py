@@ -21,6 +21,7 @@ from kinema.sampling.sample import SampleConfig
 from kinema.training.checkpoint import CheckpointConfig
 from kinema.training.dit_task import DiTTaskConfig
 from kinema.training.ema import EMAConfig
+from kinema.training.finetune import Full, LoRA, Parts
 from kinema.training.loop import ValidationConfig
 from kinema.training.metrics import LoggingConfig
 from kinema.training.optim import AdamW
@@ -59,6 +60,8 @@ class Config:
     """Frames of its own that a clip is given (task=dit)."""
     data: Any = None
     """Clips: where they lie, their shapes, and how a step is filled."""
+    finetune: Any = None
+    """What of the model is trained."""
     optim: Any = None
     """Optimiser."""
     schedule: Any = None
@@ -89,6 +92,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "text": {"hash": HashText, "pretrained": PretrainedText, "combined": CombinedText},
     "condition": {**FRAME_CONDITIONS},
     "data": {"clips": DataConfig},
+    "finetune": {"full": Full, "parts": Parts, "lora": LoRA},
     "optim": {"adamw": AdamW},
     "schedule": {"cosine": Cosine, "constant": Constant},
     "parallel": {"deepspeed": ParallelConfig},
@@ -155,6 +159,11 @@ def to_config(composed: DictConfig) -> Config:
                 f"{group}={type(getattr(config, group)).__name__} is given, but task=vae reads none. "
                 f"Leave it out, or type ~{group}."
             )
+    if isinstance(config.finetune, LoRA):
+        if not isinstance(config.task, DiTTaskConfig):
+            raise ValueError("finetune=lora adapts a DiT, task=dit. Type finetune=full or finetune=parts for a VAE.")
+        if config.init_from is None:
+            raise ValueError("finetune=lora adapts trained weights. Type init_from=DIR, an imported model or a run.")
     vae_class = VAECheckpoint if isinstance(config.task, DiTTaskConfig) else VAEConfig
     if not isinstance(config.vae, vae_class):
         kind = "from_run, a trained VAE" if vae_class is VAECheckpoint else "an architecture such as vae=causal_tiny"

@@ -105,6 +105,7 @@ class DiTTask:
         posterior: PosteriorDraw,
         seed: int,
         device: torch.device,
+        frozen: dict[str, Tensor],
         timestep_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.engine = engine
@@ -121,6 +122,7 @@ class DiTTask:
         self.timestep_range = timestep_range
         self.seed = seed
         self.device = device
+        self.frozen = frozen
 
     def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
         """One pack's share of the step: forward, backward, and the engine's step. Returns sums, to be reduced."""
@@ -139,6 +141,7 @@ class DiTTask:
                 torch.randn(clip.shape, generator=generator).to(self.device)
                 for clip, generator in zip(latents, generators, strict=True)
             ]
+        torch.manual_seed(keyed_seed(self.seed, "adapters", pack.step, pack.lane))  # of their dropout, drawn by torch
         with clock.phase("forward"):
             losses = self.loss(latents, conditions, timesteps, noise, tokens)  # (B,)
             weights = pack.weights.to(self.device)
@@ -242,8 +245,8 @@ class DiTTask:
         return {"model": self.engine}
 
     def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Full weights as they go into a checkpoint."""
-        return weights
+        """Full weights as they go into a checkpoint: the trained ones, and the others as they always were."""
+        return {**self.frozen, **weights}
 
     def seeds(self, name: str, pack: Pack) -> list[int]:
         """One seed for each clip of a pack, for draws of this name."""
