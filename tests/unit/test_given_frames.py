@@ -175,7 +175,7 @@ def task(vae: CausalVAE, condition: FrameCondition, model: DiT) -> DiTTask:
     return DiTTask(
         engine=model, vae=vae, text_encoder=build_text_encoder(TEXT), objective=RectifiedFlow(), condition=condition,
         image_encoder=None,
-        geometry=Geometry(*vae.geometry_strides, (1, 2, 2)), guidance_dropout=0.0, embedded_guidance=None,
+        geometry=Geometry(*vae.geometry_strides, (1, 2, 2)), guidance_dropout=0.0, embedded_guidance=None, frozen={},
         posterior=PosteriorDraw.sample,
         seed=0, device=torch.device("cpu"),
     )  # fmt: skip
