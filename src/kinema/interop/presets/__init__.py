@@ -8,6 +8,7 @@ from kinema.interop.presets.hunyuan15 import HUNYUAN_15
 from kinema.interop.presets.hunyuan_vae import HUNYUAN_15_VAE, HUNYUAN_VAE
 from kinema.interop.presets.latte import LATTE
 from kinema.interop.presets.ltx import LTX
+from kinema.interop.presets.ltx2 import LTX2
 from kinema.interop.presets.ltx_vae import LTX2_VAE
 from kinema.interop.presets.wan import WAN, WAN_VACE
 from kinema.interop.presets.wan_vae import WAN_22_VAE, WAN_VAE
@@ -19,6 +20,7 @@ PRESETS: list[Preset] = [
     HUNYUAN_15,
     LATTE,
     LTX,
+    LTX2,
     WAN,
     WAN_VACE,
     WAN_VAE,

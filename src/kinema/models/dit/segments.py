@@ -71,6 +71,8 @@ class Segment:
     cuts: dict[Span, Cut]
     rope: Rope | None = None
     """None for text, whose encoder has placed the words."""
+    clock: Rope | None = None
+    """Where a token lies in time alone, for a stream that another one looks at."""
     places: Tensor | None = None
     """(N, D), what blocks add to the tokens that are `placed`."""
 
