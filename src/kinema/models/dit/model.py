@@ -216,7 +216,8 @@ class DiT(nn.Module):
         if self.audio is None or extras.audio is None:
             return Predictions(self._leave(video, self._through(video, extras)), None)
         sound, heard = self.audio, extras.audio
-        columns = [x[:, :, None, None] for x in heard.latents]
+        columns = [x[..., None, None] for x in heard.latents]
+        sound._check(columns, heard.timesteps, heard.text)
         audio = sound._enter(columns, heard.timesteps, heard.text, NO_EXTRAS)
         seen, played = self._through_both(video, audio)
         return Predictions(self._leave(video, seen), [x[..., 0, 0] for x in sound._leave(audio, played)])
@@ -511,27 +512,35 @@ class DiT(nn.Module):
         """Of all attentions; cross-attention asks with whole clips."""
         return {Span.clip, *(span for block in range(self.config.depth) for span in self.config.spans(block))}
 
-    def flops(self, grid: Grid, text_tokens: int, image_tokens: int = 0, glyph_tokens: int = 0) -> float:
+    def flops(
+        self,
+        grid: Grid,
+        text_tokens: int,
+        image_tokens: int = 0,
+        glyph_tokens: int = 0,
+        audio: tuple[int, int] = (0, 0),
+    ) -> float:
         """Floating-point operations of the forward pass on one clip of this token grid; a multiply and an add are two.
 
-        Matrix products only; backward takes twice as many.
+        Matrix products only; backward takes twice as many. `audio` are tokens of the second stream and of its caption.
         """
-        told = {"text": text_tokens, "image": image_tokens, "glyph": glyph_tokens}
-        counts = Counts(
-            {"video": math.prod(grid), **told}, {span: seen(span, grid, self.config.window) for span in self._spans}
-        )
+        told = {"text": text_tokens, "image": image_tokens, "glyph": glyph_tokens, "audio": audio[0]}
+        seen_pairs = {span: seen(span, grid, self.config.window) for span in self._spans}
+        counts = Counts({"video": math.prod(grid), **told}, seen_pairs)
         caption = sum(told[source] for source in self.config.caption_sources)
         blocks = Counts({**counts.tokens, "text": caption}, counts.seen)
         products = 0
         for name, module in self.named_modules():
+            if name.startswith("audio."):  # a DiT that counts its own
+                continue
             if isinstance(module, Sublayer):
                 products += module.products(counts if name.startswith("text_embedding.") else blocks)
-        for name, module in self.named_modules():  # layers outside the blocks see each token, or each clip, once
-            if isinstance(module, nn.Linear) and ".operation." not in name:
+            if isinstance(module, nn.Linear) and ".operation." not in name:  # they see each token, or each clip, once
                 part = name.split(".")[0]
                 kind = None if isinstance(module, ExactLinear) else EDGES.get(part)
                 products += module.weight.numel() * (counts.tokens[kind] if kind else 1)
-        return 2.0 * products
+        sound = 0.0 if self.audio is None else self.audio.flops((audio[0], 1, 1), audio[1])
+        return 2.0 * products + sound
 
 
 EDGES = {
