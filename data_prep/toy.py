@@ -13,7 +13,7 @@ import argparse
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -396,12 +396,16 @@ class Job:
     pair_share: float
     bounce_share: float
     keep_frames: bool
+    background: tuple[int, int, int] | None = None
+    """Instead of the drawn one."""
 
 
 def make_clip(job: Job) -> tuple[ClipRecord, bytes, NDArray[np.uint8] | None]:
     """Record, mp4 and (for the contact sheet) captioned frames of one clip, from nothing but its job."""
     rng = np.random.default_rng([job.seed, job.number, job.split == "heldout"])
     scene = draw_scene(rng, job.sizes, job.split == "heldout", job.pair_share, job.bounce_share)
+    if job.background is not None:
+        scene = replace(scene, background=job.background)
     seconds = scene.num_frames / scene.fps
     paths, events = simulate(scene.bodies, scene.size, seconds, scene.contact)
     times = np.arange(scene.num_frames) / scene.fps
@@ -458,6 +462,16 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     return sizes
 
 
+def parse_background(text: str | None) -> tuple[int, int, int] | None:
+    """`20,60,150` -> (20, 60, 150); None stays None."""
+    if text is None:
+        return None
+    values = [int(value) for value in text.split(",") if value.isdigit()]
+    if len(values) != 3 or max(values) > 255 or text.count(",") != 2:
+        raise ValueError(f"--background {text} must be R,G,B with numbers from 0 to 255, e.g. 20,60,150.")
+    return values[0], values[1], values[2]
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -480,6 +494,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.3,
         help="share of single objects that hit a wall (default %(default)s)",
     )
+    parser.add_argument("--background", help="R,G,B of every clip, e.g. 20,60,150, instead of dark greys of its own")
     parser.add_argument(
         "--workers", type=int, default=2, help="processes; changes nothing but the time (default %(default)s)"
     )
@@ -500,9 +515,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def list_jobs(arguments: argparse.Namespace) -> list[Job]:
     """Train clips, then held-out clips; the first ones are kept for the contact sheet."""
     sizes = parse_sizes(arguments.sizes)
+    background = parse_background(arguments.background)
     shown = SHEET_CLIPS * 2 // 3
     return [
-        Job(number, arguments.seed, split, sizes, arguments.pairs, arguments.bounces, number < keep)
+        Job(number, arguments.seed, split, sizes, arguments.pairs, arguments.bounces, number < keep, background)
         for split, count, keep in (
             ("train", arguments.clips, shown),
             ("heldout", arguments.heldout, SHEET_CLIPS - shown),
@@ -527,6 +543,7 @@ def main(argv: list[str] | None = None) -> int:
     # Without --out and --workers, which change no byte of the data.
     given = ("clips", "heldout", "seed", "sizes", "pairs", "bounces")
     command = "python data_prep/toy.py " + " ".join(f"--{name} {getattr(arguments, name)}" for name in given)
+    command += f" --background {arguments.background}" if arguments.background else ""
     rows = []
     with ShardWriter(arguments.out, name="toy", command=command, overwrite=arguments.overwrite) as writer:
         clips = make_clips(jobs, arguments.workers)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,20 +33,24 @@ from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
 from kinema.sampling.denoiser import check_condition
 from kinema.sampling.pipeline import Pipeline
-from kinema.sampling.sample import geometry_of
-from kinema.training.checkpoint import CheckpointStore, write_json
+from kinema.sampling.sample import geometry_of, image_encoder_of
+from kinema.training.checkpoint import Checkpoint, CheckpointStore, write_json
 from kinema.training.dit_task import DiTTask, check_training
 from kinema.training.ema import EMA
+from kinema.training.finetune import LoRA, frozen_parameters
 from kinema.training.loop import Outputs, Trainer, initial_weights
 from kinema.training.metrics import WandbTracker
 from kinema.training.pictures import OverfitCheck, SampleMaker, StripMaker, save_timesteps
 from kinema.training.run_folder import (
     Weights,
+    carry_base,
     carry_vae,
     checkpoint_of,
     load_vae,
     load_weights,
+    open_base,
     open_run_folder,
+    unadapted,
     write_config,
 )
 from kinema.training.vae_task import VAETask
@@ -104,25 +109,29 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     vae, vae_identity = load_vae(source, config.vae.weights)
     text_encoder = build_text_encoder(config.text)
     geometry = geometry_of(vae.geometry_strides, config.model)
-    check_condition(config.condition, config.model, vae.config)
+    image_encoder = image_encoder_of(config.condition)
+    check_condition(config.condition, config.model, vae.config, image_encoder)
     model = make_denoiser(config.model, vae.config.latent_channels, text_encoder.width)
     check_training(config.condition, config.data, vae.config)
     data = build_data(config, geometry, process, run, vae_identity["hash"])
-    engine = build_engine(config, model, data.lanes_per_rank, run, process)
+    line, base = start_weights(config, model, run, process)
+    twin = deepcopy(model)
+    engine = build_engine(config, model, data.lanes_per_rank)
     task = DiTTask(
         engine=engine,
         vae=vae.to(process.device),
         text_encoder=text_encoder.to(process.device),
         objective=config.objective,
         condition=config.condition,
+        image_encoder=image_encoder and image_encoder.to(process.device),
         geometry=geometry,
         guidance_dropout=config.task.guidance_dropout,
         posterior=config.task.posterior,
         timestep_range=config.model.timestep_range,
         seed=config.seed,
         device=process.device,
+        frozen=frozen_parameters(twin) if base is None else {},
     )
-    twin = make_denoiser(config.model, vae.config.latent_channels, text_encoder.width).to(process.device)
     pipeline = Pipeline(
         denoiser=twin,
         vae=vae,
@@ -134,6 +143,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         guidance_dropout=config.task.guidance_dropout,
         sampling=config.task.samples.alone(),
         condition=config.condition,
+        image_encoder=image_encoder,
     )
     samples = SampleMaker(pipeline, config.task.samples, run.folder)
     manifest = {
@@ -146,15 +156,17 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         "shapes": [list(shape) for shape in data.shapes],
         "guidance_dropout": config.task.guidance_dropout,
         "condition": to_plain(config.condition),
+        "image": image_encoder and image_encoder.policy(),
         "posterior": config.task.posterior.value,
         "sampling": to_plain(config.task.samples.alone()),
+        **({} if base is None else {"base": base}),
         **common_manifest(config, data),
     }
     if process.is_main:
         carry_vae(run.folder, source, config.vae.weights)
         tqdm.write(samples.settings)
         save_timesteps(run.folder, config.objective, config.task.samples, geometry, data.shapes)
-    describe_run(config, run, process, model, flops_per_step=dit_flops(config, model, data, geometry))
+    describe_run(config, run, process, model, line, flops_per_step=dit_flops(config, model, data, geometry))
     trainer = assemble(
         config,
         run,
@@ -179,7 +191,9 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
     model = CausalVAE(config.vae)
     geometry = Geometry(*model.geometry_strides, (1, 1, 1))
     data = build_data(config, geometry, process, run, vae_hash=None)
-    engine = build_engine(config, model, data.lanes_per_rank, run, process)
+    line, _ = start_weights(config, model, run, process)
+    twin = deepcopy(model)
+    engine = build_engine(config, model, data.lanes_per_rank)
     packs = (
         [pack for packs in data.some_packs(config.task.statistics_clips) for pack in packs] if process.is_main else []
     )
@@ -190,7 +204,7 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         config=config.task,
         engine=engine,
         loss=loss,
-        twin=CausalVAE(config.vae).to(process.device),
+        twin=twin,
         statistics_packs=packs,
         optim=config.optim,
         parallel=config.parallel,
@@ -205,7 +219,7 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         else None
     )
     flops = 3 * sum(sum(model.flops(*shape)) for shape in data.step_shapes)
-    describe_run(config, run, process, model, flops_per_step=flops)
+    describe_run(config, run, process, model, line, flops_per_step=flops)
     return assemble(
         config,
         run,
@@ -349,12 +363,33 @@ def build_plan(config: Config, index: DatasetIndex, clips: list[PlannedClip]) ->
     )
 
 
-def build_engine(config: Config, model: nn.Module, accumulation: int, run: Run, process: Process) -> Engine:
-    """The engine over a model that already holds its weights: those of the newest checkpoint, `init_from`, or fresh."""
+def start_weights(config: Config, model: nn.Module, run: Run, process: Process) -> tuple[str, str | None]:
+    """Give the model its weights, of the newest checkpoint, `init_from`, or fresh, and freeze what is not trained.
+
+    Returns a line that says what is trained, and the fingerprint of the base of adapters: their checkpoints lack it.
+    """
     model.to(process.device)
-    if config.init_from is not None and not run.store.steps():
-        load_weights(model, checkpoint_of(config.init_from, "init_from"), Weights.ema)
+    base = None
+    if isinstance(config.finetune, LoRA):
+        base = load_weights(model, carried_base(config, run, process), Weights.ema)
+    elif config.init_from is not None and not run.store.steps():
+        load_weights(model, unadapted(config.init_from), Weights.ema)
+    line = config.finetune.prepare(model)
     initial_weights(run.store, process, model)
+    return line, base
+
+
+def carried_base(config: Config, run: Run, process: Process) -> Checkpoint:
+    """The base of adapters inside the run folder, put there by the main rank when the run begins."""
+    assert config.init_from is not None, "to_config lets no adapters pass without it"
+    if process.is_main:
+        carry_base(run.folder, config.init_from)
+    barrier()
+    return open_base(run.folder)
+
+
+def build_engine(config: Config, model: nn.Module, accumulation: int) -> Engine:
+    """The engine over a model that already holds its weights."""
     return Engine(
         model,
         config.optim.build(model),
@@ -417,6 +452,7 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
         "name": config.name,
         "seed": config.seed,
         "ema": to_plain(config.ema),
+        "finetune": to_plain(config.finetune),
         "data": {
             "hash": data.index.hash,
             "licenses": data.index.manifest["licenses"],
@@ -431,7 +467,9 @@ def dit_flops(config: Config, model: DiT | Experts, data: Data, geometry: Geomet
     return 3 * sum(model.flops(geometry.token_grid(shape), config.text.max_tokens) for shape in data.step_shapes)
 
 
-def describe_run(config: Config, run: Run, process: Process, model: nn.Module, flops_per_step: float) -> None:
+def describe_run(
+    config: Config, run: Run, process: Process, model: nn.Module, trained: str, flops_per_step: float
+) -> None:
     """Write `run.json` and print the header: what runs, on what, with which identity."""
     if not process.is_main:
         return
@@ -461,6 +499,7 @@ def describe_run(config: Config, run: Run, process: Process, model: nn.Module, f
         f"run {run.folder}: {parameters / 1e6:.2f} M parameters, config {record['config_hash'][:8]}, "
         f"{process.world_size} rank(s) on {process.device}, ZeRO {parallel.zero_stage}, {parallel.precision.value}"
     )
+    tqdm.write(trained)
     rate, checkpoint, logging = config.optim.learning_rate, config.checkpoint, config.logging
     rates = [rate * config.schedule.factor(step, config.steps) for step in (0, config.steps // 2, config.steps - 1)]
     tqdm.write(

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from kinema.conditioning.frames import CleanFrame, FrameChannels, FrameCondition, PaddedClip
+from kinema.conditioning.frames import FRAME_CONDITIONS
 from kinema.conditioning.text import CombinedText, HashText, PretrainedText
 from kinema.data.loading import DataConfig
 from kinema.diffusion.objective import DDPM, RectifiedFlow
@@ -21,6 +21,7 @@ from kinema.sampling.sample import SampleConfig
 from kinema.training.checkpoint import CheckpointConfig
 from kinema.training.dit_task import DiTTaskConfig
 from kinema.training.ema import EMAConfig
+from kinema.training.finetune import Full, LoRA, Parts
 from kinema.training.loop import ValidationConfig
 from kinema.training.metrics import LoggingConfig
 from kinema.training.optim import AdamW
@@ -59,6 +60,8 @@ class Config:
     """Frames of its own that a clip is given (task=dit)."""
     data: Any = None
     """Clips: where they lie, their shapes, and how a step is filled."""
+    finetune: Any = None
+    """What of the model is trained."""
     optim: Any = None
     """Optimiser."""
     schedule: Any = None
@@ -87,13 +90,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "vae": {"causal": VAEConfig, "from_run": VAECheckpoint},
     "objective": {"rectified_flow": RectifiedFlow, "ddpm": DDPM},
     "text": {"hash": HashText, "pretrained": PretrainedText, "combined": CombinedText},
-    "condition": {
-        "none": FrameCondition,
-        "clean_frame": CleanFrame,
-        "frame_channels": FrameChannels,
-        "padded_clip": PaddedClip,
-    },
+    "condition": {**FRAME_CONDITIONS},
     "data": {"clips": DataConfig},
+    "finetune": {"full": Full, "parts": Parts, "lora": LoRA},
     "optim": {"adamw": AdamW},
     "schedule": {"cosine": Cosine, "constant": Constant},
     "parallel": {"deepspeed": ParallelConfig},
@@ -160,6 +159,11 @@ def to_config(composed: DictConfig) -> Config:
                 f"{group}={type(getattr(config, group)).__name__} is given, but task=vae reads none. "
                 f"Leave it out, or type ~{group}."
             )
+    if isinstance(config.finetune, LoRA):
+        if not isinstance(config.task, DiTTaskConfig):
+            raise ValueError("finetune=lora adapts a DiT, task=dit. Type finetune=full or finetune=parts for a VAE.")
+        if config.init_from is None:
+            raise ValueError("finetune=lora adapts trained weights. Type init_from=DIR, an imported model or a run.")
     vae_class = VAECheckpoint if isinstance(config.task, DiTTaskConfig) else VAEConfig
     if not isinstance(config.vae, vae_class):
         kind = "from_run, a trained VAE" if vae_class is VAECheckpoint else "an architecture such as vae=causal_tiny"

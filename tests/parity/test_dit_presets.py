@@ -139,6 +139,7 @@ class Case:
     """Tokens of a caption; some references know one number only."""
     image_tokens: int = 6
     fps: float | None = None
+    frames: int = 3
     padded: bool = False
     """The second caption has three tokens less: masked there, absent here."""
 
@@ -150,6 +151,15 @@ WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 LTX_13B = {"num_attention_heads": 32, "attention_head_dim": 128, "num_layers": 48, "cross_attention_dim": 4096}
 COG_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 COG_15 = COG_5B | {"patch_size_t": 2}
+PIXART = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "num_layers": 2,
+    "cross_attention_dim": 32,
+    "sample_size": 10,
+    "caption_channels": 12,
+}
 LATTE_1 = LATTE | {
     "num_attention_heads": 16,
     "attention_head_dim": 72,
@@ -181,6 +191,13 @@ CASES = {
         {"1 7B": {}, "1 14B": COSMOS_14B | {"rope_scale": (2.0, 2.0, 2.0)}},
     ),
     "latte": Case("latte", LATTE, {"1": LATTE_1}),
+    "pixart": Case("pixart", PIXART, {"alpha 512": {"sample_size": 64, "caption_channels": 4096}}, frames=1),
+    "pixart, larger pictures": Case(
+        "pixart",
+        PIXART | {"sample_size": 128, "interpolation_scale": 3, "use_additional_conditions": False, "out_channels": 4},
+        {"sigma 1024": {"sample_size": 128, "use_additional_conditions": False, "caption_channels": 4096}},
+        frames=1,
+    ),
     "latte, larger frames, no variance": Case("latte", LATTE | {"sample_size": 140, "out_channels": 4}),
     "ltx": Case("ltx", LTX, {"2B": {}, "13B": LTX_13B}, padded=True),
     "ltx, a timestep for each frame": Case("ltx", LTX, frame_times=True),
@@ -313,7 +330,7 @@ def parts(batch):
 def inputs(case, model):
     g = torch.Generator().manual_seed(1)
     config = model.config
-    grid = [count * patch for count, patch in zip((3, 5, 3), config.patch_size, strict=True)]
+    grid = [count * patch for count, patch in zip((case.frames, 5, 3), config.patch_size, strict=True)]
 
     def draw(*shape):
         return torch.randn(2, *shape, generator=g)
@@ -441,6 +458,10 @@ def run_cosmos(theirs, given):
     return theirs(latents, timesteps, given.text, fps=fps, padding_mask=mask).sample
 
 
+def run_pixart(theirs, given):
+    return theirs(given.latents[:, :, 0], given.text, given.timesteps * 1000).sample.unsqueeze(2)
+
+
 def run_latte(theirs, given):
     return theirs(given.latents, given.timesteps * 1000, given.text).sample
 
@@ -453,6 +474,7 @@ RUN = {
     "latte": run_latte,
     "ltx": run_ltx,
     "ltx2": run_ltx2,
+    "pixart": run_pixart,
     "wan": run_wan,
     "wan_vace": run_wan,
 }

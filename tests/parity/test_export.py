@@ -256,6 +256,11 @@ FAMILIES = {
          "text_embed_dim": 12, "adaln_lora_dim": 6, "rope_scale": (1.0, 3.0, 3.0), "extra_pos_embed_type": None,
          "use_crossattn_projection": True, "crossattn_proj_in_channels": 20, "encoder_hidden_states_channels": 12},
     ),
+    "pixart": (
+        "PixArtTransformer2DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+         "cross_attention_dim": 32, "sample_size": 16, "caption_channels": 12},
+    ),
     "latte": (
         "LatteTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,

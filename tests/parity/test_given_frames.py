@@ -1,15 +1,22 @@
 """Given frames: what reaches the transformer is what the published pipelines give theirs, bit for bit."""
 
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+import kinema
 from kinema.conditioning.frames import CleanFrame, ClipSize, FrameChannels, FrameCondition, Given, PaddedClip
+from kinema.conditioning.image import ImageEncoder, ImageTokens, check_image_policy
+from kinema.data.geometry import ClipShape
+from kinema.interop.importing import import_model
+from kinema.sampling.pipeline import initial_noise
+from tests.parity.published import WAN, WAN_VAE, randomise, tokenizer, umt5
 
 PIXELS = (9, 32, 48)
-WAN_VAE = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1,
-           "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 1.5, 0.7]}  # fmt: skip
 
 
 def images(count: int = 2) -> list[Tensor]:
@@ -158,3 +165,87 @@ def test_cogvideox(monkeypatch):
     given = ours(FrameChannels(mask=False), [image], lambda video: vae.encode(video).latent_dist.mode() * 0.7)
     assert given.channels.shape == (FrameChannels(mask=False).channels(4, 4), 3, 4, 6)
     assert torch.equal(given.channels, expected[0].transpose(0, 1))
+
+
+# Whole pipelines, step for step
+
+SHAPE = ClipShape(5, 32, 48)
+WAN_KINDS = {
+    "2.1": {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 32},
+    "2.1, first and last": {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 32, "pos_embed_seq_len": 10},
+    "2.2": {"in_channels": 12},
+    "2.2, text and image": {},
+}
+
+
+def clip_vision():
+    """An image encoder of five tokens, and its preprocessing."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    return randomise(CLIPVisionModel(config)), processor
+
+
+def picture(seed: int) -> Tensor:
+    return torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", WAN_KINDS)
+def test_an_imported_image_pipeline_samples_as_the_published_one(tmp_path, kind):
+    config = WAN_KINDS[kind]
+    with torch.enable_grad():
+        encoder, processor = clip_vision() if "image_dim" in config else (None, None)
+        whole = diffusers.WanImageToVideoPipeline(
+            tokenizer=tokenizer(), text_encoder=umt5(), vae=randomise(diffusers.AutoencoderKLWan(**WAN_VAE)),
+            scheduler=diffusers.UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+            ),
+            transformer=randomise(diffusers.WanTransformer3DModel(**WAN | config)), image_encoder=encoder,
+            image_processor=processor, expand_timesteps=kind == "2.2, text and image",
+        )  # fmt: skip
+    whole.set_progress_bar_config(disable=True)
+    whole.save_pretrained(tmp_path / "published")
+    import_model(tmp_path / "published", tmp_path / "run")
+    ours = kinema.load(tmp_path / "run")
+
+    given = torch.stack([picture(0), picture(1)][: ours.condition.num_images()])
+    assert len(given) == (2 if "pos_embed_seq_len" in config else 1)
+    pictures = dict(zip(("image", "last_image"), (Image.fromarray(x.numpy()) for x in given), strict=False))
+    settings = replace(ours.sampling, seed=7, num_steps=4, negative_prompt="blurry grey")
+    expected = []
+    whole(
+        **pictures, prompt="a red circle", negative_prompt="blurry grey", height=32, width=48, num_frames=5,
+        num_inference_steps=4, latents=initial_noise((4, 2, 4, 6), 7)[None], output_type="latent",
+        callback_on_step_end=lambda pipe, step, time, values: expected.append(values["latents"][0].clone()) or {},
+    )  # fmt: skip
+    inputs = []
+    ours.denoiser.register_forward_pre_hook(lambda module, call: inputs.append(call[0][0].clone()))
+    result = ours.latents(["a red circle"], SHAPE, settings, images=[given])[0]
+    free = ours.conditions(["a red circle"], SHAPE, [given])[0].num_frames  # the published loop lets given frames drift
+    for actual, reference in zip([*inputs[1:], result], expected, strict=True):
+        assert (actual - reference)[:, free:].abs().max() <= 1e-5 * reference.abs().max()
+    other = ours.latents(["a red circle"], SHAPE, settings, images=[given.flip(1)])[0]
+    assert (other - result)[:, free:].abs().max() > 1e-4 * result.abs().max()
+
+
+def test_an_image_encoder_makes_the_tokens_of_the_published_pipeline(tmp_path):
+    encoder, processor = clip_vision()
+    encoder.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    pipeline, _ = wan()
+    pipeline.image_encoder, pipeline.image_processor = encoder, processor
+    given = torch.stack([picture(0), picture(1)])
+    expected = pipeline.encode_image([Image.fromarray(x.numpy()) for x in given], torch.device("cpu"))
+    ours = ImageEncoder(ImageTokens(path=str(tmp_path)))
+    assert (ours.width, ours.num_tokens) == (16, 5)
+    assert torch.equal(ours.encode(given), expected.flatten(0, 1))
+    assert ours.nothing(2).shape == (10, 16)
+    check_image_policy(ours, ours.policy())
+    with pytest.raises(ValueError, match=r"layer=-2 \(trained with -1\)"):
+        check_image_policy(ours, ours.policy() | {"layer": -1})
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"condition\.image\.path=.* cannot be read"):
+        ImageEncoder(ImageTokens(path=str(tmp_path)))

@@ -1,6 +1,7 @@
 """Published autoencoders: the same numbers and gradients as `diffusers`, whole and streamed, and every tensor named."""
 
 import copy
+import re
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
 from kinema.interop.preset import Preset
@@ -27,6 +29,8 @@ class Case:
     millions: float = 0.0
     frames: int = 9
     sides: tuple[int, int] = (32, 48)
+    release: str = ""
+    """Where a preset has several."""
 
 
 CASES = [
@@ -109,11 +113,47 @@ CASES = [
         millions=1222.0,
         sides=(64, 96),
     ),
+    Case(
+        "ltx2_vae",
+        {
+            "latent_channels": 8,
+            "block_out_channels": [16, 16, 32, 32],
+            "decoder_block_out_channels": [16, 32, 32, 64],
+            "layers_per_block": [1, 2, 1, 1, 1],
+            "decoder_layers_per_block": [1, 2, 1, 1, 1],
+            "decoder_spatio_temporal_scaling": [True] * 4,
+            "decoder_inject_noise": [False] * 5,
+            "decoder_causal": False,
+            "upsample_type": ["spatiotemporal", "spatiotemporal", "temporal", "spatial"],
+            "upsample_residual": [False] * 4,
+            "upsample_factor": [2, 2, 1, 2],
+            "encoder_spatial_padding_mode": "zeros",
+            "decoder_spatial_padding_mode": "zeros",
+            "spatial_compression_ratio": 32,
+            "temporal_compression_ratio": 8,
+        },
+        released={
+            "block_out_channels": [256, 512, 1024, 1024],
+            "decoder_block_out_channels": [256, 512, 512, 1024],
+            "layers_per_block": [4, 6, 4, 2, 2],
+            "decoder_layers_per_block": [4, 6, 4, 2, 2],
+            "decoder_spatio_temporal_scaling": [True] * 4,
+            "decoder_inject_noise": [False] * 5,
+            "decoder_causal": False,
+            "upsample_type": ["spatiotemporal", "spatiotemporal", "temporal", "spatial"],
+            "upsample_residual": [False] * 4,
+            "upsample_factor": [2, 2, 1, 2],
+            "decoder_spatial_padding_mode": "zeros",
+        },
+        millions=726.0,
+        sides=(64, 96),
+        release="2.3",
+    ),
 ]
 
 
 def case_id(case: Case) -> str:
-    return case.preset
+    return f"{case.preset} {case.release}".strip()
 
 
 def preset_of(case: Case) -> Preset:
@@ -139,10 +179,10 @@ def randomise(model: nn.Module) -> None:
 
 
 @cache
-def pair(preset: str) -> tuple[nn.Module, CausalVAE, dict[str, Any]]:
+def pair(name: str) -> tuple[nn.Module, CausalVAE, dict[str, Any]]:
     """The reference, ours with the same weights, and the reference's config."""
     torch.set_num_threads(1)
-    case = next(case for case in CASES if case.preset == preset)
+    case = next(case for case in CASES if case_id(case) == name)
     reference, config = make_reference(case, case.tiny)
     randomise(reference)
     ours = preset_of(case).build(config)
@@ -183,7 +223,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 @torch.no_grad()
 def test_latents_and_videos_are_those_of_the_reference(case, frames, parity):
-    reference, ours, _ = pair(case.preset)
+    reference, ours, _ = pair(case_id(case))
     video = clip(case, 1 + (frames - 1) * ours.config.temporal_stride // 4)
     mean, logvar = their_latents(reference, ours, video)
     posterior = ours.encode(video)
@@ -193,7 +233,7 @@ def test_latents_and_videos_are_those_of_the_reference(case, frames, parity):
     assert (expected.abs() < 1).float().mean() > 0.5  # where the output is clamped, little is compared
     found.append(difference(ours.decode(mean), expected))
     assert max(found) <= TOLERANCE, found
-    parity.note(case.preset, case.preset, output=max(found))
+    parity.note(case_id(case), case.preset, output=max(found))
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -202,7 +242,7 @@ def test_gradients_are_those_of_the_reference(case, parity):
 
     In float64: sums of small numbers of either sign have few digits left in float32.
     """
-    reference, ours, config = pair(case.preset)
+    reference, ours, config = pair(case_id(case))
     reference, ours = (copy.deepcopy(model).double() for model in (reference, ours))
     video = clip(case, 1 + ours.config.temporal_stride, torch.float64)
     torch.manual_seed(2)
@@ -227,12 +267,12 @@ def test_gradients_are_those_of_the_reference(case, parity):
         assert gradient.abs().max() > 1e-9, name
         found = difference(actual[name], gradient)
         assert found <= TOLERANCE, name
-        parity.note(case.preset, case.preset, gradients=found)
+        parity.note(case_id(case), case.preset, gradients=found)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_weights_go_there_and_back_bit_for_bit(case):
-    reference, ours, config = pair(case.preset)
+    reference, ours, config = pair(case_id(case))
     preset, before = preset_of(case), reference.state_dict()
     for table in filter(None, (preset.key_map, preset.original_key_map)):
         theirs = table(config).to_theirs(ours.state_dict())
@@ -244,26 +284,73 @@ def test_weights_go_there_and_back_bit_for_bit(case):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_the_vendors_names_are_those_that_diffusers_converts():
-    """Wan 2.1 only: there is no converter of 2.2 inside the library."""
-    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
-    reference, ours, config = pair("wan_vae")
-    table = preset_of(CASES[0]).original_key_map
+def originals(name: str) -> tuple[dict[str, Tensor], nn.Module]:
+    """The weights of a pair in the vendor's names, and the reference that holds them."""
+    reference, ours, config = pair(name)
+    table = preset_of(next(case for case in CASES if case_id(case) == name)).original_key_map
     assert table is not None
-    converted = convert_wan_vae_to_diffusers(table(config).to_theirs(ours.state_dict()))
+    return table(config).to_theirs(ours.state_dict()), reference
+
+
+@pytest.mark.parametrize(
+    ("name", "converter"),
+    [("wan_vae", "convert_wan_vae_to_diffusers"), ("ltx2_vae", "convert_ltx2_vae_to_diffusers")],
+)
+def test_the_vendors_names_are_those_that_diffusers_converts(name, converter):
+    """Where there is a converter inside the library: not for Wan 2.2, HunyuanVideo-1.5 and LTX-2.3."""
+    original, reference = originals(name)
+    converted = getattr(single_file_utils, converter)(original)
     assert converted.keys() == reference.state_dict().keys()
-    assert all(torch.equal(converted[name], tensor) for name, tensor in reference.state_dict().items())
+    assert all(torch.equal(converted[key], tensor) for key, tensor in reference.state_dict().items())
+
+
+def test_hunyuan_15s_own_names():
+    """Those that diffusers' conversion script of that release reads, one of each kind."""
+    original, reference = originals("hunyuan_15_vae")
+    theirs = reference.state_dict()
+    for vendors, name in {
+        "encoder.conv_in.conv.bias": "encoder.conv_in.conv.bias",
+        "encoder.down.3.block.0.norm2.gamma": "encoder.down_blocks.3.resnets.0.norm2.gamma",
+        "encoder.down.0.downsample.conv.conv.weight": "encoder.down_blocks.0.downsamplers.0.conv.conv.weight",
+        "encoder.mid.block_1.conv1.conv.weight": "encoder.mid_block.resnets.0.conv1.conv.weight",
+        "encoder.mid.attn_1.norm.gamma": "encoder.mid_block.attentions.0.norm.gamma",
+        "decoder.mid.attn_1.k.weight": "decoder.mid_block.attentions.0.to_k.weight",
+        "decoder.mid.attn_1.proj_out.bias": "decoder.mid_block.attentions.0.proj_out.bias",
+        "decoder.mid.block_2.norm1.gamma": "decoder.mid_block.resnets.1.norm1.gamma",
+        "decoder.up.4.block.1.conv2.conv.bias": "decoder.up_blocks.4.resnets.1.conv2.conv.bias",
+        "decoder.up.1.upsample.conv.conv.bias": "decoder.up_blocks.1.upsamplers.0.conv.conv.bias",
+        "decoder.norm_out.gamma": "decoder.norm_out.gamma",
+    }.items():
+        assert torch.equal(original.pop(vendors), theirs[name]), vendors
+    left = re.compile(
+        r"(encoder|decoder)\.((conv_in|conv_out)\.conv|(down|up)\.\d\.(block\.\d\.(norm\d|conv\d\.conv)|"
+        r"(down|up)sample\.conv\.conv)|mid\.(block_[12]\.(norm\d|conv\d\.conv)|attn_1\.(norm|q|k|v|proj_out))|norm_out)"
+        r"\.(weight|bias|gamma)"
+    )
+    assert [name for name in original if not left.fullmatch(name)] == []
+
+
+def test_ltx_23s_own_names_go_on_where_those_of_2_end():
+    original, reference = originals("ltx2_vae 2.3")
+    theirs = reference.state_dict()
+    for vendors, name in {
+        "encoder.down_blocks.8.res_blocks.0.conv1.conv.bias": "encoder.mid_block.resnets.0.conv1.conv.bias",
+        "decoder.up_blocks.0.res_blocks.0.conv2.conv.bias": "decoder.mid_block.resnets.0.conv2.conv.bias",
+        "decoder.up_blocks.7.conv.conv.weight": "decoder.up_blocks.3.upsamplers.0.conv.conv.weight",
+        "decoder.up_blocks.8.res_blocks.0.conv1.conv.weight": "decoder.up_blocks.3.resnets.0.conv1.conv.weight",
+        "per_channel_statistics.std-of-means": "latents_std",
+    }.items():
+        assert torch.equal(original[vendors], theirs[name]), vendors
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_the_config_comes_back(case):
-    _, ours, config = pair(case.preset)
+    _, ours, config = pair(case_id(case))
     found = preset_of(case).describe(ours)
     again, _ = make_reference(case, found)
     assert preset_of(case).accepts(found)
     assert {k: tuple(v.shape) for k, v in again.state_dict().items()} == {
-        k: tuple(v.shape) for k, v in pair(case.preset)[0].state_dict().items()
+        k: tuple(v.shape) for k, v in pair(case_id(case))[0].state_dict().items()
     }
     wrong = {name: value for name, value in found.items() if not _equal(value, config[name])}
     assert wrong == {}
@@ -285,7 +372,7 @@ def test_every_released_tensor_is_named(case, parity):
     numel = sum(p.numel() for p in ours.parameters())
     assert numel == sum(p.numel() for p in reference.parameters())
     assert numel / 1e6 == pytest.approx(case.millions, rel=2e-3)
-    parity.size(case.preset, case.preset, "", dict(reference.named_parameters()))
+    parity.size(case_id(case), case.preset, "", dict(reference.named_parameters()))
 
 
 @pytest.mark.parametrize(
@@ -296,6 +383,7 @@ def test_every_released_tensor_is_named(case, parity):
         ("hunyuan_15_vae", {"downsample_match_channel": False}, "downsample_match_channel=False: only True"),
         ("ltx2_vae", {"timestep_conditioning": True}, "timestep_conditioning=True: only False"),
         ("ltx2_vae", {"upsample_factor": [2, 1, 2]}, "a residual block between is not implemented"),
+        ("ltx2_vae", {"upsample_residual": [True, False, True]}, "only the same for all is implemented"),
     ],
 )
 def test_what_is_not_implemented_is_refused(preset, choice, message):
@@ -306,7 +394,7 @@ def test_what_is_not_implemented_is_refused(preset, choice, message):
 
 def test_what_the_reference_lacks_is_named():
     for case in CASES:
-        _, ours, _ = pair(case.preset)
+        _, ours, _ = pair(case_id(case))
         other = CausalVAE(replace(ours.config, convolution=Convolution.factorised))
         with pytest.raises(ValueError, match=r"vae\.convolution=Convolution\.factorised \(there Convolution\.full\)"):
             preset_of(case).describe(other)
@@ -315,8 +403,8 @@ def test_what_the_reference_lacks_is_named():
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 @torch.no_grad()
 def test_a_later_frame_changes_no_earlier_one(case):
-    _, ours, _ = pair(case.preset)
-    stride, video = ours.config.temporal_stride, clip(case, 1 + 2 * pair(case.preset)[1].config.temporal_stride)
+    _, ours, _ = pair(case_id(case))
+    stride, video = ours.config.temporal_stride, clip(case, 1 + 2 * pair(case_id(case))[1].config.temporal_stride)
     changed = torch.cat([video[:, :, :-1], -video[:, :, -1:]], dim=2)
     before, after = ours.encode(video).mean, ours.encode(changed).mean
     unchanged = torch.equal(after[:, :, :-1], before[:, :, :-1])
@@ -330,7 +418,7 @@ def test_a_later_frame_changes_no_earlier_one(case):
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 @torch.no_grad()
 def test_streamed_is_whole_bit_for_bit_or_refused(case, parity):
-    _, ours, _ = pair(case.preset)
+    _, ours, _ = pair(case_id(case))
     stride = ours.config.temporal_stride
     video = clip(case, 1 + 3 * stride)
     whole = ours.encode(video)
@@ -354,13 +442,13 @@ def test_streamed_is_whole_bit_for_bit_or_refused(case, parity):
     looks = {"encoder": ours.config.encoder_looks_ahead(), "decoder": ours.config.decoder_looks_ahead()}
     causal = ", ".join(f"{part} {'no' if reason else 'yes'}" for part, reason in looks.items())
     chunks = ", ".join(f"{part} {'refused' if reason else 'equals whole'}" for part, reason in looks.items())
-    parity.note(case.preset, case.preset, causal=causal, chunks=chunks)
+    parity.note(case_id(case), case.preset, causal=causal, chunks=chunks)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_every_parameter_of_a_new_one_has_a_gradient(case):
     torch.manual_seed(0)
-    _, reference_ours, config = pair(case.preset)
+    _, reference_ours, config = pair(case_id(case))
     vae = preset_of(case).build(config)
     video = clip(case, 1 + reference_ours.config.temporal_stride)
     posterior = vae.encode_unnormalised(video)

@@ -44,6 +44,8 @@ def overrides_for(group: str, choice: str) -> list[str]:
     """What makes a choice fit the rest: architectures of a VAE belong to task=vae, everything else to task=dit."""
     if (group, choice) == ("task", "vae") or (group == "vae" and choice != "from_run"):
         return ["task=vae", *([] if group == "task" else [f"{group}={choice}"])]
+    if (group, choice) == ("finetune", "lora"):
+        return ["finetune=lora", "init_from=runs/base"]
     return [f"{group}={choice}"]
 
 

@@ -4,6 +4,9 @@ import copy
 import itertools
 import math
 import random
+import re
+from enum import Enum
+from pathlib import Path
 
 import pytest
 import torch
@@ -611,6 +614,8 @@ def test_inputs_that_do_not_fit_are_refused():
 
 # The product of the axes
 
+LEARNED = (PositionEmbedding.learned_axes, PositionEmbedding.learned)
+NOT_LEARNED = [kind for kind in PositionEmbedding if kind not in LEARNED]
 AXES = {
     "attention": list(AttentionPattern),
     "window": [[2, 2, 3]],
@@ -624,11 +629,14 @@ AXES = {
     "head_modulation": list(HeadModulation),
     "qk_norm": list(QKNorm),
     "rope": list(Rope),
-    "position_embedding": list(PositionEmbedding),
+    "places": [
+        *({"position_embedding": kind, "position_grid": [0, 0, 0], "position_words": 0} for kind in NOT_LEARNED),
+        {"position_embedding": PositionEmbedding.learned_axes, "position_grid": [4, 6, 4], "position_words": 0},
+        {"position_embedding": PositionEmbedding.learned, "position_grid": [2, 3, 2], "position_words": 3},
+    ],
     "position_scale": [[1.0, 1.0, 1.0], [1.0, 1.5, 1.5]],
     "position_extent": [[0, 0, 0], [0, 5, 5]],
     "learned_variance": [False, True],
-    "position_grid": [[0, 0, 0], [4, 6, 4]],
     "ofs_channels": [0, 4],
     "modulation_rank": [5],
     "timestep_norm": [False, True],
@@ -689,22 +697,50 @@ def unread(name, config):
     return any(mark in name for mark in marks)
 
 
+def legal_points(count, proposals=150):
+    """A random walk through the product: a few axes at a time, wherever that is legal; what is not must say why."""
+    draw, point, refused = random.Random(0), {}, 0
+    for _ in range(count):
+        for _ in range(proposals):
+            moved = dict(point)
+            for axis in draw.sample(list(AXES), draw.choice([1, 2, 3])):
+                choice = draw.choice(AXES[axis])
+                moved |= choice if isinstance(choice, dict) else {axis: choice}
+            if reason := refusal(moved):
+                assert re.search(r"model\.\w+=", reason), reason
+                refused += 1
+                continue
+            if moved.get("text_embedding") is not TextEmbedding.none or moved.get("text_channels") == TEXT:
+                point = moved
+        yield dict(point)
+    assert refused > 10 * count
+
+
+WALKED = {"width": 32, "num_heads": 2, "rope_axes": [8, 4, 4]}
+
+
+def refusal(changes):
+    """Why a point of the product is none; None for one that is."""
+    try:
+        small(**WALKED, **changes)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def test_random_points_of_the_product_of_the_axes_train():
     """Every legal choice runs forwards and backwards with a finite gradient other than zero in every parameter."""
-    draw, legal = random.Random(0), 0
-    while legal < 60:
-        changes = {axis: draw.choice(options) for axis, options in AXES.items()}
-        try:
-            torch.manual_seed(legal)
-            config = small(width=32, num_heads=2, rope_axes=[8, 4, 4], **changes)
-            model = DiT(config, CHANNELS, TEXT).double()
-        except ValueError:
-            continue
-        legal += 1
+    seen = set()
+    for seed, changes in enumerate(legal_points(300)):
+        torch.manual_seed(seed)
+        config = small(**WALKED, **changes)
+        seen |= {f"{axis}={choice}" for axis, choice in changes.items()}
+        model = DiT(config, CHANNELS, TEXT).double()
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.2)  # 0.3 saturates a softmax whose queries have no norm
-        latents, timesteps, text = pack([(4, 6, 8), (2, 4, 4)], [3, 2])
-        predictions = model(latents, timesteps, text, extras_for(config, latents))
+        grid = [side * patch for side, patch in zip(config.position_grid, config.patch_size, strict=True)]
+        latents, timesteps, text = pack([grid] * 2 if config.position_words else [(4, 6, 8), (2, 4, 4)], [3, 2])
+        predictions = model.predict(latents, timesteps, text, extras_for(config, latents))
         sum(out.square().mean() for out in predictions).backward()
         for name, parameter in model.named_parameters():
             if is_inert(name, model) or unread(name, config):
@@ -712,6 +748,9 @@ def test_random_points_of_the_product_of_the_axes_train():
             assert parameter.grad is not None, (name, changes)
             assert parameter.grad.isfinite().all(), (name, changes)
             assert parameter.grad.abs().max() > 1e-14, (name, changes)
+    for axis, options in AXES.items():
+        parts = [option if isinstance(option, dict) else {axis: option} for option in options]
+        assert {f"{name}={choice}" for part in parts for name, choice in part.items()} <= seen
 
 
 def test_a_timestep_for_each_frame_equals_one_for_all_when_they_are_equal():
@@ -829,3 +868,10 @@ def test_extras_are_those_that_the_model_was_built_for():
         model(latents, timesteps, text, Extras(channels=latents))
     with pytest.raises(ValueError, match="each frame of tokens needs one"):
         new_model(torch.float32)(latents, [torch.zeros(1)] * 4, text)
+
+
+def test_every_choice_stands_in_the_docs():
+    text = (Path(__file__).parents[2] / "docs" / "model.md").read_text()
+    choices = [value for each in vars(DiTConfig()).values() if isinstance(each, Enum) for value in type(each)]
+    assert len(choices) > 40
+    assert [str(choice) for choice in choices if f"`{choice.name}`" not in text] == []

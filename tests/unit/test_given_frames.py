@@ -174,6 +174,7 @@ def tiny_vae() -> CausalVAE:
 def task(vae: CausalVAE, condition: FrameCondition, model: DiT) -> DiTTask:
     return DiTTask(
         engine=model, vae=vae, text_encoder=build_text_encoder(TEXT), objective=RectifiedFlow(), condition=condition,
+        image_encoder=None,
         geometry=Geometry(*vae.geometry_strides, (1, 2, 2)), guidance_dropout=0.0, posterior=PosteriorDraw.sample,
         seed=0, device=torch.device("cpu"),
     )  # fmt: skip
@@ -257,7 +258,7 @@ def test_a_model_that_cannot_take_the_condition_is_refused():
 
 
 def test_clips_of_which_nothing_is_left_and_caches_without_the_image_are_refused():
-    with pytest.raises(ValueError, match=r"\[1, 64, 64\], of which condition=CleanFrame gives every frame"):
+    with pytest.raises(ValueError, match=r"\[1, 64, 64\], of which condition=clean_frame gives every frame"):
         check_training(CleanFrame(), DataConfig(shapes=[[17, 64, 64], [1, 64, 64]]), VAEConfig(**VAE))
     cached = DataConfig(latents="cache")
     check_training(CleanFrame(), cached, VAEConfig(**VAE))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kinema.conditioning.dropout import uniform_from
+from kinema.conditioning.image import ImageTokens
 
 Encode = Callable[[Tensor], Tensor]
 """Video (3, T, H, W) in [-1, 1] -> the mean of its normalised latents (C, t, h, w)."""
@@ -37,6 +38,12 @@ class Given(NamedTuple):
 class FrameCondition:
     """Frames of its own that a clip is given: none here, where videos come from captions alone."""
 
+    @property
+    def name(self) -> str:
+        """What is typed after `condition=`."""
+        fitting = [name for name, kind in FRAME_CONDITIONS.items() if isinstance(self, kind)]
+        return fitting[-1]  # every choice is a `FrameCondition`, which comes first
+
     def num_images(self) -> int:
         """Images that a clip can be given."""
         return 0
@@ -58,11 +65,11 @@ class FrameCondition:
         if images not in (0, self.num_images()):
             raise ValueError(
                 f"{images} image(s) given: these weights were trained with {self.num_images()} "
-                f"(condition={type(self).__name__}). Leave image and last_image out, or give as many."
+                f"(condition={self.name}). Leave image and last_image out, or give as many."
             )
         if images == 0 and self.needs_images():
             raise ValueError(
-                f"these weights were always given {self.num_images()} image(s) (condition={type(self).__name__}, "
+                f"these weights were always given {self.num_images()} image(s) (condition={self.name}, "
                 "condition.dropout=0): they cannot go without. Type image=picture.png."
             )
 
@@ -88,6 +95,8 @@ class GivenFrames(FrameCondition):
 
     dropout: float = 0.1
     """Share of clips trained without their images: the same weights then make videos from captions alone too."""
+    image: ImageTokens | None = None
+    """The images also as tokens, for models with `model.image_width`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -100,6 +109,10 @@ class GivenFrames(FrameCondition):
     def needs_images(self) -> bool:
         """Whether a video cannot be made without them."""
         return self.dropout == 0
+
+    def reads_pixels(self) -> bool:
+        """Tokens are made of pixels."""
+        return self.image is not None
 
     def is_dropped(self, seed: int | str) -> bool:
         """Whether a training clip goes without its images."""
@@ -172,5 +185,10 @@ class PaddedClip(GivenFrames):
         return Given(channels=torch.cat([mask.to(latents), latents]))
 
 
-FRAME_CONDITIONS = (FrameCondition, CleanFrame, FrameChannels, PaddedClip)
-"""The choices of `condition`."""
+FRAME_CONDITIONS: dict[str, type[FrameCondition]] = {
+    "none": FrameCondition,
+    "clean_frame": CleanFrame,
+    "frame_channels": FrameChannels,
+    "padded_clip": PaddedClip,
+}
+"""The choices of `condition` by the names of their schemas."""

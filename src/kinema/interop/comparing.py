@@ -209,7 +209,13 @@ def latte(reference: Any, config: Record, sample: Sample) -> Tensor:
     return reference(sample.latents, sample.timesteps * 1000, sample.text).sample
 
 
+def pixart(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """PixArt: one frame, and timesteps that count to 1000."""
+    return reference(sample.latents[:, :, 0], sample.text, sample.timesteps * 1000).sample.unsqueeze(2)
+
+
 CALLS: dict[str, Call] = {
+    "PixArtTransformer2DModel": pixart,
     "CosmosTransformer3DModel": cosmos,
     "LatteTransformer3DModel": latte,
     "WanTransformer3DModel": wan,
@@ -221,6 +227,10 @@ CALLS: dict[str, Call] = {
     "CogVideoXTransformer3DModel": cogvideox,
 }
 """How the forward of each class of the reference takes a sample."""
+
+
+IMAGES = ("PixArtTransformer2DModel",)
+"""Classes of the reference that take one frame."""
 
 
 def words_of(config: Record) -> int:
@@ -241,7 +251,7 @@ def difference(ours: nn.Module, reference: Any, config: Record) -> float:
     name = type(reference).__name__
     if name not in CALLS:
         raise ValueError(f"{name}: Kinema cannot run this class for a comparison yet; it has calls for {list(CALLS)}.")
-    sample = Sample.of(ours, words_of(config))
+    sample = Sample.of(ours, words_of(config), tokens=(1, 5, 3) if name in IMAGES else (3, 3, 5))
     expected = CALLS[name](reference, config, sample)
     found = ours.predict_streams(list(sample.latents), sample.timesteps, list(sample.text), sample.extras())
     video = torch.stack(found.video)

@@ -12,8 +12,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from kinema.conditioning.frames import CleanFrame
 from kinema.diffusion.objective import RectifiedFlow
 from kinema.identity import fingerprint
+from kinema.interop.adapters import DIFFUSERS_FILE, comfyui_tensors, diffusers_tensors, load_into, patched, placed
 from kinema.interop.card import model_card
 from kinema.interop.comparing import LIMIT, difference
 from kinema.interop.folders import published_folder
@@ -27,6 +29,7 @@ from kinema.interop.reference import is_installed, reference_class
 from kinema.models.vae import CausalVAE
 from kinema.sampling.pipeline import Pipeline
 from kinema.training.checkpoint import write_json
+from kinema.training.finetune import Adapter, adapters_of, base_weights
 from kinema.training.run_folder import Weights
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -51,12 +54,18 @@ SINGLE_FILE = {"WanTransformer3DModel", "WanVACETransformer3DModel"}
 """Classes of which the reference reads the maker's files of any size; of others it knows the released size or none."""
 
 
+LORA_READERS = {"WanTransformer3DModel": "WanPipeline"}
+"""Classes of which a pipeline of the reference reads adapters in the maker's names, at any size."""
+
+
 class Format(enum.Enum):
     """What is written."""
 
     diffusers = "diffusers"
     single_file = "single-file"
     kinema = "kinema"
+    lora_diffusers = "lora-diffusers"
+    lora_comfyui = "lora-comfyui"
 
 
 class Part(enum.Enum):
@@ -103,9 +112,11 @@ def export(
     if Format(format) is Format.kinema:
         with published_folder(Path(to)) as aside:
             return write_kinema(aside, held)
+    if Format(format) in (Format.lora_diffusers, Format.lora_comfyui):
+        held = held.adapted(format)
     held = held.apart()
     chosen = {name: Described.of(name, model, tensors, held, preset) for name, (model, tensors) in held.models.items()}
-    write = write_diffusers if Format(format) is Format.diffusers else write_single_file
+    write = WRITERS[Format(format)]
     with published_folder(Path(to)) as aside:
         lines = write(aside, held, chosen)
         if held.manifest is not None:
@@ -261,6 +272,7 @@ def write_pipeline(folder: Path, held: Held, models: dict[str, Described]) -> st
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         **{name: [None, None] for name in absent if name not in models},
         **({} if held.boundary is None else {"boundary_ratio": held.boundary}),
+        **({"expand_timesteps": True} if isinstance(held.condition(), CleanFrame) else {}),
     }
     write_json(folder / "model_index.json", index)
     return f"model_index.json: {pipeline}, shift {flow_shift(held):g}; give it {', '.join(absent[:2])} when you load it"
@@ -308,11 +320,71 @@ def reload_single_file(path: Path, model: Described) -> Any:
     return reference
 
 
+def write_lora_diffusers(folder: Path, held: Held, models: dict[str, Described]) -> list[str]:
+    """The adapters alone in the names of the reference, loaded by it onto the base."""
+    model = models["transformer"]
+    found = placed(adapters_of(model.model), base_weights(model.model), model.preset.key_map(model.config))
+    save(diffusers_tensors(found), folder / DIFFUSERS_FILE)
+    reference = reference_of(model, model.theirs)
+    effect = difference(model.model, reference, model.config)
+    load_into(reference, folder, len(found))
+    return [check_difference(adapters_line(found, effect), model, reference)]
+
+
+def write_lora_comfyui(folder: Path, held: Held, models: dict[str, Described]) -> list[str]:
+    """The adapters alone in the maker's names, applied as ComfyUI does, and by the reference where it reads those."""
+    model = models["transformer"]
+    table = (model.preset.original_key_map or model.preset.key_map)(model.config)
+    found = placed(adapters_of(model.model), base_weights(model.model), table)
+    path = folder / "lora.safetensors"
+    save(comfyui_tensors(found), path)
+    effect = difference(model.model, reference_of(model, model.theirs), model.config)
+    applied = table.to_ours(patched(model.original, safetensors.torch.load_file(path)))
+    reference = reference_of(model, model.preset.key_map(model.config).to_theirs(applied))
+    lines = [check_difference(f"{adapters_line(found, effect)}, applied as ComfyUI does", model, reference)]
+    if model.preset.reference in LORA_READERS:
+        reference = reference_of(model, model.theirs)
+        load_into(
+            reference, reference_class(LORA_READERS[model.preset.reference]).lora_state_dict(str(path)), len(found)
+        )
+        lines.append(
+            check_difference(
+                f"the same by load_lora_weights of {LORA_READERS[model.preset.reference]}", model, reference
+            )
+        )
+    return lines
+
+
+def reference_of(model: Described, theirs: dict[str, Tensor]) -> Any:
+    """The reference's class with these weights, float32."""
+    reference = reference_class(model.preset.reference)(**model.config)
+    reference.load_state_dict(theirs)
+    return reference
+
+
+def adapters_line(adapters: dict[str, Adapter], effect: float) -> str:
+    """How many adapters there are, and how far they move the output from the base's."""
+    return f"{len(adapters)} adapters, which change the output by {effect:.1e}"
+
+
+WRITERS = {
+    Format.diffusers: write_diffusers,
+    Format.single_file: write_single_file,
+    Format.lora_diffusers: write_lora_diffusers,
+    Format.lora_comfyui: write_lora_comfyui,
+}
+
+
+def whole_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of weights that have taken in their adapters."""
+    return {key: value for key, value in manifest.items() if key not in ("finetune", "base")}
+
+
 def write_kinema(folder: Path, held: Held) -> list[str]:
     """Only the chosen weights, in a folder that `init_from`, `vae.path` and `sample.py` take."""
     lines = []
     for name, (_, tensors) in held.models.items():
-        manifest, mark = held.manifest_of(name), fingerprint(tensors)
+        manifest, mark = whole_manifest(held.manifest_of(name)), fingerprint(tensors)
         alone = name == "transformer" or len(held.models) == 1
         publish(folder if alone else folder / "vae", tensors, {**manifest, "fingerprints": {"raw": mark, "ema": mark}})
         lines.append(f"{name}: {len(tensors)} tensors, fingerprint {mark}")

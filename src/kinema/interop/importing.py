@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from kinema.diffusion.objective import DDPM
 from kinema.identity import digest, fingerprint, to_plain
 from kinema.interop.folders import published_folder
+from kinema.interop.given import carry_image, has_image_encoder
+from kinema.interop.inflating import Inflated
 from kinema.interop.reading import is_pipeline, read_json
 from kinema.interop.recognising import (
     Recognised,
@@ -24,7 +26,7 @@ from kinema.interop.recognising import (
 )
 from kinema.interop.releases import Release, release_of
 from kinema.interop.texts import carry_text, has_text
-from kinema.models.dit import DiT, Experts
+from kinema.models.dit import AttentionPattern, DiT, Experts
 from kinema.models.vae import CausalVAE
 from kinema.training.checkpoint import CheckpointStore, Writer, json_writer, tensor_writer
 
@@ -34,25 +36,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="a diffusers folder, the maker's own folder, or one .safetensors file")
     parser.add_argument("--to", type=Path, required=True, help="the folder to make")
     parser.add_argument("--vae", type=Path, default=None, help="the VAE that belongs to a transformer given alone")
+    parser.add_argument(
+        "--inflate",
+        choices=["full", "factorised", "alternating"],
+        default=None,
+        help="make a model of videos of an image model, with this attention",
+    )
     parser.add_argument("--prefix", default=None, help="part of a single file, for example model.diffusion_model.")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Import, and say what came in."""
-    for line in import_model(arguments.path, arguments.to, vae=arguments.vae, prefix=arguments.prefix):
+    attention = None if arguments.inflate is None else AttentionPattern[arguments.inflate]
+    for line in import_model(arguments.path, arguments.to, arguments.vae, arguments.prefix, attention):
         print(line)
     return 0
 
 
-def import_model(path: Path, to: Path, vae: Path | None = None, prefix: str | None = None) -> list[str]:
+def import_model(
+    path: Path,
+    to: Path,
+    vae: Path | None = None,
+    prefix: str | None = None,
+    inflate: AttentionPattern | None = None,
+) -> list[str]:
     """Write the Kinema checkpoint of a published model into the new folder `to`; returns lines that say what it is.
 
-    Everything is checked on shapes before anything is written, and on any error nothing is left behind.
+    Everything is checked on shapes before anything is written, and on any error nothing is left behind. With `inflate`
+    an image model becomes one of videos with that attention.
     """
     found = recognise_all(path, vae, prefix)
+    if inflate is not None:
+        found = replace(found, dit=_inflated(found, inflate))
     with published_folder(to) as aside:
         lines = [line for part in (_import_vae(found, aside, to), _import_dit(found, aside, to)) for line in part]
     return [*lines, *found.pipeline_lines(), f"READY {to}"]
+
+
+Transformer = Recognised | RecognisedPair | Inflated
 
 
 @dataclass(frozen=True)
@@ -60,7 +81,7 @@ class Found:
     """What a path holds: a transformer, a VAE, or both."""
 
     path: Path
-    dit: Recognised | RecognisedPair | None
+    dit: Transformer | None
     vae: Recognised | None
     release: Release | None
     """None for parts, and for pipelines that Kinema cannot sample yet."""
@@ -70,7 +91,9 @@ class Found:
     @property
     def can_sample(self) -> bool:
         """Whether all is there that `sample.py` needs."""
-        return self.release is not None and has_text(self.path, self.release.text)
+        if self.release is None:
+            return False
+        return has_text(self.path, self.release.text) and has_image_encoder(self.path, self.release.condition)
 
     def pipeline_lines(self) -> list[str]:
         """What a whole pipeline lacks for sampling, for people."""
@@ -78,7 +101,7 @@ class Found:
             return [f"{self.path}/vae: Kinema's VAE cannot be {self.other_vae}; sample.py latents_only=true"]
         if not is_pipeline(self.path) or self.can_sample:
             return []
-        missing = "a release that Kinema can sample" if self.release is None else "text_encoder/ and tokenizer/"
+        missing = "its text or image encoder" if self.release else "a release that Kinema can sample"
         return [f"{self.path} lacks {missing}: its weights can be trained from, not sampled with sample.py"]
 
 
@@ -106,6 +129,12 @@ def other_vae(folder: Path) -> str | None:
     return None if name in known_classes() else name
 
 
+def _inflated(found: Found, attention: AttentionPattern) -> Inflated:
+    if not isinstance(found.dit, Recognised):
+        raise ValueError(f"--inflate {attention.name}: {found.path} holds no single transformer.")
+    return Inflated(found.dit, attention)
+
+
 def _import_vae(found: Found, aside: Path, to: Path) -> list[str]:
     """Publish the VAE: as the folder itself when it comes alone, in `vae/` beside a transformer otherwise."""
     if found.vae is None:
@@ -127,8 +156,9 @@ def _import_dit(found: Found, aside: Path, to: Path) -> list[str]:
     manifest = {**dit_manifest(found), **_common(found, found.dit, tensors)}
     if found.release is not None and found.can_sample:
         manifest["text"] = carry_text(found.path, aside, to, found.release.text)
+        manifest |= carry_image(found.path, aside, to, found.release.condition)
     publish(aside, tensors, manifest)
-    _write_configs(found, aside, to, manifest.get("text"))
+    _write_configs(found, aside, to, manifest)
     return [_line(found.dit, tensors)]
 
 
@@ -174,7 +204,7 @@ def _vae_config(vae: Recognised) -> dict[str, Any]:
     return to_plain(vae.skeleton.config)
 
 
-def _common(found: Found, part: Recognised | RecognisedPair, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _common(found: Found, part: Transformer, tensors: dict[str, Tensor]) -> dict[str, Any]:
     mark = fingerprint(tensors)
     return {
         "format_version": 1,
@@ -193,7 +223,7 @@ def _common(found: Found, part: Recognised | RecognisedPair, tensors: dict[str, 
     }
 
 
-def _write_configs(found: Found, aside: Path, to: Path, text: dict[str, Any] | None) -> None:
+def _write_configs(found: Found, aside: Path, to: Path, manifest: dict[str, Any]) -> None:
     """Hydra groups of this model, for `python train.py --config-dir DIR/configs experiment=imported`."""
     assert found.dit is not None
     assert isinstance(found.dit.skeleton, DiT | Experts)
@@ -206,7 +236,10 @@ def _write_configs(found: Found, aside: Path, to: Path, text: dict[str, Any] | N
         objective = to_plain(found.release.objective)
         schema = "ddpm" if isinstance(found.release.objective, DDPM) else "rectified_flow"
         write_group(aside, "objective", schema, objective, "The objective that the release is sampled with.")
-    if text is not None:
+        condition = manifest["condition"]
+        choices.append({"override /condition": "imported"})
+        write_group(aside, "condition", found.release.condition.name, condition, "The frames that the release gives.")
+    if (text := manifest.get("text")) is not None:
         choices.append({"override /text": "imported"})
         schema = "pretrained" if text["config"]["type"] == "PretrainedText" else "combined"
         write_group(aside, "text", schema, text["config"], "The text encoder of the release, by its own policy.")
@@ -234,7 +267,7 @@ def write_yaml(path: Path, content: dict[str, Any], comment: str) -> None:
     path.write_text(f"# {comment}\n{OmegaConf.to_yaml(OmegaConf.create(content))}")
 
 
-def _line(part: Recognised | RecognisedPair, tensors: dict[str, Tensor]) -> str:
+def _line(part: Transformer, tensors: dict[str, Tensor]) -> str:
     published = part.published
     numbers = sum(tensor.numel() for tensor in tensors.values())
     left = f", {published.left_out} tensors of other parts left out" if published.left_out else ""

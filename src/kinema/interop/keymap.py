@@ -188,6 +188,20 @@ class Rule:
     ours: str | tuple[str, ...]
     layout: Layout = field(default_factory=Same)
 
+    @property
+    def all_theirs(self) -> tuple[str, ...]:
+        """Their names, be it one or several."""
+        return _names(self.theirs)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Tensors of ours and those of theirs that hold the same numbers: one rule at one place of the model."""
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    layout: Layout
+
 
 class KeyMap:
     """A table of rules that names every tensor of a model exactly once, in both directions.
@@ -211,6 +225,19 @@ class KeyMap:
         for name, constant in self.constants.items():
             _check_constant(name, left.pop(name, None), constant)
         return self._apply(left, [(_names(r.ours), _names(r.theirs), r.layout.to_theirs) for r in self.rules])
+
+    def places(self, ours: Iterable[str]) -> list[Place]:
+        """Where theirs has these tensors of ours, each place once; ValueError for a name that no rule names."""
+        return list(dict.fromkeys(self._place(name) for name in ours))
+
+    def _place(self, name: str) -> Place:
+        for rule in self.rules:
+            for pattern in map(_pattern, _names(rule.ours)):
+                if match := pattern.fullmatch(name):
+                    names = (_names(rule.ours), _names(rule.theirs))
+                    ours, theirs = (tuple(each.format(**match.groupdict()) for each in side) for side in names)
+                    return Place(ours, theirs, rule.layout)
+        raise ValueError(f"{name} is named by no rule.")
 
     def _apply(self, tensors: Mapping[str, Tensor], table: "list[Direction]") -> dict[str, Tensor]:
         left, found = dict(tensors), dict[str, Tensor]()

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kinema.conditioning.frames import FrameCondition
 from kinema.diffusion.objective import DDPM, Objective, RectifiedFlow
 from kinema.identity import from_plain, to_plain
 from kinema.interop.importing import import_model, recognise_all
@@ -15,12 +16,15 @@ from kinema.interop.recognising import recognise
 from kinema.models.dit import DiTConfig, Experts, make_denoiser, split_experts
 from kinema.models.vae import CausalVAE
 from kinema.sampling.pipeline import OtherVAE, Pipeline
-from kinema.sampling.sample import load_pipeline
+from kinema.sampling.sample import condition_of, load_pipeline
 from kinema.training.checkpoint import SEAL, Checkpoint, CheckpointStore
-from kinema.training.run_folder import Weights, checkpoint_of, load_vae, load_weights
+from kinema.training.finetune import adapters_of, base_weights, merged_weights
+from kinema.training.run_folder import Weights, checkpoint_of, is_adapted, load_vae, load_weights
 
 Model = tuple[nn.Module, dict[str, Tensor]]
-"""A module in float32, and its tensors in the types that they were stored in."""
+"""A module in float32, with adapters if it was trained so, and its tensors in the types that they were stored in,
+with adapters merged into them.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,15 @@ class Held:
             raise ValueError(f"--part {part}: there is only {', '.join(self.models)}.")
         return Held({part: self.models[part]}, self.manifest, self.vae_manifest)
 
+    def adapted(self, format: str) -> "Held":
+        """This with its base alone, beside which the module has adapters; ValueError for a model without any."""
+        model, _ = self.models.get("transformer", (None, None))
+        if model is None or not adapters_of(model):
+            raise ValueError(f"--format {format}: there are no adapters. Train with finetune=lora, or choose another.")
+        if isinstance(model, Experts):
+            raise ValueError(f"--format {format}: adapters of two experts are not written yet. Export merged weights.")
+        return Held({"transformer": (model, base_weights(model))}, self.manifest)
+
     def apart(self) -> "Held":
         """This with two experts as two transformers, as the reference has them."""
         model, tensors = self.models.get("transformer", (None, {}))
@@ -62,6 +75,10 @@ class Held:
         """The objective of the training; None for a module without a manifest."""
         plain = (self.manifest or {}).get("objective")
         return None if plain is None else from_plain(plain, RectifiedFlow, DDPM)
+
+    def condition(self) -> FrameCondition:
+        """The frames that the training gave; none for a module without a manifest."""
+        return condition_of(self.manifest or {})
 
     def published_preset(self, name: str) -> str | None:
         """The preset that a model was imported as."""
@@ -114,11 +131,11 @@ def held_of(source: "nn.Module | Pipeline | Parts | str | Path", weights: Weight
     """The models of a run, or of a module or a pipeline that is given itself."""
     if isinstance(source, Pipeline | Parts):
         given = {"vae": source.vae, "transformer": source.denoiser}
-        models = {n: (model, model.state_dict()) for n, model in given.items() if not isinstance(model, OtherVAE)}
+        models = {n: (model, merged_weights(model)) for n, model in given.items() if not isinstance(model, OtherVAE)}
         return Held(models, pipeline_manifest(source) if isinstance(source, Pipeline) else None)
     if isinstance(source, nn.Module):
         name = "vae" if isinstance(source, CausalVAE) else "transformer"
-        return Held({name: (source, source.state_dict())}, None)
+        return Held({name: (source, merged_weights(source))}, None)
     if not is_run(Path(source)):
         raise ValueError(f"{source} is no run of Kinema: it holds no checkpoints. Import it first (kinema import).")
     checkpoint = checkpoint_of(str(source), "run")
@@ -157,7 +174,7 @@ def transformer_of(checkpoint: Checkpoint, manifest: dict[str, Any], weights: We
     model = make_denoiser(config, *dit_widths(manifest, vae))
     if load_weights(model, checkpoint, weights) != manifest["fingerprints"][weights.value]:
         raise ValueError(f"{checkpoint.folder}: the weights are not those that its manifest names.")
-    return model, checkpoint.tensors(file_of(weights))
+    return model, merged_weights(model) if is_adapted(manifest) else checkpoint.tensors(file_of(weights))
 
 
 def dit_widths(manifest: dict[str, Any], vae: nn.Module | None) -> tuple[int, int]:

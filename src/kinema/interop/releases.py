@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kinema.conditioning.frames import FrameCondition
 from kinema.conditioning.text import CombinedText, PretrainedText
 from kinema.diffusion.objective import Objective
 from kinema.identity import to_plain
 from kinema.interop.captions import CAPTIONS
+from kinema.interop.given import published_condition
 from kinema.interop.reading import read_json
 from kinema.interop.schedulers import scheduled
 from kinema.sampling.pipeline import SamplingConfig
@@ -26,6 +28,8 @@ class Release:
     """Of a VAE that Kinema cannot be."""
     text: PretrainedText | CombinedText
     """How captions are encoded; `path` is what its encoders are called."""
+    condition: FrameCondition
+    """Frames that its pipeline gives; the path of an image encoder is what it is called."""
 
     def manifest(self) -> dict[str, Any]:
         """Its part of a manifest."""
@@ -35,6 +39,7 @@ class Release:
             "fps": self.fps,
             "shapes": [list(shape) for shape in self.shapes],
             "guidance_dropout": self.guidance_dropout,
+            "condition": to_plain(self.condition),
         }
 
 
@@ -53,14 +58,16 @@ class Habits:
     """Frames and pixels a side of a latent, of a VAE that Kinema cannot be: its latents are sampled, no frames."""
 
 
+WAN = Habits(
+    fps=16.0,
+    shapes=((81, 480, 832), (81, 720, 1280)),
+    num_steps=50,
+    guidance_scale=5.0,
+    gives_sigmas=False,
+)
 HABITS = {
-    "WanPipeline": Habits(
-        fps=16.0,
-        shapes=((81, 480, 832), (81, 720, 1280)),
-        num_steps=50,
-        guidance_scale=5.0,
-        gives_sigmas=False,
-    ),
+    "WanPipeline": WAN,
+    "WanImageToVideoPipeline": WAN,
     "HunyuanVideoPipeline": Habits(
         fps=24.0,
         shapes=((129, 720, 1280), (129, 544, 960)),
@@ -104,4 +111,5 @@ def release_of(pipeline: Path) -> Release | None:
         embedded_guidance=habits.embedded_guidance,
         **sampling,
     )
-    return Release(objective, settings, habits.fps, habits.shapes, 0.1, habits.strides, CAPTIONS[name])
+    condition = published_condition(index, read_json(pipeline / "transformer" / "config.json"))
+    return Release(objective, settings, habits.fps, habits.shapes, 0.1, habits.strides, CAPTIONS[name], condition)

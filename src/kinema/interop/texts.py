@@ -36,13 +36,14 @@ def stored_type(folder: Path) -> TextDtype:
 def carry_text(pipeline: Path, aside: Path, to: Path, policy: Policy) -> dict[str, Any]:
     """Copy encoders and tokenizers into `aside/text`; returns the manifest's part, with the place that `to` will be."""
     for name, pair in places(policy).items():
-        _carry(pipeline, pair, aside / "text" / name)
+        carry_parts(pipeline, pair, aside / "text" / name)
     encoder = build_text_encoder(_at(policy, aside / "text", aside / "text"))
     config = _at(policy, aside / "text", to / "text")
     return {"config": to_plain(config), "policy": encoder.policy()}
 
 
-def _carry(pipeline: Path, pair: tuple[str, str], folder: Path) -> None:
+def carry_parts(pipeline: Path, pair: tuple[str, str], folder: Path) -> None:
+    """Copy two folders of a pipeline into a new one."""
     folder.mkdir(parents=True)
     for part in pair:
         for file in sorted((pipeline / part).iterdir()):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kinema.conditioning.condition import Condition, Words
 from kinema.conditioning.frames import ClipSize, FrameCondition, Given
+from kinema.conditioning.image import ImageEncoder
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.pixels import to_model_range
 from kinema.models.vae import CausalVAE
@@ -19,19 +20,28 @@ class Conditioner:
     frames: FrameCondition
     vae: CausalVAE
     geometry: Geometry
+    image_encoder: ImageEncoder | None = None
 
     def of_images(self, words: Words, shape: ClipShape, images: Tensor) -> Condition:
         """A clip of this shape with its embedded caption, and the frames that it is given, uint8 (n, H, W, 3)."""
         pixels = to_model_range(images).unbind(1)
-        return self._told(words, self.frames.of_images(pixels, self._size(shape), self._encode))
+        given = self.frames.of_images(pixels, self._size(shape), self._encode)
+        return self._told(words, given, self._tokens(images))
 
     def of_latents(self, words: Words, shape: ClipShape, mean: Tensor | None) -> Condition:
         """As `of_images`, from the mean (C, t, h, w) of the clip's posterior, or None where it is given nothing."""
         return self._told(words, self.frames.of_latents(mean, self._size(shape)))
 
-    def _told(self, words: Words, given: Given) -> Condition:
+    def _tokens(self, images: Tensor) -> Tensor | None:
+        if self.image_encoder is None:
+            return None
+        return (
+            self.image_encoder.encode(images) if len(images) else self.image_encoder.nothing(self.frames.num_images())
+        )
+
+    def _told(self, words: Words, given: Given, image: Tensor | None = None) -> Condition:
         device = next(self.vae.parameters()).device
-        told = {**words, **given._asdict()}
+        told = {**words, **given._asdict(), "image": image}
         return Condition(**{name: value.to(device) for name, value in told.items() if value is not None})
 
     def _size(self, shape: ClipShape) -> ClipSize:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kinema.conditioning.condition import Condition
 from kinema.conditioning.frames import CleanFrame, FrameCondition
+from kinema.conditioning.image import ImageEncoder
 from kinema.models.dit import DiTConfig, Extras
 from kinema.models.vae import VAEConfig
 
@@ -50,12 +51,26 @@ def with_given_frames(clips: Clips, conditions: Sequence[Condition]) -> Clips:
     ]
 
 
-def check_condition(condition: FrameCondition, model: DiTConfig, vae: VAEConfig) -> None:
+def check_condition(
+    condition: FrameCondition, model: DiTConfig, vae: VAEConfig, image_encoder: ImageEncoder | None = None
+) -> None:
     """Refuse a model that cannot take what the condition gives."""
+    width = image_encoder.width if image_encoder else 0
+    if width != model.image_width:
+        raise ValueError(
+            f"model.image_width={model.image_width}, and condition={condition.name} gives image tokens of width "
+            f"{width} (condition.image). Type model.image_width={width}, or another condition."
+        )
+    tokens = image_encoder.num_tokens * condition.num_images() if image_encoder else 0
+    if model.image_positions not in (0, tokens):
+        raise ValueError(
+            f"model.image_positions={model.image_positions}, and condition={condition.name} gives {tokens} image "
+            f"tokens. Type model.image_positions={tokens}, or another condition."
+        )
     channels = condition.channels(vae.latent_channels, vae.temporal_stride)
     if channels != model.condition_channels:
         raise ValueError(
-            f"condition={type(condition).__name__} gives {channels} channels beside {vae.latent_channels} latent ones, "
+            f"condition={condition.name} gives {channels} channels beside {vae.latent_channels} latent ones, "
             f"and model.condition_channels={model.condition_channels}. Type model.condition_channels={channels}, or "
             "another condition."
         )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kinema.conditioning.condition import Condition, Words, embed, null_words, with_words
 from kinema.conditioning.frames import FrameCondition
+from kinema.conditioning.image import ImageEncoder
 from kinema.conditioning.text import NULL_CAPTION, TextEncoder
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.pixels import to_uint8
@@ -99,6 +100,8 @@ class Pipeline:
     """Share of captions that were dropped in training; 0 forbids guidance."""
     condition: FrameCondition
     """Images that a video can be given."""
+    image_encoder: ImageEncoder | None = None
+    """What makes tokens of them, where the denoiser reads some."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the release, or the training, sampled with it: what is meant where nobody says otherwise."""
 
@@ -167,7 +170,7 @@ class Pipeline:
         if isinstance(self.vae, OtherVAE):  # which encodes no image
             return [Condition(**words) for words in embed(self.text_encoder, captions)]
         given = images or [torch.empty(0, *shape[1:], 3, dtype=torch.uint8)] * len(captions)
-        conditioner = Conditioner(self.condition, self.vae, self.geometry)
+        conditioner = Conditioner(self.condition, self.vae, self.geometry, self.image_encoder)
         return list(map(conditioner.of_images, embed(self.text_encoder, captions), [shape] * len(captions), given))
 
     def null_words(self, negative_prompt: str) -> Words:

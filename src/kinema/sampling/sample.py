@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from kinema.conditioning.frames import FRAME_CONDITIONS, FrameCondition
+from kinema.conditioning.frames import FRAME_CONDITIONS, FrameCondition, GivenFrames
+from kinema.conditioning.image import ImageEncoder, check_image_policy
 from kinema.conditioning.text import TEXT_CONFIGS, build_text_encoder, check_policy
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.encoding import write_video
@@ -145,9 +146,13 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
     check_policy(text_encoder, manifest["text"]["policy"])
     model_config = from_plain(manifest["model"]["config"], DiTConfig)
     condition = condition_of(manifest)
+    image_encoder = image_encoder_of(condition)
+    if image_encoder is not None:
+        check_image_policy(image_encoder, manifest["image"])
+        image_encoder.to(device)
     channels = manifest["model"].get("latent_channels")
     if isinstance(vae, CausalVAE):
-        check_condition(condition, model_config, vae.config)
+        check_condition(condition, model_config, vae.config, image_encoder)
         channels = vae.config.latent_channels
     denoiser = make_denoiser(model_config, channels, text_encoder.width)
     found = load_weights(denoiser, checkpoint, weights)
@@ -163,6 +168,7 @@ def load_pipeline(checkpoint: Checkpoint, weights: Weights = Weights.ema, device
         shapes=[ClipShape(*shape) for shape in manifest["shapes"]],
         guidance_dropout=manifest["guidance_dropout"],
         condition=condition,
+        image_encoder=image_encoder,
         sampling=from_plain(manifest["sampling"], SamplingConfig) if "sampling" in manifest else SamplingConfig(),
     )
     return Loaded(pipeline, manifest, checkpoint, weights, found)
@@ -189,7 +195,14 @@ def carried_vae(checkpoint: Checkpoint, manifest: dict[str, Any]) -> CausalVAE |
 def condition_of(manifest: dict[str, Any]) -> FrameCondition:
     """The frames that the training gave; runs from before there was a choice gave none."""
     plain = manifest.get("condition", to_plain(FrameCondition()))
-    return from_plain(plain, *FRAME_CONDITIONS)
+    return from_plain(plain, *FRAME_CONDITIONS.values())
+
+
+def image_encoder_of(condition: FrameCondition) -> ImageEncoder | None:
+    """The encoder that the condition names, on the CPU; None where it names none."""
+    if isinstance(condition, GivenFrames) and condition.image is not None:
+        return ImageEncoder(condition.image)
+    return None
 
 
 def geometry_of(strides: tuple[int, int], model: DiTConfig) -> Geometry:

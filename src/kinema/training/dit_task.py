@@ -10,6 +10,7 @@ from torch import Tensor
 from kinema.conditioning.condition import Condition, Words, embed, null_words
 from kinema.conditioning.dropout import drop_text
 from kinema.conditioning.frames import FrameCondition
+from kinema.conditioning.image import ImageEncoder
 from kinema.conditioning.text import TextEncoder
 from kinema.data.geometry import Geometry
 from kinema.data.loading import DataConfig, Pack
@@ -95,11 +96,13 @@ class DiTTask:
         text_encoder: TextEncoder,
         objective: Objective,
         condition: FrameCondition,
+        image_encoder: ImageEncoder | None,
         geometry: Geometry,
         guidance_dropout: float,
         posterior: PosteriorDraw,
         seed: int,
         device: torch.device,
+        frozen: dict[str, Tensor],
         timestep_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.engine = engine
@@ -109,12 +112,13 @@ class DiTTask:
         self.condition = condition
         self.geometry = geometry
         self.denoiser = Denoiser(engine, geometry.patch_size[0])
-        self.conditioner = Conditioner(condition, vae, geometry)
+        self.conditioner = Conditioner(condition, vae, geometry, image_encoder)
         self.guidance_dropout = guidance_dropout
         self.posterior = posterior
         self.timestep_range = timestep_range
         self.seed = seed
         self.device = device
+        self.frozen = frozen
 
     def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
         """One pack's share of the step: forward, backward, and the engine's step. Returns sums, to be reduced."""
@@ -133,6 +137,7 @@ class DiTTask:
                 torch.randn(clip.shape, generator=generator).to(self.device)
                 for clip, generator in zip(latents, generators, strict=True)
             ]
+        torch.manual_seed(keyed_seed(self.seed, "adapters", pack.step, pack.lane))  # of their dropout, drawn by torch
         with clock.phase("forward"):
             losses = self.loss(latents, conditions, timesteps, noise, tokens)  # (B,)
             weights = pack.weights.to(self.device)
@@ -230,8 +235,8 @@ class DiTTask:
         return {"model": self.engine}
 
     def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Full weights as they go into a checkpoint."""
-        return weights
+        """Full weights as they go into a checkpoint: the trained ones, and the others as they always were."""
+        return {**self.frozen, **weights}
 
     def seeds(self, name: str, pack: Pack) -> list[int]:
         """One seed for each clip of a pack, for draws of this name."""
@@ -247,14 +252,14 @@ def check_training(condition: FrameCondition, data: DataConfig, vae: VAEConfig) 
     for shape in data.clip_shapes:
         if shape.frames <= condition.num_images():
             raise ValueError(
-                f"data.shapes has {list(shape)}, of which condition={type(condition).__name__} gives every frame: "
+                f"data.shapes has {list(shape)}, of which condition={condition.name} gives every frame: "
                 "nothing is left to learn. Leave that shape out, or type condition=none."
             )
     if data.latents is None:
         return
     if condition.reads_pixels():
         raise ValueError(
-            f"data.latents={data.latents}: condition={type(condition).__name__} encodes images of its own, which "
+            f"data.latents={data.latents}: condition={condition.name} encodes images of its own, which "
             "cached latents do not hold. Type data.latents=null."
         )
     if condition.num_images() and (reason := vae.encoder_looks_ahead()):

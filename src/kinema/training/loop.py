@@ -190,7 +190,7 @@ class Trainer:
         weights = self.ema.full()
         passed = True
         if self.final_check:
-            passed, verdict = self.final_check(weights)
+            passed, verdict = self.final_check(self.task.finished_weights(weights))
             self.outputs.event(self.step, "check", verdict)
         return from_main(passed)
 
@@ -428,12 +428,13 @@ def initial_weights(store: CheckpointStore, process: Process, module: torch.nn.M
     tensors = found.tensors("model" if name == "model" else "optimizer")
     prefix = "" if name == "model" else f"{name}/"
     own = {f"{prefix}{key}": parameter for key, parameter in module.named_parameters()}
-    if missing := sorted(own.keys() - tensors.keys()):
+    if missing := sorted(key for key, parameter in own.items() if parameter.requires_grad and key not in tensors):
         raise ValueError(
             f"{found.folder} lacks weights of this {name}, for example {missing[:3]}: it is another model's."
         )
     with torch.no_grad():
-        for key, parameter in own.items():
+        for key in sorted(own.keys() & tensors.keys()):  # adapters come without their base
+            parameter = own[key]
             if parameter.shape != tensors[key].shape:
                 raise ValueError(
                     f"{found.folder} holds {key} of shape {list(tensors[key].shape)}, this configuration makes "

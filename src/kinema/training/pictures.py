@@ -22,6 +22,7 @@ from kinema.sampling.images import fit_images, read_image
 from kinema.sampling.pipeline import Pipeline
 from kinema.training.checkpoint import write_json
 from kinema.training.dit_task import SamplesConfig
+from kinema.training.finetune import assign
 
 
 @dataclass
@@ -53,7 +54,7 @@ class SampleMaker:
         prompts = list(self.config.prompts)
         if not prompts:
             return None
-        self.pipeline.denoiser.load_state_dict(weights)
+        assign(self.pipeline.denoiser, weights)
         videos = self.pipeline.videos(prompts, self.shape, self.config, images=self.images)
         folder = self.run_dir / "samples" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +128,7 @@ class OverfitCheck:
     @torch.no_grad()
     def __call__(self, weights: dict[str, Tensor]) -> tuple[bool, str]:
         """Passed, and the verdict in words: PSNR of samples beside that of the VAE's own reconstruction."""
-        self.pipeline.denoiser.load_state_dict(weights)
+        assign(self.pipeline.denoiser, weights)
         frames, height, width, _ = self.clip.shape
         shape, count = ClipShape(frames, height, width), self.pipeline.condition.num_images()
         images = [shown_frames(self.clip, count)] * self.samples

@@ -15,9 +15,11 @@ from kinema.training.checkpoint import (
     CheckpointError,
     CheckpointStore,
     json_writer,
+    link_writer,
     replace_text,
     tensor_writer,
 )
+from kinema.training.finetune import LoRA, assign, trained_parameters
 
 
 class Weights(enum.Enum):
@@ -108,10 +110,61 @@ def carry_vae(run_dir: Path, source: Checkpoint, weights: Weights) -> None:
     store.publish(source.step, writers)
 
 
+def carry_base(run_dir: Path, init_from: str) -> None:
+    """Publish the base inside a run of adapters, so that the run folder is complete; a link on the same disk."""
+    store = CheckpointStore(run_dir / "base")
+    if store.steps():
+        return
+    source = unadapted(init_from)
+    link = link_writer(source.folder / "ema.safetensors")
+    store.publish(source.step, {"ema.safetensors": link, "manifest.json": json_writer(source.document("manifest"))})
+
+
+def unadapted(init_from: str) -> Checkpoint:
+    """The checkpoint that a run starts from; ValueError for adapters, which are not weights of a whole model."""
+    source = checkpoint_of(init_from, "init_from")
+    if is_adapted(source.document("manifest")):
+        raise ValueError(
+            f"init_from={init_from} holds adapters. Merge them into their base first: kinema export {init_from} "
+            "--format kinema --to DIR, then init_from=DIR."
+        )
+    return source
+
+
+def open_base(run_dir: Path) -> Checkpoint:
+    """The base inside a run of adapters."""
+    found = CheckpointStore(run_dir / "base").newest()
+    if found is None:
+        raise ValueError(f"{run_dir / 'base'} is missing: the run folder is not complete.")
+    return found
+
+
+def is_adapted(manifest: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds adapters only, and its run their base."""
+    return manifest.get("finetune", {}).get("type") == LoRA.__name__
+
+
+def load_base(module: torch.nn.Module, checkpoint: Checkpoint, manifest: dict[str, Any]) -> None:
+    """Give `module` the base of a checkpoint of adapters, and empty adapters; ValueError for another base."""
+    base = open_base(checkpoint.folder.parent.parent)
+    if (found := load_weights(module, base, Weights.ema)) != manifest["base"]:
+        raise ValueError(
+            f"the base in {base.folder} (fingerprint {found}) is not the one that the adapters of {checkpoint.folder} "
+            f"were trained on ({manifest['base']})."
+        )
+    from_plain(manifest["finetune"], LoRA).prepare(module)
+
+
 def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, weights: Weights) -> str:
-    """Give `module` a checkpoint's weights, all of them and no others; returns their fingerprint."""
+    """Give `module` a checkpoint's weights, all of them and no others; returns their fingerprint.
+
+    Of a checkpoint of adapters: first their base, out of the same run, then the adapters, which stay beside it.
+    """
+    manifest = checkpoint.document("manifest")
+    if is_adapted(manifest):
+        load_base(module, checkpoint, manifest)
     tensors = checkpoint.tensors("model" if weights is Weights.raw else "ema")
-    own = module.state_dict()
+    own = trained_parameters(module) if is_adapted(manifest) else module.state_dict()
     wrong = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
     if own.keys() != tensors.keys() or wrong:
         missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -119,5 +172,5 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, weights: Weigh
             f"{checkpoint.folder} is a checkpoint of another model: {len(missing)} weights missing {missing[:3]}, "
             f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}."
         )
-    module.load_state_dict(tensors)
+    assign(module, tensors)
     return fingerprint(tensors)

@@ -147,7 +147,7 @@ class VAETask:
             return weights
         channels = self.latent_channels
         neutral = {"latent_mean": torch.zeros(channels), "latent_std": torch.ones(channels)}
-        self.twin.load_state_dict({**weights, **neutral})
+        self.twin.load_state_dict({**self.twin.state_dict(), **weights, **neutral})
         statistics = LatentStatistics(channels)
         for pack in self.statistics_packs:
             for video, _, _ in self.batches(pack):

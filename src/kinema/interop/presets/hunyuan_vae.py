@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +176,33 @@ def _key_map_15(config: Record) -> KeyMap:
     return KeyMap(rules, _statistics(config))
 
 
+VENDOR_15 = {
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0.to_": "mid.attn_1.",
+    "mid_block.attentions.0": "mid.attn_1",
+    "down_blocks": "down",
+    "up_blocks": "up",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "resnets": "block",
+}
+"""A part of a name in `diffusers` -> the same in the vendor's files, in the order in which they are looked for."""
+
+
+def _original_key_map_15(config: Record) -> KeyMap:
+    """Between the vendor's own names and ours. (HunyuanVideo's own are those of its class in `diffusers`.)"""
+    reference = _key_map_15(config)
+    rules = [replace(rule, theirs=tuple(_vendor_15(name) for name in rule.all_theirs)) for rule in reference.rules]
+    return KeyMap(rules, reference.constants)
+
+
+def _vendor_15(name: str) -> str:
+    for theirs, vendors in VENDOR_15.items():
+        name = name.replace(theirs, vendors)
+    return name
+
+
 def _key_map(config: Record) -> KeyMap:
     """Between the names of `AutoencoderKLHunyuanVideo` and ours."""
     ours = _vae_config(config)
@@ -230,6 +258,7 @@ HUNYUAN_15_VAE = Preset(
     build=_build_15,
     describe=_describe_15,
     key_map=_key_map_15,
+    original_key_map=_original_key_map_15,
 )
 HUNYUAN_VAE = Preset(
     name="hunyuan_vae",

@@ -94,8 +94,8 @@ def key_map(record: Record) -> KeyMap:
         rule
         for pair in range(record["num_layers"])
         for rule in [
-            *_block(f"transformer_blocks.{pair}", f"blocks.{2 * pair}", width, ["attn1", "attn2"]),
-            *_block(f"temporal_transformer_blocks.{pair}", f"blocks.{2 * pair + 1}", width, ["attn1"]),
+            *block_rules(f"transformer_blocks.{pair}", f"blocks.{2 * pair}", width, ["attn1", "attn2"]),
+            *block_rules(f"temporal_transformer_blocks.{pair}", f"blocks.{2 * pair + 1}", width, ["attn1"]),
         ]
     ]
     return KeyMap(
@@ -109,7 +109,8 @@ def key_map(record: Record) -> KeyMap:
     )
 
 
-def _block(theirs: str, ours: str, width: int, attentions: list[str]) -> list[Rule]:
+def block_rules(theirs: str, ours: str, width: int, attentions: list[str]) -> list[Rule]:
+    """A block of PixArt-alpha with these attentions: names in `diffusers` and here."""
     layers = [(name, ATTENTION) for name in attentions] + [("", MLP)]
     return [
         Rule(f"{theirs}.scale_shift_table", f"{ours}.modulation.table", Reshaped((6, width), (-1,))),

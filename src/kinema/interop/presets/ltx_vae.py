@@ -35,7 +35,7 @@ def vae_config(config: Record) -> VAEConfig:
     fixed_choices(config, scaling_factor=1.0, encoder_causal=True)
     fixed_choices(config, down_block_types=["LTX2VideoDownBlock3D"] * steps)
     _fixed_flags(config, steps, spatio_temporal_scaling=True)
-    _fixed_flags(config, decoder_steps, decoder_spatio_temporal_scaling=True, upsample_residual=True)
+    _fixed_flags(config, decoder_steps, decoder_spatio_temporal_scaling=True)
     _fixed_flags(config, decoder_steps + 1, decoder_inject_noise=False)
     width, multipliers = multiples([config["latent_channels"], *config["block_out_channels"]])
     decoder_width, decoder_multipliers = multiples(_decoder_widths(config))
@@ -61,6 +61,7 @@ def vae_config(config: Record) -> VAEConfig:
         decoder_causal=config["decoder_causal"],
         down=Resampling.packed_repeat,
         up=Resampling.packed_repeat,
+        up_shortcuts=_one_for_all(config, "upsample_residual"),
         shared_logvar=True,
         linear_output=False,
     )
@@ -87,7 +88,7 @@ def describe(module: nn.Module) -> Record:
         "decoder_inject_noise": [False] * (decoder_steps + 1),
         "downsample_type": [STEPS[halving] for halving in ours.encoder_halvings],
         "upsample_type": [STEPS[halving] for halving in ours.decoder_halvings_or_encoder[::-1]],
-        "upsample_residual": [True] * decoder_steps,
+        "upsample_residual": [ours.up_shortcuts] * decoder_steps,
         "upsample_factor": [level.width // level.next_width for level in decoder_levels[:-1]][::-1],
         "timestep_conditioning": False,
         "patch_size": ours.pixel_patch,
@@ -107,31 +108,60 @@ def describe(module: nn.Module) -> Record:
 
 def key_map(config: Record) -> KeyMap:
     """Between the names of `AutoencoderKLLTX2Video` and ours; their middles are our smallest levels."""
+    last = len(config["block_out_channels"])
+    encoder = [("encoder.mid_block" if i == last else f"encoder.down_blocks.{i}") for i in range(last + 1)]
+    decoder = ["decoder.mid_block", *(f"decoder.up_blocks.{i}" for i in range(len(config["upsample_type"])))]
+    return _key_map(
+        config,
+        "latents_mean",
+        "latents_std",
+        ([f"{name}.resnets" for name in encoder], [f"{name}.downsamplers.0" for name in encoder[:-1]]),
+        ([f"{name}.resnets" for name in decoder], [f"{name}.upsamplers.0" for name in decoder[1:]]),
+    )
+
+
+def original_key_map(config: Record) -> KeyMap:
+    """Between the vendor's own names and ours: levels and steps numbered together."""
+    levels, decoder_levels = len(config["block_out_channels"]) + 1, len(config["upsample_type"]) + 1
+    down = [f"encoder.down_blocks.{i}" for i in range(2 * levels - 1)]
+    up = [f"decoder.up_blocks.{i}" for i in range(2 * decoder_levels - 1)]
+    return _key_map(
+        config,
+        "per_channel_statistics.mean-of-means",
+        "per_channel_statistics.std-of-means",
+        ([f"{name}.res_blocks" for name in down[::2]], down[1::2]),
+        ([f"{name}.res_blocks" for name in up[::2]], up[1::2]),
+    )
+
+
+Names = tuple[list[str], list[str]]
+"""Of each level's residual blocks, and of the steps between levels."""
+
+
+def _key_map(config: Record, mean: str, std: str, down: Names, up: Names) -> KeyMap:
     ours, patch = vae_config(config), config["patch_size"]
     pixels = PermutedRows((3, patch, patch), (2, 1, 0))
     encoder, decoder = encoder_names(ours), decoder_names(ours)
     rules = [
-        Rule("latents_mean", "latent_mean"),
-        Rule("latents_std", "latent_std"),
+        Rule(mean, "latent_mean"),
+        Rule(std, "latent_std"),
         Rule("encoder.conv_in.conv.weight", f"{encoder.first[0]}.conv.weight", Along(1, pixels)),
         Rule("encoder.conv_in.conv.bias", f"{encoder.first[0]}.conv.bias"),
         Rule("encoder.conv_out.conv.{p}", "encoder.output.conv.conv.{p}"),
         Rule("decoder.conv_in.conv.{p}", f"{decoder.first[0]}.conv.{{p}}"),
         Rule("decoder.conv_out.conv.{p}", "decoder.output.conv.conv.{p}", pixels),
     ]
-    last = len(encoder.levels) - 1
-    for i, level in enumerate(encoder.levels):
-        rules += _blocks("encoder.mid_block" if i == last else f"encoder.down_blocks.{i}", level.blocks)
-        rules += _steps(f"encoder.down_blocks.{i}.downsamplers.0", level.steps)
-    for i, level in enumerate(decoder.levels):
-        rules += _blocks(f"decoder.up_blocks.{i - 1}" if i else "decoder.mid_block", level.blocks)
-        rules += _steps(f"decoder.up_blocks.{i}.upsamplers.0", level.steps)
+    for coder, (blocks, steps) in ((encoder, down), (decoder, up)):
+        for level, theirs in zip(coder.levels, blocks, strict=True):
+            rules += _blocks(theirs, level.blocks)
+        for level, theirs in zip(coder.levels[:-1], steps, strict=True):
+            rules += _steps(theirs, level.steps)
     return KeyMap(rules)
 
 
 def _blocks(theirs: str, blocks: list[str]) -> list[Rule]:
     return [
-        Rule(f"{theirs}.resnets.{j}.{n}.conv.{{p}}", f"{block}.{n}.conv.{{p}}")
+        Rule(f"{theirs}.{j}.{n}.conv.{{p}}", f"{block}.{n}.conv.{{p}}")
         for j, block in enumerate(blocks)
         for n in ("conv1", "conv2")
     ]
@@ -154,6 +184,14 @@ def _decoder_widths(config: Record) -> list[int]:
     return widths[::-1]
 
 
+def _one_for_all(config: Record, name: str) -> bool:
+    """A flag that may be given for each, all the same."""
+    values = {config[name]} if isinstance(config[name], bool) else set(config[name])
+    if len(values) != 1:
+        raise ValueError(f"{name}={config[name]}: only the same for all is implemented")
+    return bool(values.pop())
+
+
 def _fixed_flags(config: Record, count: int, **choices: bool) -> None:
     """Flags that may be given once for all."""
     for name, value in choices.items():
@@ -168,4 +206,5 @@ LTX2_VAE = Preset(
     build=lambda config: CausalVAE(vae_config(config)),
     describe=describe,
     key_map=key_map,
+    original_key_map=original_key_map,
 )

@@ -38,6 +38,8 @@ class PositionEmbedding(Enum):
     """
     sincos_quarters = "sincos_quarters"
     """The same with a quarter of the channels for time and the rest for columns and rows (CogVideoX)."""
+    sincos_space = "sincos_space"
+    """Half of the channels for columns and half for rows, none for time (PixArt-alpha)."""
     sincos_apart = "sincos_apart"
     """Half of the channels for columns and half for rows, and all of them again for time, added where a block first
     looks over time (Latte). A single frame has no time.
@@ -423,9 +425,10 @@ class DiTConfig:
                 f"model.position_embedding=sincos_quarters cuts model.width={self.width} into quarters and eighths "
                 "of whole pairs: it must be a multiple of 16."
             )
-        if self.position_embedding is PositionEmbedding.sincos_apart and self.width % 4:
+        halves = (PositionEmbedding.sincos_apart, PositionEmbedding.sincos_space)
+        if self.position_embedding in halves and self.width % 4:
             raise ValueError(
-                f"model.position_embedding=sincos_apart cuts model.width={self.width} into sines and "
+                f"model.position_embedding={self.position_embedding.name} cuts model.width={self.width} into sines and "
                 "cosines of columns and of rows: it must be a multiple of 4."
             )
         if len(self.position_extent) != 3 or min(self.position_extent) < 0:

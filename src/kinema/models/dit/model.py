@@ -288,7 +288,7 @@ class DiT(nn.Module):
         return [torch.cat(clip) if len(clip) > 1 else clip[0] for clip in beside]
 
     def _head(self, video: Tensor, rows: Rows, condition: Condition) -> Tensor:
-        linear = isinstance(self.head_modulation, ExactLinear)
+        linear = self.config.head_modulation is HeadModulation.linear
         both = self.head_modulation(condition.embedding if linear else condition)
         shift, scale = both.chunk(2, dim=-1)
         return self.head(self.head_norm.modulated(video, rows.of(shift), rows.of(scale), rows.lengths))

@@ -20,6 +20,7 @@ Waves = Callable[[Tensor, int, float, torch.dtype], Tensor]
 AT_START: dict[PositionEmbedding, Waves] = {
     PositionEmbedding.sincos: sincos_3d,
     PositionEmbedding.sincos_quarters: sincos_quarters,
+    PositionEmbedding.sincos_space: sincos_space,
     PositionEmbedding.sincos_apart: sincos_space,
 }
 

@@ -90,6 +90,8 @@ class VAEConfig:
     """Residual blocks before `mid_attention`."""
     down: Resampling = Resampling.separate
     up: Resampling = Resampling.separate
+    up_shortcuts: bool = True
+    """Off: nothing beside the convolutions of `up=packed_repeat` (LTX-2.3)."""
     stage_shortcuts: bool = False
     """Around each level and its step: means of the packed pixels on the way down, copies on the way up (Wan 2.2)."""
     up_halves_channels: bool = False
@@ -241,6 +243,8 @@ class VAEConfig:
             raise ValueError(
                 f"vae.up_halves_channels=true has no place in vae.up={self.up.value}; use first_alone or joint"
             )
+        if not self.up_shortcuts and self.up is not Resampling.packed_repeat:
+            raise ValueError(f"vae.up_shortcuts=false has no place in vae.up={self.up.value}; use packed_repeat")
         if self.stage_shortcuts and (self.down.changes_channels or self.up.changes_channels):
             raise ValueError(
                 f"vae.stage_shortcuts=true beside vae.down={self.down.value}, vae.up={self.up.value}: packed steps "
@@ -258,7 +262,7 @@ class VAEConfig:
             packed = math.prod((*level.step.factors, level.step.factors[1])) if level.step else 1
             _divides("width_multipliers", level.next_width, level.width * packed)
             _divides("width_multipliers", packed, level.next_width)
-        for level in decoder if self.up.changes_channels else []:
+        for level in decoder if self.up.changes_channels and self.up_shortcuts else []:
             packed = math.prod((*level.step.factors, level.step.factors[1])) if level.step else 1
             _divides("decoder_width", packed, level.width)
             _divides("decoder_width", level.width, level.next_width * packed)
@@ -334,7 +338,7 @@ class Decoder(CausalSequential):
             previous = level.width
             if level.step:
                 previous = self._behind(config, level)
-                stage += up(config.up, level.step, level.width, previous, choices)
+                stage += up(config.up, level.step, level.width, previous, choices, config.up_shortcuts)
             if config.stage_shortcuts and level.step:
                 stage = [CopyingStage(stage, previous, level.step.factors)]
             layers += stage

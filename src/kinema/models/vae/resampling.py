@@ -67,13 +67,13 @@ def down(
 
 
 def up(
-    kind: Resampling, halving: Halving, in_channels: int, out_channels: int, choices: LayerChoices
+    kind: Resampling, halving: Halving, in_channels: int, out_channels: int, choices: LayerChoices, shortcut: bool
 ) -> list[nn.Module]:
-    """The layers of one step away from the latents."""
+    """The layers of one step away from the latents; `shortcut` is for packed ones."""
     if kind is Resampling.joint:
         return [JointUp(in_channels, out_channels, halving, choices)]
     if kind.changes_channels:
-        return [PackedUp(in_channels, out_channels, halving, kind, choices)]
+        return [PackedUp(in_channels, out_channels, halving, kind, choices, shortcut)]
     alone, (time, space) = kind is Resampling.first_alone, halving.factors
     layers: list[nn.Module] = []
     if time > 1:
@@ -247,15 +247,22 @@ class PackedDown(nn.Module):
 
 
 class PackedUp(nn.Module):
-    """A 3 x 3 x 3 convolution whose channels become pixels, beside copies of the unpacked input."""
+    """A 3 x 3 x 3 convolution whose channels become pixels, beside copies of the unpacked input or alone."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, halving: Halving, kind: Resampling, choices: LayerChoices
+        self,
+        in_channels: int,
+        out_channels: int,
+        halving: Halving,
+        kind: Resampling,
+        choices: LayerChoices,
+        shortcut: bool,
     ) -> None:
         super().__init__()
         self.factors = time, space = halving.factors
         self.out_channels = out_channels
         self.alone = kind is Resampling.packed_alone
+        self.shortcut = shortcut
         self.conv = choices.conv3x3x3(in_channels, out_channels * time * space**2)
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
@@ -264,8 +271,10 @@ class PackedUp(nn.Module):
         first = starts_clip(self, state) and time > 1
         out = self.conv(x, state)
         if not self.alone:
-            copied = unpack(x, self.factors)
-            whole = unpack(out, self.factors) + copied.repeat(1, self.out_channels // copied.shape[1], 1, 1, 1)
+            whole = unpack(out, self.factors)
+            if self.shortcut:
+                copied = unpack(x, self.factors)
+                whole = whole + copied.repeat(1, self.out_channels // copied.shape[1], 1, 1, 1)
             return whole[:, :, time - 1 :] if first else whole
         heads, tails = zip(*(part.tensor_split([1 if first else 0], dim=2) for part in (out, x)), strict=True)
         later = unpack_outer(tails[0], self.factors) + self._copies(unpack_outer(tails[1], self.factors))
