@@ -53,6 +53,7 @@ from kinema.training.run_folder import (
     unadapted,
     write_config,
 )
+from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
 
 
@@ -107,6 +108,12 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
             "no rank waits for gradients of one that got no clip. Type model.expert=high or model.expert=low."
         )
     vae, vae_identity = load_vae(source, config.vae.weights)
+    if config.init_from is not None and not run.store.steps():
+        told = check_same_vae(
+            checkpoint_of(config.init_from, "init_from"), vae_identity, allow_other=config.allow_other_vae
+        )
+        if told and process.is_main:
+            run.outputs.event(0, "init_from", told)
     text_encoder = build_text_encoder(config.text)
     geometry = geometry_of(vae.geometry_strides, config.model)
     image_encoder = image_encoder_of(config.condition)
@@ -151,6 +158,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         "model": {"config": to_plain(config.model)},
         "vae": vae_identity,
         "text": {"config": to_plain(config.text), "policy": text_encoder.policy()},
+        "geometry": geometry.describe(),
         "objective": to_plain(config.objective),
         "fps": config.data.fps,
         "shapes": [list(shape) for shape in data.shapes],

@@ -44,6 +44,8 @@ class Config:
     """Optimiser steps of the whole run."""
     init_from: str | None = None
     """A run or checkpoint folder whose EMA weights are the start; null starts from fresh weights."""
+    allow_other_vae: bool = False
+    """Start from `init_from` although it was trained with another VAE than `vae.path`: in other latents."""
     allow_config_change: bool = False
     """Continue a run although keys that shape its numbers have changed since it began."""
     task: Any = None

@@ -22,6 +22,8 @@ class Condition:
     """Tokens (L, image_width) of a given image."""
     pooled: Tensor | None = None
     """One vector (pooled_width,) for the caption."""
+    glyphs: Tensor | None = None
+    """Embedding (L, glyph_width) of the words that shall be seen; L is 0 where there are none."""
     control: Tensor | None = None
     """Given latents (control_channels, T, H, W) of a control tower."""
     guidance: float | None = None
@@ -34,7 +36,7 @@ class Condition:
 
 
 Words = dict[str, Tensor]
-"""What an encoder makes of one caption, by the names of `Condition`: `text` (L, D), and for some models `pooled`."""
+"""What an encoder makes of one caption, as `Condition` names it: `text` (L, D), sometimes `pooled` or `glyphs`."""
 
 
 def embed(encoder: TextEncoder, captions: Sequence[str]) -> list[Words]:

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kinema.data.sample import ClipRecord
 
@@ -36,6 +36,16 @@ class Geometry:
                 f"temporal_stride={self.temporal_stride}, spatial_stride={self.spatial_stride} and "
                 f"patch_size={self.patch_size} must be whole numbers from 1 (patch_size has three: t, h, w)."
             )
+
+    def describe(self) -> dict[str, Any]:
+        """Strides, patch and the rule for frames, as a manifest holds them."""
+        step, first = self.temporal_stride * self.patch_size[0], self.temporal_stride * (self.patch_size[0] - 1) + 1
+        return {
+            "temporal_stride": self.temporal_stride,
+            "spatial_stride": self.spatial_stride,
+            "patch_size": list(self.patch_size),
+            "frames": f"{step}k+{first}",
+        }
 
     def check(self, shape: Sequence[int], key: str = "data.shapes") -> ClipShape:
         """Return the shape when it is legal; else raise ValueError with the rules and the nearest legal

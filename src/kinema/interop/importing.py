@@ -28,6 +28,7 @@ from kinema.interop.releases import Release, release_of
 from kinema.interop.texts import carry_text, has_text
 from kinema.models.dit import AttentionPattern, DiT, Experts
 from kinema.models.vae import CausalVAE
+from kinema.sampling.sample import geometry_of
 from kinema.training.checkpoint import CheckpointStore, Writer, json_writer, tensor_writer
 
 
@@ -186,6 +187,8 @@ def dit_manifest(found: Found) -> dict[str, Any]:
     if found.vae is not None:
         config, mark = _vae_config(found.vae), fingerprint(found.vae.tensors())
         manifest["vae"] = {"config": config, "weights": "ema", "fingerprint": mark, "hash": digest([config, mark])}
+        assert isinstance(found.vae.skeleton, CausalVAE)
+        manifest["geometry"] = geometry_of(found.vae.skeleton.geometry_strides, found.dit.skeleton.config).describe()
     return manifest
 
 

@@ -1,0 +1,24 @@
+"""A run that starts from other weights: in the same latents, or said."""
+
+import pytest
+
+from kinema.training.checkpoint import CheckpointStore, json_writer
+from kinema.training.start import check_same_vae
+
+
+def published(folder, manifest):
+    CheckpointStore(folder).publish(0, {"manifest.json": json_writer(manifest)})
+    return CheckpointStore(folder).newest()
+
+
+def test_the_vae_of_the_weights_is_demanded_by_its_hash(tmp_path):
+    source = published(tmp_path / "a", {"task": "dit", "vae": {"hash": "one"}})
+    assert check_same_vae(source, {"hash": "one"}, allow_other=False) is None
+    with pytest.raises(ValueError, match=r"hash one, that of vae\.path has two: .*a/vae, or allow_other_vae=true"):
+        check_same_vae(source, {"hash": "two"}, allow_other=False)
+    assert "hash one, that of vae.path has two: allowed" in check_same_vae(source, {"hash": "two"}, allow_other=True)
+
+
+def test_weights_that_came_without_their_vae_are_said_to_be_unchecked(tmp_path):
+    source = published(tmp_path / "a", {"task": "dit"})
+    assert "does not say which VAE" in check_same_vae(source, {"hash": "one"}, allow_other=False)
