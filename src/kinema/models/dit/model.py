@@ -320,16 +320,13 @@ class DiT(nn.Module):
         return {"text": Source(tokens, totals(lengths)), **sources}
 
     def _captions(self, words: Tensor, lengths: Lengths, timesteps: Timesteps) -> Tensor:
-        if not isinstance(self.text_embedding, TextRefiner):
-            embedded = self.text_embedding(words)
-            if self.config.text is TextEdge.cross:
-                return embedded
-            embedded = embedded.to(
-                torch.promote_types(embedded.dtype, torch.float32)
-            )  # a residual stream, like the video
-            places = self.places.of_words(lengths)
-            return embedded if places is None else embedded + places
-        return self.text_embedding(words, lengths, _of_clips(timesteps))
+        knows_time = isinstance(self.text_embedding, TextRefiner)
+        embedded = self.text_embedding(words, *([lengths, _of_clips(timesteps)] if knows_time else []))
+        if self.config.text is TextEdge.cross:
+            return embedded
+        embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))  # a residual stream, like the video
+        places = self.places.of_words(lengths)
+        return embedded if places is None else embedded + places
 
     def _condition(self, timesteps: Timesteps, text: Sequence[Tensor], extras: Extras) -> Condition:
         """One row a clip; where frames have timesteps of their own, one for each of them and then one a clip."""
