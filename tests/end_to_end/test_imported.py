@@ -1,5 +1,7 @@
 """A published model comes in, is trained further by the real command, and goes out to `diffusers` again."""
 
+import json
+
 import diffusers
 import safetensors.torch
 import torch
@@ -48,6 +50,32 @@ def test_an_imported_wan_is_trained_and_exported(tmp_path):
     kept = safetensors.torch.load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
     published = safetensors.torch.load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(kept[name], tensor) for name, tensor in published.items())
+
+
+def test_one_expert_of_an_imported_pair_is_trained(tmp_path):
+    pair, parts = tmp_path / "pair", ("transformer", "transformer_2")
+    for part in parts:
+        randomise(diffusers.WanTransformer3DModel(**WAN)).save_pretrained(pair / part)
+    randomise(diffusers.AutoencoderKLWan(**VAE)).save_pretrained(pair / "vae")
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(pair / "scheduler")
+    (pair / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "boundary_ratio": 0.875}))
+    run("data_prep/toy.py", "--out", f"{tmp_path}/toy", "--clips", "4", "--heldout", "2", "--sizes", "64x64")
+    run("-m", "kinema.cli", "import", f"{pair}", "--to", f"{tmp_path}/imported")
+    command = (
+        f"train.py --config-dir {tmp_path}/imported/configs experiment=imported name=tuned run_root={tmp_path}/runs "
+        f"steps=2 data.path={tmp_path}/toy data.shapes=[[5,32,32]] text.width=12 data.clips_per_step=2 data.lanes=1 "
+        "data.num_workers=0 logging=file validation.clips=2 task.samples.every_steps=0 schedule.warmup_steps=0"
+    )
+    refused = run(*command.split(), expect=None).stderr
+    assert "model.expert_boundary=0.875: one of two experts is trained at a time" in refused
+    run(*command.split(), "model.expert=low")
+    run("-m", "kinema.cli", *f"export {tmp_path}/runs/tuned --weights raw --to {tmp_path}/out".split())
+    before, after = (
+        [safetensors.torch.load_file(f / part / "diffusion_pytorch_model.safetensors") for part in parts]
+        for f in (pair, tmp_path / "out")
+    )
+    assert all(torch.equal(after[0][name], tensor) for name, tensor in before[0].items())
+    assert 0 < max((after[1][name] - tensor).abs().max().item() for name, tensor in before[1].items()) < 0.1
 
 
 def test_an_imported_vae_is_what_a_vae_training_starts_from(tmp_path):
