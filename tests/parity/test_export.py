@@ -141,7 +141,7 @@ def test_a_pipeline_comes_in_and_out(tmp_path, pipeline):
     whole, published = pipeline
     import_model(published, tmp_path / "run")
     lines = export(tmp_path / "run", tmp_path / "out")
-    assert [line.split(":")[0] for line in lines] == ["model_index.json", "vae", "transformer"]
+    assert [line.split(":")[0] for line in lines] == ["model_index.json", "vae", "transformer", "WanPipeline"]
     for part in ("transformer", "vae"):
         assert_bit_equal(tensors_in(tmp_path / "out" / part), tensors_in(published / part))
     index, expected = (json.loads((f / "model_index.json").read_text()) for f in (tmp_path / "out", published))
@@ -176,7 +176,8 @@ def published_pair(tmp_path, pipeline):
 def test_a_pair_of_experts_comes_in_and_out(tmp_path, pair):
     import_model(pair, tmp_path / "run")
     lines = export(tmp_path / "run", tmp_path / "out")
-    assert [line.split(":")[0] for line in lines] == ["model_index.json", "vae", "transformer", "transformer_2"]
+    parts = ["vae", "transformer", "transformer_2"]
+    assert [line.split(":")[0] for line in lines] == ["model_index.json", *parts, "WanPipeline"]
     for part in ("transformer", "transformer_2", "vae"):
         assert_bit_equal(tensors_in(tmp_path / "out" / part), tensors_in(pair / part))
     index, expected = (json.loads((f / "model_index.json").read_text()) for f in (tmp_path / "out", pair))
