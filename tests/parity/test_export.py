@@ -46,6 +46,17 @@ def test_published_in_and_out_is_bit_equal(tmp_path, published):
     assert 0 < difference < 1e-5
 
 
+@torch.no_grad()
+def test_the_reference_loads_an_export_by_its_own_from_pretrained(tmp_path, published):
+    """The literal call, with accelerate: no key missing, none left over, the same bits."""
+    import_model(published, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    load = diffusers.WanTransformer3DModel.from_pretrained
+    found, told = load(tmp_path / "out", torch_dtype=torch.float32, output_loading_info=True)
+    assert {key: value for key, value in told.items() if value} == {}
+    assert_bit_equal(found.state_dict(), load(published, torch_dtype=torch.float32).state_dict())
+
+
 def test_half_precision_comes_back_bit_for_bit(tmp_path, published):
     path = published / "diffusion_pytorch_model.safetensors"
     half = {name: tensor.bfloat16() for name, tensor in tensors_in(published).items()}
@@ -141,6 +152,9 @@ def test_a_pipeline_comes_in_and_out(tmp_path, pipeline):
     }
     parts = {"transformer": whole.transformer, "vae": whole.vae, "text_encoder": None, "tokenizer": None}
     again = diffusers.WanPipeline.from_pretrained(tmp_path / "out", **parts)
+    loaded = diffusers.WanPipeline.from_pretrained(tmp_path / "out", text_encoder=None, tokenizer=None)
+    assert_bit_equal(loaded.transformer.state_dict(), whole.transformer.state_dict())
+    assert_bit_equal(loaded.vae.state_dict(), whole.vae.state_dict())
     assert again.scheduler.config.shift == 3.0
 
 
