@@ -223,7 +223,8 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         seed=config.seed,
         device=process.device,
     )
-    manifest = {"task": "vae", "vae": {"config": to_plain(config.vae)}, **common_manifest(config, data)}
+    record = {"config": to_plain(config.vae), "looks_ahead": config.vae.looks_ahead()}
+    manifest = {"task": "vae", "vae": record, **common_manifest(config, data)}
     strips = (
         StripMaker(task.twin, data.heldout_packs(config.task.strips), run.folder, config.task.strips)
         if process.is_main
