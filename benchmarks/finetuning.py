@@ -1,6 +1,6 @@
 """Samples of a published model and of its fine-tunes through diffusers' own pipeline, in one picture.
 
-python -m benchmarks.finetuning out/wan out/blue_lora out/blue_full --to docs/pictures/finetuning.png
+python -m benchmarks.finetuning out/wan out/green_lora out/green_full --to docs/pictures/finetuning.png
 """
 
 import argparse
@@ -14,9 +14,8 @@ from kinema.conditioning.text import HashText, build_text_encoder
 from kinema.data.contact_sheet import contact_sheet
 
 PROMPTS = [
-    "a large red circle moves slowly right",
-    "a large green square moves slowly up",
     "a large yellow triangle moves slowly down",
+    "a large purple circle moves slowly right",
 ]
 
 
@@ -52,7 +51,7 @@ def main() -> None:
     pipeline = diffusers.WanPipeline.from_pretrained(arguments.full, text_encoder=None, tokenizer=None)
     pipeline.set_progress_bar_config(disable=True)
     rows += [(sample(pipeline, prompt, 0), f"full: {prompt}") for prompt in PROMPTS]
-    contact_sheet(rows, arguments.to, columns=3)
+    contact_sheet(rows, arguments.to, columns=2)
     print(f"READY {arguments.to}")
 
 

@@ -15,7 +15,7 @@ from kinema.diffusion.objective import DDPM, PredictionTarget, RectifiedFlow
 from kinema.diffusion.solvers import FOR_TABLES, Solver, solve
 from kinema.models.dit import DiT, DiTConfig, Extras
 from kinema.models.vae import CausalVAE, Norm, VAEConfig
-from kinema.sampling.denoiser import Denoiser, check_condition, extras_of, with_given_frames
+from kinema.sampling.denoiser import Denoiser, check_condition, check_embedded_guidance, extras_of, with_given_frames
 from kinema.sampling.pipeline import Pipeline, SamplingConfig
 from kinema.training.dit_task import DiTTask, PosteriorDraw, check_training
 
@@ -175,7 +175,8 @@ def task(vae: CausalVAE, condition: FrameCondition, model: DiT) -> DiTTask:
     return DiTTask(
         engine=model, vae=vae, text_encoder=build_text_encoder(TEXT), objective=RectifiedFlow(), condition=condition,
         image_encoder=None,
-        geometry=Geometry(*vae.geometry_strides, (1, 2, 2)), guidance_dropout=0.0, posterior=PosteriorDraw.sample,
+        geometry=Geometry(*vae.geometry_strides, (1, 2, 2)), guidance_dropout=0.0, embedded_guidance=None, frozen={},
+        posterior=PosteriorDraw.sample,
         seed=0, device=torch.device("cpu"),
     )  # fmt: skip
 
@@ -255,6 +256,20 @@ def test_a_model_that_cannot_take_the_condition_is_refused():
         check_condition(CleanFrame(), DiTConfig(condition_channels=5), VAEConfig(**VAE))
     with pytest.raises(ValueError, match="puts 2 into a token"):
         check_condition(CleanFrame(), DiTConfig(patch_size=[2, 2, 2]), VAEConfig(**VAE))
+
+
+def test_a_distilled_model_is_told_its_guidance_in_training_too(vae):
+    trainer = task(vae, CleanFrame(), tiny_dit(guidance=True))
+    trainer.embedded_guidance = 6.0
+    training = pack()
+    words = embed(trainer.text_encoder, training.captions)
+    told = trainer.conditions(training, trainer.encode(training), words, [False, True])
+    assert extras_of(told).guidance == [6.0, 6.0]
+    with torch.no_grad():
+        trainer.denoiser([torch.zeros(4, 3, 2, 4)] * 2, torch.tensor([0.2, 0.5]), told)
+    check_embedded_guidance(6.0, trainer.denoiser.model.config)
+    with pytest.raises(ValueError, match=r"embedded_guidance=None and model\.guidance=True.*such as 6"):
+        check_embedded_guidance(None, trainer.denoiser.model.config)
 
 
 def test_clips_of_which_nothing_is_left_and_caches_without_the_image_are_refused():

@@ -19,7 +19,7 @@ from kinema.diffusion.solvers import Solver, solve
 from kinema.diffusion.timesteps import TimestepSpacing
 from kinema.models.vae import CausalVAE
 from kinema.sampling.conditioner import Conditioner
-from kinema.sampling.denoiser import Denoiser, with_given_frames
+from kinema.sampling.denoiser import Denoiser, check_embedded_guidance, with_given_frames
 
 
 @dataclass
@@ -120,12 +120,7 @@ class Pipeline:
             )
         check_guidance(config.guidance_scale, self.guidance_dropout)
         self.condition.check_images(images)
-        if self.denoiser.config.guidance is not (config.embedded_guidance is not None):
-            needed = "a number, such as 6" if self.denoiser.config.guidance else "null"
-            raise ValueError(
-                f"embedded_guidance={config.embedded_guidance} and model.guidance={self.denoiser.config.guidance}: a "
-                f"model is told of guidance exactly where it was built for it. Type embedded_guidance={needed}."
-            )
+        check_embedded_guidance(config.embedded_guidance, self.denoiser.config)
 
     @torch.no_grad()
     def latents(

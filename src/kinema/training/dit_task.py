@@ -1,7 +1,7 @@
 """Training the DiT: packs to latents and text, one keyed draw of noise a clip, the objective's loss."""
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,8 @@ class DiTTaskConfig:
 
     guidance_dropout: float = 0.1
     """Share of captions replaced by the null caption, so that guidance can be used (Ho and Salimans 2022)."""
+    embedded_guidance: float | None = None
+    """Strength of guidance that a distilled model (model.guidance=true) is told, always the same; null for others."""
     posterior: PosteriorDraw = PosteriorDraw.sample
     """sample or mean. A VAE with a strong KL term keeps noise in its latents that only costs the denoiser effort."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)
@@ -99,6 +101,7 @@ class DiTTask:
         image_encoder: ImageEncoder | None,
         geometry: Geometry,
         guidance_dropout: float,
+        embedded_guidance: float | None,
         posterior: PosteriorDraw,
         seed: int,
         device: torch.device,
@@ -114,6 +117,7 @@ class DiTTask:
         self.denoiser = Denoiser(engine, geometry.patch_size[0])
         self.conditioner = Conditioner(condition, vae, geometry, image_encoder)
         self.guidance_dropout = guidance_dropout
+        self.embedded_guidance = embedded_guidance
         self.posterior = posterior
         self.timestep_range = timestep_range
         self.seed = seed
@@ -187,6 +191,12 @@ class DiTTask:
         self, pack: Pack, posteriors: list[Posterior], words: list[Words], without: list[bool]
     ) -> list[Condition]:
         """What the model is told of each clip; `without` says which go without their images."""
+        told = self._told(pack, posteriors, words, without)
+        return [replace(condition, guidance=self.embedded_guidance) for condition in told]
+
+    def _told(
+        self, pack: Pack, posteriors: list[Posterior], words: list[Words], without: list[bool]
+    ) -> list[Condition]:
         if pack.frames is None:
             means = [None if drop else p.mean[0] for p, drop in zip(posteriors, without, strict=True)]
             return list(map(self.conditioner.of_latents, words, pack.shapes, means))
