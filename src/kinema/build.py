@@ -31,7 +31,8 @@ from kinema.identity import digest, to_plain
 from kinema.models.dit import DiT, Expert, Experts, make_denoiser
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
-from kinema.sampling.denoiser import check_condition
+from kinema.sampling.conditioner import numbers_told
+from kinema.sampling.denoiser import check_condition, check_embedded_guidance
 from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import geometry_of, image_encoder_of
 from kinema.training.checkpoint import Checkpoint, CheckpointStore, write_json
@@ -119,6 +120,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     image_encoder = image_encoder_of(config.condition)
     check_condition(config.condition, config.model, vae.config, image_encoder)
     model = make_denoiser(config.model, vae.config.latent_channels, text_encoder.width)
+    check_embedded_guidance(config.task.embedded_guidance, config.model, "task.embedded_guidance")
     check_training(config.condition, config.data, vae.config)
     data = build_data(config, geometry, process, run, vae_identity["hash"])
     line, base = start_weights(config, model, run, process)
@@ -133,6 +135,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         image_encoder=image_encoder and image_encoder.to(process.device),
         geometry=geometry,
         guidance_dropout=config.task.guidance_dropout,
+        numbers=numbers_told(config.model, config.data.fps, config.task.embedded_guidance),
         posterior=config.task.posterior,
         timestep_range=config.model.timestep_range,
         seed=config.seed,
@@ -220,7 +223,8 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         seed=config.seed,
         device=process.device,
     )
-    manifest = {"task": "vae", "vae": {"config": to_plain(config.vae)}, **common_manifest(config, data)}
+    record = {"config": to_plain(config.vae), "looks_ahead": config.vae.looks_ahead()}
+    manifest = {"task": "vae", "vae": record, **common_manifest(config, data)}
     strips = (
         StripMaker(task.twin, data.heldout_packs(config.task.strips), run.folder, config.task.strips)
         if process.is_main

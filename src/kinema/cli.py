@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "kinema.evaluation.captions",
         "measure how well the samples of a toy run follow held-out captions",
     ),
+    "first-frame": ("kinema.evaluation.first_frame", "sample held-out clips from their first frames, and measure them"),
 }
 """Verb -> module with `add_arguments(parser)` and `run(arguments) -> int`; imported only when it is used."""
 

@@ -12,9 +12,12 @@ import torch
 from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
+import kinema
+from kinema.interop.importing import import_model
 from kinema.interop.preset import Preset
 from kinema.interop.presets import PRESETS
 from kinema.models.vae import CausalVAE, Convolution, StreamState
+from kinema.training.run_folder import Weights, checkpoint_of, load_vae
 
 TOLERANCE = 1e-5
 
@@ -379,6 +382,9 @@ def test_every_released_tensor_is_named(case, parity):
     ("preset", "choice", "message"),
     [
         ("wan_vae", {"attn_scales": [0.5]}, r"attn_scales=\[0\.5\]: only \[\]"),
+        ("wan_vae", {"dim_mult": [2, 2, 4, 4]}, r"dim_mult\[0\]=2: only 1 is implemented"),
+        ("wan_vae", {"temperal_downsample": [True]}, r"temperal_downsample=\[True\]: dim_mult=.* one entry less"),
+        ("hunyuan_15_vae", {"spatial_compression_ratio": 8}, "spatial_compression_ratio=8 needs 4 levels"),
         ("hunyuan_vae", {"temporal_compression_ratio": 8}, "temporal_compression_ratio=8: only 4"),
         ("hunyuan_15_vae", {"downsample_match_channel": False}, "downsample_match_channel=False: only True"),
         ("ltx2_vae", {"timestep_conditioning": True}, "timestep_conditioning=True: only False"),
@@ -456,3 +462,18 @@ def test_every_parameter_of_a_new_one_has_a_gradient(case):
     ((reconstruction - video).square().mean() + 1e-3 * posterior.kl().mean()).backward()
     dead = [name for name, p in vae.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert dead == []
+
+
+@pytest.mark.parametrize(("preset", "parts"), [("hunyuan_vae", {"encoder", "decoder"}), ("wan_vae", set())])
+def test_manifest_and_card_say_what_is_not_causal(preset, parts, tmp_path):
+    pair(preset)[0].save_pretrained(tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "run")
+    checkpoint = checkpoint_of(str(tmp_path / "run"), "run")
+    record = checkpoint.document("manifest")["vae"]
+    assert record["looks_ahead"].keys() == parts
+    assert load_vae(checkpoint, Weights.ema)[1]["looks_ahead"] == record["looks_ahead"]
+    kinema.export(str(tmp_path / "run"), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert {
+        part for part in ("encoder", "decoder") if f"not causal: the VAE's {part} | vae.norm=group" in card
+    } == parts

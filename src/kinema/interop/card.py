@@ -46,6 +46,8 @@ def _facts(manifest: dict[str, Any], presets: dict[str, Preset]) -> dict[str, st
         facts["shapes (frames, height, width)"] = ", ".join(map(str, manifest["shapes"])) or "not known"
     if "guidance_dropout" in manifest:
         facts["captions dropped for guidance"] = f"{manifest['guidance_dropout']:.0%}"
+    for part, reason in manifest.get("vae", {}).get("looks_ahead", {}).items():
+        facts[f"not causal: the VAE's {part}"] = reason
     if "published" in manifest:
         facts["imported from"] = f"{manifest['published']['preset']}, {manifest['published']['class']}"
     return facts

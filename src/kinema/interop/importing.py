@@ -141,7 +141,7 @@ def _import_vae(found: Found, aside: Path, to: Path) -> list[str]:
     if found.vae is None:
         return []
     tensors, config = found.vae.tensors(), _vae_config(found.vae)
-    manifest = {"task": "vae", "vae": {"config": config}, **_common(found, found.vae, tensors)}
+    manifest = {"task": "vae", "vae": _vae_record(found.vae), **_common(found, found.vae, tensors)}
     publish(aside / "vae" if found.dit else aside, tensors, manifest)
     if found.dit is None:
         choices = [{"override /task": "vae"}, {"override /vae": "imported"}]
@@ -185,8 +185,9 @@ def dit_manifest(found: Found) -> dict[str, Any]:
     if found.other_vae is not None and found.release is not None and found.release.strides is not None:
         manifest["other_vae"] = {"class": found.other_vae, "strides": list(found.release.strides)}
     if found.vae is not None:
-        config, mark = _vae_config(found.vae), fingerprint(found.vae.tensors())
-        manifest["vae"] = {"config": config, "weights": "ema", "fingerprint": mark, "hash": digest([config, mark])}
+        record, mark = _vae_record(found.vae), fingerprint(found.vae.tensors())
+        found_hash = digest([record["config"], mark])
+        manifest["vae"] = {**record, "weights": "ema", "fingerprint": mark, "hash": found_hash}
         assert isinstance(found.vae.skeleton, CausalVAE)
         manifest["geometry"] = geometry_of(found.vae.skeleton.geometry_strides, found.dit.skeleton.config).describe()
     return manifest
@@ -205,6 +206,12 @@ def model_record(model: nn.Module) -> dict[str, Any]:
 def _vae_config(vae: Recognised) -> dict[str, Any]:
     assert isinstance(vae.skeleton, CausalVAE)
     return to_plain(vae.skeleton.config)
+
+
+def _vae_record(vae: Recognised) -> dict[str, Any]:
+    """What a manifest says of a VAE: its config, and why it is not causal where it is not."""
+    assert isinstance(vae.skeleton, CausalVAE)
+    return {"config": _vae_config(vae), "looks_ahead": vae.skeleton.config.looks_ahead()}
 
 
 def _common(found: Found, part: Transformer, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -81,10 +81,21 @@ def check_condition(
         )
 
 
+def check_embedded_guidance(value: float | None, model: DiTConfig, key: str = "embedded_guidance") -> None:
+    """Refuse a strength of guidance for a model that reads none, and none for one that does."""
+    if model.guidance is not (value is not None):
+        needed = "a number, such as 6" if model.guidance else "null"
+        raise ValueError(
+            f"{key}={value} and model.guidance={model.guidance}: a model is told of guidance exactly where it was "
+            f"built for it. Type {key}={needed}."
+        )
+
+
 def extras_of(conditions: Sequence[Condition]) -> Extras:
     """What the model reads beside text and frames; clips of a pack are told the same kinds of things."""
     names = [field.name for field in fields(Condition) if field.name not in ("text", "frames")]
-    return Extras(**{name: _all_or_none([getattr(c, name) for c in conditions], name) for name in names})
+    told: dict[str, Any] = {name: _all_or_none([getattr(c, name) for c in conditions], name) for name in names}
+    return Extras(**told)
 
 
 def _all_or_none(values: list[Any], name: str) -> list[Any] | None:

@@ -19,7 +19,7 @@ from kinema.data.plan import keyed_seed
 from kinema.diffusion.objective import Objective
 from kinema.distributed.engine import Engine
 from kinema.models.vae import CausalVAE, Posterior, VAEConfig
-from kinema.sampling.conditioner import Conditioner, shown_frames
+from kinema.sampling.conditioner import Conditioner, Numbers, shown_frames
 from kinema.sampling.denoiser import Denoiser
 from kinema.sampling.pipeline import SamplingConfig
 from kinema.training.metrics import Clock
@@ -73,6 +73,8 @@ class DiTTaskConfig:
 
     guidance_dropout: float = 0.1
     """Share of captions replaced by the null caption, so that guidance can be used (Ho and Salimans 2022)."""
+    embedded_guidance: float | None = None
+    """Strength of guidance that a distilled model (model.guidance=true) is told, always the same; null for others."""
     posterior: PosteriorDraw = PosteriorDraw.sample
     """sample or mean. A VAE with a strong KL term keeps noise in its latents that only costs the denoiser effort."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)
@@ -99,6 +101,7 @@ class DiTTask:
         image_encoder: ImageEncoder | None,
         geometry: Geometry,
         guidance_dropout: float,
+        numbers: Numbers,
         posterior: PosteriorDraw,
         seed: int,
         device: torch.device,
@@ -112,7 +115,7 @@ class DiTTask:
         self.condition = condition
         self.geometry = geometry
         self.denoiser = Denoiser(engine, geometry.patch_size[0])
-        self.conditioner = Conditioner(condition, vae, geometry, image_encoder)
+        self.conditioner = Conditioner(condition, vae, geometry, image_encoder, numbers)
         self.guidance_dropout = guidance_dropout
         self.posterior = posterior
         self.timestep_range = timestep_range

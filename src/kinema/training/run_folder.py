@@ -90,6 +90,7 @@ def load_vae(checkpoint: Checkpoint, weights: Weights) -> tuple[CausalVAE, dict[
     vae.load_state_dict(tensors)
     identity = {
         "config": manifest["vae"]["config"],
+        "looks_ahead": vae.config.looks_ahead(),
         "weights": weights.value,
         "fingerprint": fingerprint(tensors),
         "hash": digest([manifest["vae"]["config"], fingerprint(tensors)]),

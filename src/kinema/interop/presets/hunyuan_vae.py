@@ -36,6 +36,11 @@ def _vae_config_15(config: Record) -> VAEConfig:
     """HunyuanVideo-1.5: causal; packed steps and attention over all earlier frames."""
     fixed_choices(config, in_channels=3, out_channels=3, downsample_match_channel=True, upsample_match_channel=True)
     space, time = config["spatial_compression_ratio"], config["temporal_compression_ratio"]
+    if len(config["block_out_channels"]) != space.bit_length():
+        raise ValueError(
+            f"block_out_channels={list(config['block_out_channels'])}: spatial_compression_ratio={space} needs "
+            f"{space.bit_length()} levels; levels without a step between them are not implemented"
+        )
     return VAEConfig(
         latent_channels=config["latent_channels"],
         spatial_stride=space,

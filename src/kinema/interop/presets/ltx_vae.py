@@ -74,6 +74,10 @@ def describe(module: nn.Module) -> Record:
     ours = module.config
     levels, decoder_levels = ours.encoder_levels(), ours.decoder_levels()
     steps, decoder_steps = len(levels) - 1, len(decoder_levels) - 1
+    if uneven := [(a.width, a.next_width) for a in decoder_levels if a.width % a.next_width]:
+        raise ValueError(
+            f"AutoencoderKLLTX2Video has no place for steps up between {uneven} channels, which do not divide"
+        )
     config = {
         "in_channels": 3,
         "out_channels": 3,

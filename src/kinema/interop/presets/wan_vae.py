@@ -20,8 +20,13 @@ def vae_config(config: Record) -> VAEConfig:
     """Their config -> ours. ValueError where their class has a choice that ours lacks."""
     colours = 3 * _patch(config) ** 2
     fixed_choices(config, attn_scales=[], in_channels=colours, out_channels=colours)
+    fixed_choices({"dim_mult[0]": config["dim_mult"][0]}, **{"dim_mult[0]": 1})
     residual = config["is_residual"]
     temporal = [bool(halves) for halves in config["temperal_downsample"]]
+    if len(temporal) != len(config["dim_mult"]) - 1:
+        raise ValueError(
+            f"temperal_downsample={temporal}: dim_mult={config['dim_mult']} needs one entry less than its own"
+        )
     return VAEConfig(
         latent_channels=config["z_dim"],
         spatial_stride=2 ** len(temporal) * _patch(config),

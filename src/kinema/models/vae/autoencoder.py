@@ -199,6 +199,11 @@ class VAEConfig:
             return "vae.decoder_causal=false lets every convolution see the next frame"
         return self.encoder_looks_ahead()
 
+    def looks_ahead(self) -> dict[str, str]:
+        """Why `encoder` or `decoder` is not causal; empty for a VAE that is."""
+        reasons = {"encoder": self.encoder_looks_ahead(), "decoder": self.decoder_looks_ahead()}
+        return {part: reason for part, reason in reasons.items() if reason is not None}
+
     def needs_whole_frames(self) -> str | None:
         """Why a tile of a frame has other values all over than the same place in the frame, or None."""
         if self.norm in (Norm.group, Norm.group_frame):
