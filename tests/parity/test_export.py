@@ -46,6 +46,17 @@ def test_published_in_and_out_is_bit_equal(tmp_path, published):
     assert 0 < difference < 1e-5
 
 
+@torch.no_grad()
+def test_the_reference_loads_an_export_by_its_own_from_pretrained(tmp_path, published):
+    """The literal call, with accelerate: no key missing, none left over, the same bits."""
+    import_model(published, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    load = diffusers.WanTransformer3DModel.from_pretrained
+    found, told = load(tmp_path / "out", torch_dtype=torch.float32, output_loading_info=True)
+    assert {key: value for key, value in told.items() if value} == {}
+    assert_bit_equal(found.state_dict(), load(published, torch_dtype=torch.float32).state_dict())
+
+
 def test_half_precision_comes_back_bit_for_bit(tmp_path, published):
     path = published / "diffusion_pytorch_model.safetensors"
     half = {name: tensor.bfloat16() for name, tensor in tensors_in(published).items()}
@@ -141,6 +152,9 @@ def test_a_pipeline_comes_in_and_out(tmp_path, pipeline):
     }
     parts = {"transformer": whole.transformer, "vae": whole.vae, "text_encoder": None, "tokenizer": None}
     again = diffusers.WanPipeline.from_pretrained(tmp_path / "out", **parts)
+    loaded = diffusers.WanPipeline.from_pretrained(tmp_path / "out", text_encoder=None, tokenizer=None)
+    assert_bit_equal(loaded.transformer.state_dict(), whole.transformer.state_dict())
+    assert_bit_equal(loaded.vae.state_dict(), whole.vae.state_dict())
     assert again.scheduler.config.shift == 3.0
 
 
@@ -234,6 +248,13 @@ FAMILIES = {
         {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 2,
          "num_single_layers": 2, "text_embed_dim": 10, "pooled_projection_dim": 6, "rope_axes_dim": (4, 4, 4)},
     ),
+    "ltx-2": (
+        "LTX2VideoTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 20, "in_channels": 6, "out_channels": 6, "num_layers": 2,
+         "cross_attention_dim": 40, "caption_channels": 12, "rope_type": "split", "audio_in_channels": 5,
+         "audio_out_channels": 5, "audio_num_attention_heads": 2, "audio_attention_head_dim": 12,
+         "audio_cross_attention_dim": 24},
+    ),
     "hunyuan 1.5": (
         "HunyuanVideo15Transformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 7, "out_channels": 3, "num_layers": 2,
@@ -249,6 +270,11 @@ FAMILIES = {
         {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 5, "out_channels": 4, "num_layers": 2,
          "text_embed_dim": 12, "adaln_lora_dim": 6, "rope_scale": (1.0, 3.0, 3.0), "extra_pos_embed_type": None,
          "use_crossattn_projection": True, "crossattn_proj_in_channels": 20, "encoder_hidden_states_channels": 12},
+    ),
+    "kandinsky": (
+        "Kandinsky5Transformer3DModel",
+        {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 12, "in_text_dim2": 6, "time_dim": 10, "model_dim": 32,
+         "ff_dim": 40, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (8, 4, 4), "visual_cond": True},
     ),
     "pixart": (
         "PixArtTransformer2DModel",

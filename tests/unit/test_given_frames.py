@@ -1,6 +1,6 @@
 """Given frames: the same in training and in sampling, clean at every call, and never learnt."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from kinema.diffusion.objective import DDPM, PredictionTarget, RectifiedFlow
 from kinema.diffusion.solvers import FOR_TABLES, Solver, solve
 from kinema.models.dit import DiT, DiTConfig, Extras
 from kinema.models.vae import CausalVAE, Norm, VAEConfig
+from kinema.sampling.conditioner import numbers_told, shown_frames
 from kinema.sampling.denoiser import Denoiser, check_condition, check_embedded_guidance, extras_of, with_given_frames
 from kinema.sampling.pipeline import Pipeline, SamplingConfig
 from kinema.training.dit_task import DiTTask, PosteriorDraw, check_training
@@ -175,9 +176,9 @@ def task(vae: CausalVAE, condition: FrameCondition, model: DiT) -> DiTTask:
     return DiTTask(
         engine=model, vae=vae, text_encoder=build_text_encoder(TEXT), objective=RectifiedFlow(), condition=condition,
         image_encoder=None,
-        geometry=Geometry(*vae.geometry_strides, (1, 2, 2)), guidance_dropout=0.0, embedded_guidance=None, frozen={},
-        posterior=PosteriorDraw.sample,
-        seed=0, device=torch.device("cpu"),
+        geometry=Geometry(*vae.geometry_strides, (1, 2, 2)), guidance_dropout=0.0, frozen={}, seed=0,
+        numbers=numbers_told(model.config, 8.0, 6.0 if model.config.guidance else None), posterior=PosteriorDraw.sample,
+        device=torch.device("cpu"),
     )  # fmt: skip
 
 
@@ -198,13 +199,43 @@ def test_training_and_sampling_build_the_same_conditions(vae, condition):
     trainer, sampler = task(vae, condition, model), pipeline(vae, condition, model)
     words = embed(trainer.text_encoder, training.captions)
     trained = trainer.conditions(training, trainer.encode(training), words, [False, False])
-    images = [clip[[0, -1][: condition.num_images()]] for clip in frames()]
-    sampled = sampler.conditions(training.captions, SHAPE, images)
+    images = [shown_frames(clip, condition.num_images()) for clip in frames()]
+    sampled = sampler.conditions(training.captions, SHAPE, SamplingConfig(), images)
     for a, b in zip(trained, sampled, strict=True):
         assert same(a.text, b.text)
         assert same(a.frames, b.frames)
         assert same(a.channels, b.channels)
         assert a.frames is not None or a.channels is not None
+
+
+class Tokens:
+    """An image encoder of two tokens an image: its mean colour, and its first pixel."""
+
+    width, num_tokens = 3, 2
+
+    def encode(self, images):
+        return torch.cat([torch.stack([image.float().mean((0, 1)), image[0, 0].float()]) for image in images])
+
+    def nothing(self, images):
+        return torch.zeros(images * self.num_tokens, self.width)
+
+
+def test_image_tokens_are_the_same_in_training_and_sampling_and_zeros_without_an_image(vae):
+    condition, training = PaddedClip(last=True), pack()
+    trainer, sampler = task(vae, condition, tiny_dit()), pipeline(vae, condition, tiny_dit())
+    trainer.conditioner = replace(trainer.conditioner, image_encoder=Tokens())
+    sampler = replace(sampler, image_encoder=Tokens())
+    words = embed(trainer.text_encoder, training.captions)
+    trained = trainer.conditions(training, trainer.encode(training), words, [False, True])
+    images = [shown_frames(clip, 2) for clip in frames()]
+    sampled = sampler.conditions(training.captions, SHAPE, SamplingConfig(), images)
+    assert trained[0].image.shape == (4, 3)
+    assert same(trained[0].image, sampled[0].image)
+    assert trained[1].image.eq(0).all()
+    assert trained[1].image.shape == sampled[1].image.shape
+    without = sampler.conditions(training.captions, SHAPE, SamplingConfig())
+    assert same(trained[1].image, without[1].image)
+    assert same(trained[1].channels, without[1].channels)
 
 
 def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -260,16 +291,23 @@ def test_a_model_that_cannot_take_the_condition_is_refused():
 
 def test_a_distilled_model_is_told_its_guidance_in_training_too(vae):
     trainer = task(vae, CleanFrame(), tiny_dit(guidance=True))
-    trainer.embedded_guidance = 6.0
     training = pack()
     words = embed(trainer.text_encoder, training.captions)
     told = trainer.conditions(training, trainer.encode(training), words, [False, True])
     assert extras_of(told).guidance == [6.0, 6.0]
+    sampler, config = pipeline(vae, CleanFrame(), trainer.denoiser.model), SamplingConfig(embedded_guidance=6.0)
+    assert extras_of(sampler.conditions(training.captions, SHAPE, config)).guidance == [6.0, 6.0]
     with torch.no_grad():
         trainer.denoiser([torch.zeros(4, 3, 2, 4)] * 2, torch.tensor([0.2, 0.5]), told)
     check_embedded_guidance(6.0, trainer.denoiser.model.config)
     with pytest.raises(ValueError, match=r"embedded_guidance=None and model\.guidance=True.*such as 6"):
         check_embedded_guidance(None, trainer.denoiser.model.config)
+
+
+def test_every_clip_is_told_the_numbers_that_the_model_reads():
+    assert numbers_told(DiTConfig(), 8.0, None) == {}
+    assert numbers_told(DiTConfig(rope_fps=24.0, ofs_channels=16), 8.0, None) == {"fps": 8.0, "ofs": 2.0}
+    assert numbers_told(DiTConfig(guidance=True), 8.0, 6.0) == {"guidance": 6.0}
 
 
 def test_clips_of_which_nothing_is_left_and_caches_without_the_image_are_refused():
