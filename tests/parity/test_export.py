@@ -46,6 +46,17 @@ def test_published_in_and_out_is_bit_equal(tmp_path, published):
     assert 0 < difference < 1e-5
 
 
+@torch.no_grad()
+def test_the_reference_loads_an_export_by_its_own_from_pretrained(tmp_path, published):
+    """The literal call, with accelerate: no key missing, none left over, the same bits."""
+    import_model(published, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    load = diffusers.WanTransformer3DModel.from_pretrained
+    found, told = load(tmp_path / "out", torch_dtype=torch.float32, output_loading_info=True)
+    assert {key: value for key, value in told.items() if value} == {}
+    assert_bit_equal(found.state_dict(), load(published, torch_dtype=torch.float32).state_dict())
+
+
 def test_half_precision_comes_back_bit_for_bit(tmp_path, published):
     path = published / "diffusion_pytorch_model.safetensors"
     half = {name: tensor.bfloat16() for name, tensor in tensors_in(published).items()}
@@ -130,7 +141,7 @@ def test_a_pipeline_comes_in_and_out(tmp_path, pipeline):
     whole, published = pipeline
     import_model(published, tmp_path / "run")
     lines = export(tmp_path / "run", tmp_path / "out")
-    assert [line.split(":")[0] for line in lines] == ["model_index.json", "vae", "transformer"]
+    assert [line.split(":")[0] for line in lines] == ["model_index.json", "vae", "transformer", "WanPipeline"]
     for part in ("transformer", "vae"):
         assert_bit_equal(tensors_in(tmp_path / "out" / part), tensors_in(published / part))
     index, expected = (json.loads((f / "model_index.json").read_text()) for f in (tmp_path / "out", published))
@@ -141,6 +152,9 @@ def test_a_pipeline_comes_in_and_out(tmp_path, pipeline):
     }
     parts = {"transformer": whole.transformer, "vae": whole.vae, "text_encoder": None, "tokenizer": None}
     again = diffusers.WanPipeline.from_pretrained(tmp_path / "out", **parts)
+    loaded = diffusers.WanPipeline.from_pretrained(tmp_path / "out", text_encoder=None, tokenizer=None)
+    assert_bit_equal(loaded.transformer.state_dict(), whole.transformer.state_dict())
+    assert_bit_equal(loaded.vae.state_dict(), whole.vae.state_dict())
     assert again.scheduler.config.shift == 3.0
 
 
@@ -162,7 +176,8 @@ def published_pair(tmp_path, pipeline):
 def test_a_pair_of_experts_comes_in_and_out(tmp_path, pair):
     import_model(pair, tmp_path / "run")
     lines = export(tmp_path / "run", tmp_path / "out")
-    assert [line.split(":")[0] for line in lines] == ["model_index.json", "vae", "transformer", "transformer_2"]
+    parts = ["vae", "transformer", "transformer_2"]
+    assert [line.split(":")[0] for line in lines] == ["model_index.json", *parts, "WanPipeline"]
     for part in ("transformer", "transformer_2", "vae"):
         assert_bit_equal(tensors_in(tmp_path / "out" / part), tensors_in(pair / part))
     index, expected = (json.loads((f / "model_index.json").read_text()) for f in (tmp_path / "out", pair))
@@ -232,6 +247,13 @@ FAMILIES = {
         "HunyuanVideoTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 2,
          "num_single_layers": 2, "text_embed_dim": 10, "pooled_projection_dim": 6, "rope_axes_dim": (4, 4, 4)},
+    ),
+    "ltx-2": (
+        "LTX2VideoTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 20, "in_channels": 6, "out_channels": 6, "num_layers": 2,
+         "cross_attention_dim": 40, "caption_channels": 12, "rope_type": "split", "audio_in_channels": 5,
+         "audio_out_channels": 5, "audio_num_attention_heads": 2, "audio_attention_head_dim": 12,
+         "audio_cross_attention_dim": 24},
     ),
     "hunyuan 1.5": (
         "HunyuanVideo15Transformer3DModel",

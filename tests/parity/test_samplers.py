@@ -13,6 +13,7 @@ from kinema.data.encoding import read_metadata
 from kinema.data.geometry import ClipShape
 from kinema.diffusion.solvers import Solver
 from kinema.diffusion.timesteps import TimestepSpacing
+from kinema.interop import exporting
 from kinema.interop.importing import import_model
 from kinema.sampling.pipeline import SamplingConfig, initial_noise
 from kinema.sampling.sample import SampleConfig, sample
@@ -206,3 +207,38 @@ def test_cogvideox(tmp_path, steps):
         for wrong in ({"rows_from_zero": False}, {"snr_shift": 1.0}):
             other = replace(ours, objective=replace(ours.objective, **wrong))
             assert largest(other.latents([CAPTION], SHAPE, own), expected[-1:]) > 1e-4
+
+
+WHOLE = {
+    "wan": lambda: wan_pipeline(SCHEDULERS["unipc"]),
+    "wan, euler": lambda: wan_pipeline(SCHEDULERS["flow euler"]),
+    "wan, two transformers": lambda: wan_pipeline(SCHEDULERS["dpm-solver++"], low_noise=True),
+    "hunyuan": lambda: hunyuan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)),
+    "ltx": lambda: ltx_pipeline(diffusers.FlowMatchEulerDiscreteScheduler(**LTX_SCHEDULER)),
+    "cogvideox": lambda: cogvideox_pipeline(diffusers.CogVideoXDDIMScheduler(**COGVIDEOX_SCHEDULER)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_pipeline_goes_out_with_its_scheduler_and_a_sampling_through_it(tmp_path, name):
+    whole = WHOLE[name]()
+    whole.save_pretrained(tmp_path / "published")
+    import_model(tmp_path / "published", tmp_path / "run")
+    lines = kinema.export(tmp_path / "run", tmp_path / "out")
+    assert lines[-1].startswith(f"{type(whole).__name__}: ")
+    assert float(lines[-1].rsplit(" ", 1)[1]) <= 1e-5
+    before, after = (
+        json.loads((tmp_path / where / "scheduler/scheduler_config.json").read_text()) for where in ("published", "out")
+    )
+    assert after == before
+
+
+def test_a_scheduler_that_samples_otherwise_is_not_exported(tmp_path, monkeypatch):
+    whole = wan_pipeline(SCHEDULERS["flow euler"])
+    whole.save_pretrained(tmp_path / "published")
+    import_model(tmp_path / "published", tmp_path / "run")
+    wrong = diffusers.FlowMatchEulerDiscreteScheduler(shift=9.0)
+    monkeypatch.setattr(exporting, "published_scheduler", lambda *args, **options: wrong)
+    with pytest.raises(ValueError, match=r"WanPipeline: euler, 4 steps.*nothing was written"):
+        kinema.export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Text encoders: the hash encoder's claims, and pretrained ones against transformers called directly."""
 
 import logging
+import time
 
 import pytest
 import torch
@@ -272,6 +273,28 @@ def test_pickled_weights_are_never_read(t5_folder, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="safetensors"):
         build_text_encoder(PretrainedText(path=str(tmp_path)))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_said(monkeypatch):
+    from huggingface_hub import HfApi
+
+    from kinema.conditioning.text.reading import hub_problem
+
+    asked = []
+
+    def refuse(self, name, **options):
+        asked.append(name)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(HfApi, "model_info", refuse)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub_problem.cache_clear()
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=r"text\.path=nobody/nothing .*does not answer: ConnectionError: no route"):
+        build_text_encoder(PretrainedText(path="nobody/nothing"))
+    assert asked == ["nobody/nothing"]
+    assert time.perf_counter() - started < 20
+    hub_problem.cache_clear()
 
 
 def test_a_missing_weight_is_refused_not_made_up(t5_folder, tmp_path):

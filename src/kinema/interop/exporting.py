@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema.conditioning.frames import CleanFrame
-from kinema.diffusion.objective import RectifiedFlow
+from kinema.diffusion.objective import Objective, RectifiedFlow
 from kinema.identity import fingerprint
 from kinema.interop.adapters import DIFFUSERS_FILE, comfyui_tensors, diffusers_tensors, load_into, patched, placed
 from kinema.interop.card import model_card
@@ -21,11 +21,14 @@ from kinema.interop.comparing import LIMIT, difference
 from kinema.interop.folders import published_folder
 from kinema.interop.importing import publish
 from kinema.interop.loading import Held, Parts, held_of
+from kinema.interop.pipelines import LIMIT as SAMPLING_LIMIT
+from kinema.interop.pipelines import RUNS, sampled
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets import PRESETS
-from kinema.interop.reading import read_published
+from kinema.interop.reading import read_json, read_published
 from kinema.interop.recognising import build_on_meta, shapes_of
 from kinema.interop.reference import is_installed, reference_class
+from kinema.interop.schedulers import published_scheduler
 from kinema.models.vae import CausalVAE
 from kinema.sampling.pipeline import Pipeline
 from kinema.training.checkpoint import write_json
@@ -47,8 +50,13 @@ PIPELINES: dict[tuple[str, str, bool], tuple[str, tuple[str, ...]]] = {
         "HunyuanVideoPipeline",
         (*TEXT, "text_encoder_2", "tokenizer_2"),
     ),
+    ("LTXVideoTransformer3DModel", "AutoencoderKLLTXVideo", False): ("LTXPipeline", (*TEXT, "vae")),
+    ("CogVideoXTransformer3DModel", "AutoencoderKLCogVideoX", False): ("CogVideoXPipeline", (*TEXT, "vae")),
 }
 """Transformer, VAE, whether channels are given -> the reference's pipeline, and its parts that an export lacks."""
+
+TABLES = {"CogVideoXPipeline": "CogVideoXDDIMScheduler"}
+"""Pipelines that sample a table of noise levels, and the class of their scheduler; others sample flows."""
 
 SINGLE_FILE = {"WanTransformer3DModel", "WanVACETransformer3DModel"}
 """Classes of which the reference reads the maker's files of any size; of others it knows the released size or none."""
@@ -180,13 +188,19 @@ def is_vae(preset: Preset) -> bool:
 
 def write_diffusers(folder: Path, held: Held, models: dict[str, Described]) -> list[str]:
     """A component's folder for one model; a pipeline's for a transformer with its VAE."""
-    whole, is_pipeline = len(models) > 1, "vae" in models and len(models) > 1
-    lines = []
+    whole = len(models) > 1 or held.other_vae is not None
+    lines, parts = [], {}
     for name, model in models.items():
         where = folder / name if whole else folder
         write_component(where, model)
-        lines.append(check_difference(name, model, reload(where, model)))
-    return [write_pipeline(folder, held, models), *lines] if is_pipeline else lines
+        parts[name] = reload(where, model)
+        lines.append(check_difference(name, model, parts[name]))
+    if not whole or not ("vae" in models or held.other_vae):
+        return lines
+    first = write_pipeline(folder, held, models)
+    if (folder / "model_index.json").exists():
+        lines += check_sampling(folder, held, models["transformer"].config, parts)
+    return [first, *lines]
 
 
 def write_component(folder: Path, model: Described) -> None:
@@ -251,48 +265,54 @@ def check_difference(name: str, model: Described, reference: Any) -> str:
     return line
 
 
+def check_sampling(folder: Path, held: Held, config: Record, parts: dict[str, Any]) -> list[str]:
+    """The line that says how far a short sampling through the target pipeline is from ours; ValueError if too far."""
+    index = read_json(folder / "model_index.json")
+    objective, shift = held.objective(), held.sampling().timestep_shift
+    if index["_class_name"] not in RUNS or objective is None:
+        return []
+    missing = {name: None for name, value in index.items() if value == [None, None]}
+    settings, found = sampled(folder, {**missing, **parts}, held.denoiser, config, objective, shift)
+    line = f"{index['_class_name']}: {settings.describe()}, largest difference {found:.1e}"
+    if not found <= SAMPLING_LIMIT:
+        raise ValueError(f"{line} (relative) is above {SAMPLING_LIMIT:.0e}: nothing was written.")
+    return [line]
+
+
 def write_pipeline(folder: Path, held: Held, models: dict[str, Described]) -> str:
     """The scheduler and model_index.json, where the reference has a pipeline of these models; the line that says so."""
-    transformer, vae = models["transformer"], models["vae"]
+    transformer = models["transformer"]
+    vae = models["vae"].preset.reference if "vae" in models else held.other_vae
     is_given = transformer.config["in_channels"] != transformer.config["out_channels"]
-    key = (transformer.preset.reference, vae.preset.reference, is_given)
+    key = (transformer.preset.reference, vae, is_given)
     if key not in PIPELINES:
         return f"diffusers has no pipeline of {key[0]} with {key[1]}: its parts are in transformer/ and vae/"
-    if held.objective() is None:
-        return (
-            f"no model_index.json: the shift that a {PIPELINES[key][0]} needs is known only of a training or a pipeline"
-        )
     pipeline, absent = PIPELINES[key]
-    scheduler = reference_class("FlowMatchEulerDiscreteScheduler")(shift=flow_shift(held))
+    objective, sampling = held.objective(), held.sampling()
+    if objective is None:
+        return f"no model_index.json: the shift that a {pipeline} needs is known only of a training or a pipeline"
+    scheduler = published_scheduler(
+        objective, sampling, gives_mu=pipeline.startswith("LTX"), table=TABLES.get(pipeline)
+    )
     scheduler.save_pretrained(folder / "scheduler")
+    boundary = {} if held.experts is None else {"boundary_ratio": held.experts.config.expert_boundary}
     index = {
         "_class_name": pipeline,
         "_diffusers_version": version("diffusers"),
         **{name: ["diffusers", model.preset.reference] for name, model in models.items()},
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
         **{name: [None, None] for name in absent if name not in models},
-        **({} if held.boundary is None else {"boundary_ratio": held.boundary}),
+        **boundary,
         **({"expand_timesteps": True} if isinstance(held.condition(), CleanFrame) else {}),
     }
     write_json(folder / "model_index.json", index)
-    return f"model_index.json: {pipeline}, shift {flow_shift(held):g}; give it {', '.join(absent[:2])} when you load it"
+    shift = f"shift {objective.shift_for(None):g}" if is_one_shift(objective) else type(scheduler).__name__
+    return f"model_index.json: {pipeline}, {shift}; give it {', '.join(absent[:2])} when you load it"
 
 
-def flow_shift(held: Held) -> float:
-    """The shift of the training; ValueError for an objective that the reference's scheduler cannot follow."""
-    objective = held.objective()
-    assert objective is not None
-    if not isinstance(objective, RectifiedFlow) or objective.prediction_target.name != "velocity":
-        raise ValueError(
-            f"objective={type(objective).__name__}, prediction_target={objective.prediction_target.name}: the "
-            "scheduler of this pipeline samples velocities of a rectified flow. Type --part transformer."
-        )
-    if objective.shift_base_tokens is not None:
-        raise ValueError(
-            f"objective.shift_base_tokens={objective.shift_base_tokens}: the reference's scheduler has one shift for "
-            "clips of any size. Type --part transformer, and give its scheduler the shift of your clips."
-        )
-    return objective.timestep_shift
+def is_one_shift(objective: Objective) -> bool:
+    """Whether clips of all sizes have one shift."""
+    return isinstance(objective, RectifiedFlow) and objective.shift_base_tokens is None
 
 
 def write_single_file(folder: Path, held: Held, models: dict[str, Described]) -> list[str]:

@@ -1,6 +1,6 @@
 """Modules from paths: a published model, or a run of Kinema's own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +15,7 @@ from kinema.interop.reading import is_pipeline
 from kinema.interop.recognising import recognise
 from kinema.models.dit import DiTConfig, Experts, make_denoiser, split_experts
 from kinema.models.vae import CausalVAE
-from kinema.sampling.pipeline import OtherVAE, Pipeline
+from kinema.sampling.pipeline import OtherVAE, Pipeline, SamplingConfig
 from kinema.sampling.sample import condition_of, load_pipeline
 from kinema.training.checkpoint import SEAL, Checkpoint, CheckpointStore
 from kinema.training.finetune import adapters_of, base_weights, merged_weights
@@ -42,8 +42,10 @@ class Held:
     models: dict[str, Model]
     manifest: dict[str, Any] | None
     vae_manifest: dict[str, Any] | None = None
-    boundary: float | None = None
-    """Timestep from which on `transformer` is used, and below which `transformer_2`, where there are two."""
+    experts: Experts | None = None
+    """Both transformers as our one model, where there are two."""
+    other_vae: str | None = None
+    """Class of the VAE that the release had and that Kinema cannot be."""
 
     def only(self, part: str) -> "Held":
         """This with one of its models, or with all."""
@@ -69,7 +71,17 @@ class Held:
             return self
         high, low = split_experts(tensors)
         models = {**self.models, "transformer": (model.high, high), "transformer_2": (model.low, low)}
-        return Held(models, self.manifest, self.vae_manifest, model.config.expert_boundary)
+        return replace(self, models=models, experts=model)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The model that samples."""
+        return self.experts or self.models["transformer"][0]
+
+    def sampling(self) -> SamplingConfig:
+        """How the training or the release samples; our defaults where nobody said."""
+        plain = (self.manifest or {}).get("sampling")
+        return SamplingConfig() if plain is None else from_plain(plain, SamplingConfig)
 
     def objective(self) -> Objective | None:
         """The objective of the training; None for a module without a manifest."""
@@ -132,7 +144,8 @@ def held_of(source: "nn.Module | Pipeline | Parts | str | Path", weights: Weight
     if isinstance(source, Pipeline | Parts):
         given = {"vae": source.vae, "transformer": source.denoiser}
         models = {n: (model, merged_weights(model)) for n, model in given.items() if not isinstance(model, OtherVAE)}
-        return Held(models, pipeline_manifest(source) if isinstance(source, Pipeline) else None)
+        other = source.vae.name if isinstance(source.vae, OtherVAE) else None
+        return Held(models, pipeline_manifest(source) if isinstance(source, Pipeline) else None, other_vae=other)
     if isinstance(source, nn.Module):
         name = "vae" if isinstance(source, CausalVAE) else "transformer"
         return Held({name: (source, merged_weights(source))}, None)
@@ -148,13 +161,15 @@ def held_of(source: "nn.Module | Pipeline | Parts | str | Path", weights: Weight
         models["vae"] = vae_of(carried, Weights(manifest["vae"]["weights"]))
     vae = models["vae"][0] if models else None
     models["transformer"] = transformer_of(checkpoint, manifest, weights, vae)
-    return Held(models, manifest, carried.document("manifest") if carried else None)
+    other = manifest.get("other_vae", {}).get("class")
+    return Held(models, manifest, carried.document("manifest") if carried else None, other_vae=other)
 
 
 def pipeline_manifest(pipeline: Pipeline) -> dict[str, Any]:
     """What a pipeline in memory knows of its manifest."""
     return {
         "objective": to_plain(pipeline.objective),
+        "sampling": to_plain(pipeline.sampling),
         "fps": pipeline.fps,
         "shapes": [list(shape) for shape in pipeline.shapes],
         "guidance_dropout": pipeline.guidance_dropout,

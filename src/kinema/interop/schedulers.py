@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kinema.diffusion.library import BETAS, TABLE_TARGETS, scheduler_facts
-from kinema.diffusion.objective import DDPM, Objective, RectifiedFlow
+from kinema.diffusion.library import BETAS, TABLE_TARGETS, make_scheduler, scheduler_facts
+from kinema.diffusion.objective import DDPM, Objective, PredictionTarget, RectifiedFlow
 from kinema.diffusion.solvers import LIBRARY, Solver
 from kinema.diffusion.timesteps import TRAINED_TIMESTEPS, TimestepSpacing
 from kinema.interop.preset import Record
-from kinema.interop.reference import with_defaults
+from kinema.interop.reference import reference_class, with_defaults
+from kinema.sampling.pipeline import SamplingConfig
 
 
 class Scheduled(NamedTuple):
@@ -65,7 +66,7 @@ def flow_multistep(config: Record, gives_sigmas: bool) -> Scheduled:
     return by_library(config, RectifiedFlow(timestep_shift=float(config.get("flow_shift", 1.0))))
 
 
-def table(config: Record, gives_sigmas: bool) -> Scheduled:
+def noise_table(config: Record, gives_sigmas: bool) -> Scheduled:
     """DDIM on a table of noise levels: the library's own, with the options of the release."""
     check_off(config, "trained_betas", "thresholding")
     return by_library(
@@ -80,6 +81,46 @@ def table(config: Record, gives_sigmas: bool) -> Scheduled:
             rows_from_zero=True,
         ),
     )
+
+
+def published_scheduler(objective: Objective, sampling: SamplingConfig, *, gives_mu: bool, table: str | None) -> Any:
+    """The reference's scheduler that samples as `sampling` says, or the nearest that its pipeline can have.
+
+    `table` is the class of a pipeline that samples a table of noise levels; `gives_mu`: the pipeline tells a dynamic
+    shift the clip's size. ValueError for an objective that no scheduler of this pipeline follows.
+    """
+    target = objective.prediction_target
+    if isinstance(objective, DDPM) and table is not None and objective.rows_from_zero:
+        return make_scheduler(LIBRARY.get(sampling.solver, table), objective, 1.0, sampling.scheduler)
+    if not isinstance(objective, RectifiedFlow) or target is not PredictionTarget.velocity or table is not None:
+        wanted = "a table whose rows count from 0 (objective.rows_from_zero=true)" if table else "velocities of a flow"
+        raise ValueError(
+            f"objective={type(objective).__name__}, prediction_target={target.name}: the scheduler of this pipeline "
+            f"samples {wanted}. Type --part transformer."
+        )
+    if objective.shift_top is not None and gives_mu:
+        return reference_class(FLOW_EULER)(**dynamic_shift(objective), shift_terminal=sampling.timestep_terminal)
+    if objective.shift_base_tokens is not None:
+        raise ValueError(
+            f"objective.shift_base_tokens={objective.shift_base_tokens}: the reference's scheduler has one shift for "
+            "clips of any size. Type --part transformer, and give its scheduler the shift of your clips."
+        )
+    shift = objective.timestep_shift if sampling.timestep_shift is None else sampling.timestep_shift
+    if sampling.solver in LIBRARY:
+        return make_scheduler(LIBRARY[sampling.solver], objective, shift, sampling.scheduler)
+    return reference_class(FLOW_EULER)(shift=shift, shift_terminal=sampling.timestep_terminal)
+
+
+def dynamic_shift(objective: RectifiedFlow) -> dict[str, Any]:
+    """A shift on a line of tokens, in the library's words."""
+    assert objective.shift_top is not None
+    return {
+        "use_dynamic_shifting": True,
+        "base_shift": round(math.log(objective.timestep_shift), 12),
+        "max_shift": round(math.log(objective.shift_top), 12),
+        "base_image_seq_len": objective.shift_base_tokens,
+        "max_image_seq_len": objective.shift_top_tokens,
+    }
 
 
 def by_library(config: Record, objective: Objective) -> Scheduled:
@@ -98,14 +139,15 @@ def named(names: dict[Any, str], wanted: str) -> Any:
     return next(ours for ours, theirs in names.items() if theirs == wanted)
 
 
+FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
 OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 READERS: dict[str, Callable[[Record, bool], Scheduled]] = {
     "FlowMatchEulerDiscreteScheduler": flow_euler,
     "UniPCMultistepScheduler": flow_multistep,
     "DPMSolverMultistepScheduler": flow_multistep,
-    "DDIMScheduler": table,
-    "CogVideoXDDIMScheduler": table,
+    "DDIMScheduler": noise_table,
+    "CogVideoXDDIMScheduler": noise_table,
 }
 """Class of the reference -> how its config is read."""
 

@@ -1,6 +1,7 @@
 """Reading an encoder and its tokenizer: safetensors only, nothing missing, nothing guessed."""
 
 import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,39 @@ def load_model(config: PretrainedText) -> nn.Module:
 
 
 def read_pretrained(kind: Any, config: PretrainedText, **options: Any) -> Any:
-    """`kind.from_pretrained`, with an error that names the config key."""
+    """`kind.from_pretrained`, with an error that names the config key; a hub that does not answer is asked once."""
+    is_folder = Path(config.path).is_dir()
+    silent = None if is_folder else hub_problem(config.path)
     try:
-        return kind.from_pretrained(config.path, **options)
+        return kind.from_pretrained(config.path, local_files_only=is_folder or silent is not None, **options)
     except (OSError, ValueError) as error:
-        is_folder = Path(config.path).is_dir()
-        where = "the folder lacks a file" if is_folder else "no such folder, and the hub did not give it"
+        where = "the folder lacks a file"
+        if not is_folder:
+            where = "no such folder, and the hub did not give it"
+        if silent:
+            where = (
+                f"no such folder, not among the files downloaded before, and the hub does not answer: {silent}. "
+                "Download it where there is a network (hf download NAME --local-dir FOLDER), and type the folder"
+            )
         raise ValueError(
             f"text.path={config.path} cannot be read by {kind.__name__} ({where}): it must hold config.json, "
             f"tokenizer files and *.safetensors weights. {error}"
         ) from error
+
+
+@cache
+def hub_problem(name: str, timeout_seconds: float = 10.0) -> str | None:
+    """Why the hub cannot be asked for a model; None where it answers. One request: libraries retry for a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, timeout=timeout_seconds)
+    except HfHubHTTPError:
+        return None  # an answer, which the reading will explain
+    except Exception as error:  # of whichever HTTP library it uses; offline mode too
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def check_fits(config: PretrainedText, model_config: Any) -> None:
