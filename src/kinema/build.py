@@ -31,6 +31,7 @@ from kinema.identity import digest, to_plain
 from kinema.models.dit import DiT, Expert, Experts, make_denoiser
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
+from kinema.sampling.conditioner import numbers_told
 from kinema.sampling.denoiser import check_condition, check_embedded_guidance
 from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import geometry_of, image_encoder_of
@@ -134,7 +135,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         image_encoder=image_encoder and image_encoder.to(process.device),
         geometry=geometry,
         guidance_dropout=config.task.guidance_dropout,
-        embedded_guidance=config.task.embedded_guidance,
+        numbers=numbers_told(config.model, config.data.fps, config.task.embedded_guidance),
         posterior=config.task.posterior,
         timestep_range=config.model.timestep_range,
         seed=config.seed,

@@ -10,7 +10,7 @@ from diffusers.models.transformers import transformer_cosmos
 
 from kinema.interop.comparing import NearestResize
 from kinema.interop.presets import PRESETS
-from kinema.models.dit import Extras
+from kinema.models.dit import Extras, Sound
 
 TOLERANCE = 1e-5  # largest difference over largest value
 BY_NAME = {preset.name: preset for preset in PRESETS}
@@ -36,6 +36,21 @@ LTX = {
     "cross_attention_dim": 40,
     "num_layers": 2,
     "caption_channels": 12,
+}
+LTX2 = {
+    "in_channels": 6,
+    "out_channels": 6,
+    "num_attention_heads": 2,
+    "attention_head_dim": 20,
+    "cross_attention_dim": 40,
+    "audio_in_channels": 5,
+    "audio_out_channels": 5,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 12,
+    "audio_cross_attention_dim": 24,
+    "num_layers": 2,
+    "caption_channels": 12,
+    "rope_type": "split",
 }
 HUNYUAN = {
     "num_attention_heads": 2,
@@ -186,6 +201,8 @@ CASES = {
     "latte, larger frames, no variance": Case("latte", LATTE | {"sample_size": 140, "out_channels": 4}),
     "ltx": Case("ltx", LTX, {"2B": {}, "13B": LTX_13B}, padded=True),
     "ltx, a timestep for each frame": Case("ltx", LTX, frame_times=True),
+    "ltx-2": Case("ltx2", LTX2, {"2.0": {"rope_type": "split"}}, padded=True),
+    "ltx-2, a timestep for each frame": Case("ltx2", LTX2, frame_times=True, fps=12.5),
     "hunyuan": Case("hunyuan", HUNYUAN, {"13B": {}}, padded=True),
     "hunyuan, given channels": Case(
         "hunyuan",
@@ -272,6 +289,7 @@ class Given:
     control: torch.Tensor | None = None
     glyphs: torch.Tensor | None = None
     fps: list[float] | None = None
+    audio: Sound | None = None
     ofs: list[float] | None = None
     padding: int = 0
 
@@ -293,6 +311,7 @@ class Given:
             guidance=self.guidance,
             control=parts(self.control),
             glyphs=self.glyph_words(),
+            audio=self.audio,
             fps=self.fps,
             ofs=self.ofs,
         )
@@ -330,9 +349,19 @@ def inputs(case, model):
         draw(config.control_channels, *grid) if config.control_channels else None,
         draw(5, config.glyph_width) if config.glyph_width else None,
         None if case.fps is None else [case.fps] * 2,
+        sound(case, model, draw) if config.audio else None,
         [2.0, 0.5] if config.ofs_channels else None,
         3 if case.padded else 0,
     )
+
+
+def sound(case, model, draw):
+    """Longer than the video, with timesteps and captions of its own; the second caption is as short as the video's."""
+    timesteps, text = torch.tensor([0.62, 0.113]), list(draw(9, model.text_width))
+    if case.frame_times:
+        timesteps = list(timesteps[:, None].repeat(1, 7).index_fill(1, torch.arange(2), 0.0))
+    text[1] = text[1][: 9 - (3 if case.padded else 0)]
+    return Sound(list(draw(model.config.audio.channels, 7)), timesteps, text)
 
 
 def run_wan(theirs, given):
@@ -363,6 +392,34 @@ def run_ltx(theirs, given):
     scale = (8 / 25, 32, 32)
     out = theirs(tokens, given.text, timesteps, mask_of(given.captions()), t, h, w, scale).sample
     return out.unflatten(1, (t, h, w)).permute(0, 4, 1, 2, 3)
+
+
+def run_ltx2(theirs, given):
+    """Both streams, one behind the other."""
+    b, _, t, h, w = given.latents.shape
+    audio, timesteps = given.audio, given.timesteps * 1000
+    timesteps = (timesteps if timesteps.ndim == 2 else timesteps[:, None].expand(b, t)).repeat_interleave(h * w, dim=1)
+    heard = torch.stack(list(audio.timesteps)) * 1000
+    heard = heard if heard.ndim == 2 else heard[:, None].expand(b, 7)
+    words = torch.nn.utils.rnn.pad_sequence(audio.text, batch_first=True)
+    video, played = theirs(
+        given.latents.permute(0, 2, 3, 4, 1).flatten(1, 3),
+        torch.stack(audio.latents).transpose(1, 2),
+        given.text,
+        words,
+        timesteps,
+        heard,
+        encoder_attention_mask=mask_of(given.captions()),
+        audio_encoder_attention_mask=mask_of(audio.text),
+        num_frames=t,
+        height=h,
+        width=w,
+        fps=24.0 if given.fps is None else given.fps[0],
+        audio_num_frames=7,
+        return_dict=False,
+    )
+    video = video.unflatten(1, (t, h, w)).permute(0, 4, 1, 2, 3)
+    return torch.cat([video.flatten(1), played.transpose(1, 2).flatten(1)], dim=1)
 
 
 def run_hunyuan(theirs, given):
@@ -416,6 +473,7 @@ RUN = {
     "hunyuan15": run_hunyuan15,
     "latte": run_latte,
     "ltx": run_ltx,
+    "ltx2": run_ltx2,
     "pixart": run_pixart,
     "wan": run_wan,
     "wan_vace": run_wan,
@@ -424,7 +482,9 @@ RUN = {
 
 def run_ours(model, given):
     timesteps = given.timesteps if given.timesteps.ndim == 1 else list(given.timesteps)
-    return torch.stack(model.predict(list(given.latents), timesteps, given.captions(), given.extras()))
+    found = model.predict_streams(list(given.latents), timesteps, given.captions(), given.extras())
+    video = torch.stack(found.video)
+    return video if found.audio is None else torch.cat([video.flatten(1), torch.stack(found.audio).flatten(1)], dim=1)
 
 
 def meta_record(case, config):

@@ -248,6 +248,13 @@ FAMILIES = {
         {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 2,
          "num_single_layers": 2, "text_embed_dim": 10, "pooled_projection_dim": 6, "rope_axes_dim": (4, 4, 4)},
     ),
+    "ltx-2": (
+        "LTX2VideoTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 20, "in_channels": 6, "out_channels": 6, "num_layers": 2,
+         "cross_attention_dim": 40, "caption_channels": 12, "rope_type": "split", "audio_in_channels": 5,
+         "audio_out_channels": 5, "audio_num_attention_heads": 2, "audio_attention_head_dim": 12,
+         "audio_cross_attention_dim": 24},
+    ),
     "hunyuan 1.5": (
         "HunyuanVideo15Transformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 7, "out_channels": 3, "num_layers": 2,

@@ -224,7 +224,9 @@ def test_an_imported_image_pipeline_samples_as_the_published_one(tmp_path, kind)
     inputs = []
     ours.denoiser.register_forward_pre_hook(lambda module, call: inputs.append(call[0][0].clone()))
     result = ours.latents(["a red circle"], SHAPE, settings, images=[given])[0]
-    free = ours.conditions(["a red circle"], SHAPE, [given])[0].num_frames  # the published loop lets given frames drift
+    free = ours.conditions(["a red circle"], SHAPE, settings, [given])[
+        0
+    ].num_frames  # the published loop lets given frames drift
     for actual, reference in zip([*inputs[1:], result], expected, strict=True):
         assert (actual - reference)[:, free:].abs().max() <= 1e-5 * reference.abs().max()
     other = ours.latents(["a red circle"], SHAPE, settings, images=[given.flip(1)])[0]

@@ -15,6 +15,7 @@ from kinema.diffusion.objective import DDPM, PredictionTarget, RectifiedFlow
 from kinema.diffusion.solvers import FOR_TABLES, Solver, solve
 from kinema.models.dit import DiT, DiTConfig, Extras
 from kinema.models.vae import CausalVAE, Norm, VAEConfig
+from kinema.sampling.conditioner import numbers_told
 from kinema.sampling.denoiser import Denoiser, check_condition, check_embedded_guidance, extras_of, with_given_frames
 from kinema.sampling.pipeline import Pipeline, SamplingConfig
 from kinema.training.dit_task import DiTTask, PosteriorDraw, check_training
@@ -175,9 +176,9 @@ def task(vae: CausalVAE, condition: FrameCondition, model: DiT) -> DiTTask:
     return DiTTask(
         engine=model, vae=vae, text_encoder=build_text_encoder(TEXT), objective=RectifiedFlow(), condition=condition,
         image_encoder=None,
-        geometry=Geometry(*vae.geometry_strides, (1, 2, 2)), guidance_dropout=0.0, embedded_guidance=None, frozen={},
-        posterior=PosteriorDraw.sample,
-        seed=0, device=torch.device("cpu"),
+        geometry=Geometry(*vae.geometry_strides, (1, 2, 2)), guidance_dropout=0.0, frozen={}, seed=0,
+        numbers=numbers_told(model.config, 8.0, 6.0 if model.config.guidance else None), posterior=PosteriorDraw.sample,
+        device=torch.device("cpu"),
     )  # fmt: skip
 
 
@@ -199,7 +200,7 @@ def test_training_and_sampling_build_the_same_conditions(vae, condition):
     words = embed(trainer.text_encoder, training.captions)
     trained = trainer.conditions(training, trainer.encode(training), words, [False, False])
     images = [clip[[0, -1][: condition.num_images()]] for clip in frames()]
-    sampled = sampler.conditions(training.captions, SHAPE, images)
+    sampled = sampler.conditions(training.captions, SHAPE, SamplingConfig(), images)
     for a, b in zip(trained, sampled, strict=True):
         assert same(a.text, b.text)
         assert same(a.frames, b.frames)
@@ -260,16 +261,23 @@ def test_a_model_that_cannot_take_the_condition_is_refused():
 
 def test_a_distilled_model_is_told_its_guidance_in_training_too(vae):
     trainer = task(vae, CleanFrame(), tiny_dit(guidance=True))
-    trainer.embedded_guidance = 6.0
     training = pack()
     words = embed(trainer.text_encoder, training.captions)
     told = trainer.conditions(training, trainer.encode(training), words, [False, True])
     assert extras_of(told).guidance == [6.0, 6.0]
+    sampler, config = pipeline(vae, CleanFrame(), trainer.denoiser.model), SamplingConfig(embedded_guidance=6.0)
+    assert extras_of(sampler.conditions(training.captions, SHAPE, config)).guidance == [6.0, 6.0]
     with torch.no_grad():
         trainer.denoiser([torch.zeros(4, 3, 2, 4)] * 2, torch.tensor([0.2, 0.5]), told)
     check_embedded_guidance(6.0, trainer.denoiser.model.config)
     with pytest.raises(ValueError, match=r"embedded_guidance=None and model\.guidance=True.*such as 6"):
         check_embedded_guidance(None, trainer.denoiser.model.config)
+
+
+def test_every_clip_is_told_the_numbers_that_the_model_reads():
+    assert numbers_told(DiTConfig(), 8.0, None) == {}
+    assert numbers_told(DiTConfig(rope_fps=24.0, ofs_channels=16), 8.0, None) == {"fps": 8.0, "ofs": 2.0}
+    assert numbers_told(DiTConfig(guidance=True), 8.0, 6.0) == {"guidance": 6.0}
 
 
 def test_clips_of_which_nothing_is_left_and_caches_without_the_image_are_refused():

@@ -28,6 +28,10 @@ class Condition:
     """Given latents (control_channels, T, H, W) of a control tower."""
     guidance: float | None = None
     """Embedded strength of guidance, of a model that was distilled to need no second pass."""
+    fps: float | None = None
+    """Frames a second, for a model whose positions in time are seconds."""
+    ofs: float | None = None
+    """A number that CogVideoX 1.5 embeds like a timestep."""
 
     @property
     def num_frames(self) -> int:

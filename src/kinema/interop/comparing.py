@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema.interop.preset import Record
-from kinema.models.dit import DiT, Extras
+from kinema.models.dit import DiT, Extras, Sound, StreamConfig
 from kinema.models.dit.segments import Grid
 from kinema.models.vae import CausalVAE
 
@@ -41,6 +41,7 @@ class Sample:
     """(2,)"""
     control: Tensor | None = None
     """(2, control_channels, T, H, W)"""
+    audio: Sound | None = None
 
     @classmethod
     def of(cls, model: DiT, words: int, seed: int = 0, tokens: Grid = (3, 3, 5)) -> "Sample":
@@ -63,6 +64,7 @@ class Sample:
             glyphs=draw(4, config.glyph_width) if config.glyph_width else None,
             ofs=torch.tensor([2.0, 1.0]) if config.ofs_channels else None,
             control=draw(config.control_channels, *grid) if config.control_channels else None,
+            audio=_sound(config.audio, draw(words, model.text_width), draw) if config.audio else None,
         )
 
     def extras(self) -> Extras:
@@ -75,12 +77,17 @@ class Sample:
             guidance=guidance,
             glyphs=_rows(self.glyphs),
             control=_rows(self.control),
+            audio=self.audio,
             ofs=None if self.ofs is None else self.ofs.tolist(),
         )
 
     def given(self) -> Tensor:
         """Noisy latents and given channels together, as references take them."""
         return self.latents if self.channels is None else torch.cat([self.latents, self.channels], dim=1)
+
+
+def _sound(stream: StreamConfig, text: Tensor, draw: Callable[..., Tensor]) -> Sound:
+    return Sound(list(draw(stream.channels, 7)), torch.tensor([0.6, 0.2]), list(text))
 
 
 def _rows(values: Tensor | None) -> list[Tensor] | None:
@@ -109,6 +116,27 @@ def ltx_video(reference: Any, config: Record, sample: Sample) -> Tensor:
     mask = torch.ones(sample.text.shape[:2])
     found = reference(tokens, sample.text, timesteps, mask, frames, height, width, (8 / 25, 32, 32)).sample
     return found.unflatten(1, (frames, height, width)).permute(0, 4, 1, 2, 3)
+
+
+def ltx2(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """LTX-2: the tokens of both streams in a row, at the reference's own frame rate."""
+    assert sample.audio is not None
+    heard = torch.stack(list(sample.audio.latents))
+    shape = sample.latents.shape[2:]
+    video, played = reference(
+        sample.latents.flatten(2).transpose(1, 2),
+        heard.transpose(1, 2),
+        sample.text,
+        torch.stack(list(sample.audio.text)),
+        (sample.timesteps * 1000)[:, None].expand(2, shape.numel()),
+        (torch.stack(list(sample.audio.timesteps)) * 1000)[:, None].expand(2, heard.shape[2]),
+        num_frames=shape[0],
+        height=shape[1],
+        width=shape[2],
+        audio_num_frames=heard.shape[2],
+        return_dict=False,
+    )
+    return together(video.transpose(1, 2), played.transpose(1, 2))
 
 
 def hunyuan_video(reference: Any, config: Record, sample: Sample) -> Tensor:
@@ -193,6 +221,7 @@ CALLS: dict[str, Call] = {
     "WanTransformer3DModel": wan,
     "WanVACETransformer3DModel": wan_vace,
     "LTXVideoTransformer3DModel": ltx_video,
+    "LTX2VideoTransformer3DModel": ltx2,
     "HunyuanVideoTransformer3DModel": hunyuan_video,
     "HunyuanVideo15Transformer3DModel": hunyuan_video_15,
     "CogVideoXTransformer3DModel": cogvideox,
@@ -224,8 +253,14 @@ def difference(ours: nn.Module, reference: Any, config: Record) -> float:
         raise ValueError(f"{name}: Kinema cannot run this class for a comparison yet; it has calls for {list(CALLS)}.")
     sample = Sample.of(ours, words_of(config), tokens=(1, 5, 3) if name in IMAGES else (3, 3, 5))
     expected = CALLS[name](reference, config, sample)
-    actual = ours.predict(list(sample.latents), sample.timesteps, list(sample.text), sample.extras())
-    return relative(torch.stack(actual), expected)
+    found = ours.predict_streams(list(sample.latents), sample.timesteps, list(sample.text), sample.extras())
+    video = torch.stack(found.video)
+    return relative(video if found.audio is None else together(video, torch.stack(found.audio)), expected)
+
+
+def together(video: Tensor, audio: Tensor) -> Tensor:
+    """Both streams in a row, (B, ...) each."""
+    return torch.cat([video.flatten(1), audio.flatten(1)], dim=1)
 
 
 def _vae_difference(ours: CausalVAE, reference: Any) -> float:

@@ -81,20 +81,44 @@ def _for_heads(table: Tensor, x: Tensor) -> Tensor:
 
 
 def fractional_rope(
-    positions: Tensor, width: int, num_heads: int, theta: float, dtype: torch.dtype = torch.float32
+    positions: Tensor,
+    width: int,
+    num_heads: int,
+    theta: float,
+    dtype: torch.dtype = torch.float32,
+    *,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Rotary angles of places as fractions of a largest clip: (N, 3) in [0, 1] -> cos, sin (N, heads, d / 2).
+    """Rotary angles of places as fractions of a largest clip: (N, axes) in [0, 1] -> cos, sin (N, heads, d / 2).
 
     HaCohen et al. 2024 (LTX-Video): frequencies grow from pi / 2 to theta * pi / 2 over the whole width
-    rather than each head, and a place p stands at 2p - 1. Channels that do not divide by six do not turn. Float32
-    inside, unlike `rope_3d`: at angles of 15 000 the published weights know its rounding.
+    rather than each head, and a place p stands at 2p - 1. Channels that do not divide by twice the axes do not turn.
+    Float32 inside, unlike `rope_3d`: at angles of 15 000 the published weights know its rounding; `exact` frequencies
+    are rounded once, from float64 (LTX-2).
     """
-    count = width // 6
-    frequencies = theta ** torch.linspace(0.0, 1.0, count, dtype=torch.float32, device=positions.device)
-    angles = frequencies * math.pi / 2.0 * (positions.float()[:, :, None] * 2 - 1)  # (N, 3, count)
-    whole = torch.nn.functional.pad(angles.transpose(1, 2).flatten(1), (width // 2 - 3 * count, 0))
+    axes = positions.shape[1]
+    count = width // (2 * axes)
+    dtype_inside = torch.float64 if exact else torch.float32
+    steps = torch.linspace(0.0, 1.0, count, dtype=dtype_inside, device=positions.device)
+    frequencies = (theta**steps * math.pi / 2.0).float()
+    angles = frequencies * (positions.float()[:, :, None] * 2 - 1)  # (N, axes, count)
+    whole = torch.nn.functional.pad(angles.transpose(1, 2).flatten(1), (width // 2 - axes * count, 0))
     heads = whole.unflatten(1, (num_heads, -1))
     return heads.cos().to(dtype), heads.sin().to(dtype)
+
+
+def middles(positions: Tensor, patch: Sequence[int], units: Sequence[float], fps: float) -> Tensor:
+    """Middle of what each token covers: (N, 3) indices -> (N, 3) seconds, rows and columns of pixels, float32.
+
+    `units` are frames, rows and columns of pixels of a latent. The first latent frame of a causal VAE holds one frame
+    only, so those behind it begin as many frames earlier (HaCohen et al. 2026, LTX-2).
+    """
+    ends = []
+    for side in (0, 1):
+        end = (positions + side) * positions.new_tensor(patch) * positions.new_tensor(units)
+        seconds = (end[:, :1] + 1 - units[0]).clamp(min=0) / fps
+        ends.append(torch.cat([seconds, end[:, 1:]], dim=1))
+    return (ends[0] + ends[1]) / 2
 
 
 def sincos_3d(positions: Tensor, width: int, theta: float, dtype: torch.dtype = torch.float32) -> Tensor:

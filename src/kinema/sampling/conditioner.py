@@ -10,7 +10,24 @@ from kinema.conditioning.frames import ClipSize, FrameCondition, Given
 from kinema.conditioning.image import ImageEncoder
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.pixels import to_model_range
+from kinema.models.dit import DiTConfig
 from kinema.models.vae import CausalVAE
+
+PUBLISHED_OFS = 2.0
+"""What CogVideoX 1.5 was made with."""
+
+Numbers = dict[str, float]
+"""Numbers of `Condition` by their names."""
+
+
+def numbers_told(model: DiTConfig, fps: float, guidance: float | None) -> Numbers:
+    """The numbers that a model reads of every clip: its frame rate, strength of guidance, and others of its kind."""
+    named = {
+        "guidance": guidance,
+        "fps": fps if model.rope_fps else None,
+        "ofs": PUBLISHED_OFS if model.ofs_channels else None,
+    }
+    return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -20,7 +37,9 @@ class Conditioner:
     frames: FrameCondition
     vae: CausalVAE
     geometry: Geometry
-    image_encoder: ImageEncoder | None = None
+    image_encoder: ImageEncoder | None
+    numbers: Numbers
+    """What every clip is told alike."""
 
     def of_images(self, words: Words, shape: ClipShape, images: Tensor) -> Condition:
         """A clip of this shape with its embedded caption, and the frames that it is given, uint8 (n, H, W, 3)."""
@@ -42,7 +61,8 @@ class Conditioner:
     def _told(self, words: Words, given: Given, image: Tensor | None = None) -> Condition:
         device = next(self.vae.parameters()).device
         told = {**words, **given._asdict(), "image": image}
-        return Condition(**{name: value.to(device) for name, value in told.items() if value is not None})
+        tensors = {name: value.to(device) for name, value in told.items() if value is not None}
+        return Condition(**tensors, **self.numbers)
 
     def _size(self, shape: ClipShape) -> ClipSize:
         latents = (self.vae.config.latent_channels, *self.geometry.latent_shape(shape))

@@ -94,7 +94,8 @@ def check_embedded_guidance(value: float | None, model: DiTConfig, key: str = "e
 def extras_of(conditions: Sequence[Condition]) -> Extras:
     """What the model reads beside text and frames; clips of a pack are told the same kinds of things."""
     names = [field.name for field in fields(Condition) if field.name not in ("text", "frames")]
-    return Extras(**{name: _all_or_none([getattr(c, name) for c in conditions], name) for name in names})
+    told: dict[str, Any] = {name: _all_or_none([getattr(c, name) for c in conditions], name) for name in names}
+    return Extras(**told)
 
 
 def _all_or_none(values: list[Any], name: str) -> list[Any] | None:

@@ -1,7 +1,7 @@
 """The sampling pipeline: everything between captions and frames, for the trainer and for `sample.py` alike."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from kinema.diffusion.objective import Objective
 from kinema.diffusion.solvers import Solver, solve
 from kinema.diffusion.timesteps import TimestepSpacing
 from kinema.models.vae import CausalVAE
-from kinema.sampling.conditioner import Conditioner
+from kinema.sampling.conditioner import Conditioner, numbers_told
 from kinema.sampling.denoiser import Denoiser, check_embedded_guidance, with_given_frames
 
 
@@ -139,8 +139,7 @@ class Pipeline:
         device = next(self.denoiser.parameters()).device
         size = (self.denoiser.latent_channels, *self.geometry.latent_shape(shape))
         noise = [initial_noise(size, config.seed + index).to(device) for index in range(len(captions))]
-        told = self.conditions(captions, shape, images)
-        conditions = [replace(condition, guidance=config.embedded_guidance) for condition in told]
+        conditions = self.conditions(captions, shape, config, images)
         nulls = with_words(conditions, self.null_words(config.negative_prompt))
         denoiser = Denoiser(self.denoiser, self.geometry.patch_size[0])
         latents = solve(
@@ -159,13 +158,18 @@ class Pipeline:
         return with_given_frames(latents, conditions)
 
     def conditions(
-        self, captions: Sequence[str], shape: ClipShape, images: Sequence[Tensor] | None = None
+        self,
+        captions: Sequence[str],
+        shape: ClipShape,
+        config: SamplingConfig,
+        images: Sequence[Tensor] | None = None,
     ) -> list[Condition]:
         """What the denoiser is told of each video, on its device."""
+        numbers = numbers_told(self.denoiser.config, self.fps, config.embedded_guidance)
         if isinstance(self.vae, OtherVAE):  # which encodes no image
-            return [Condition(**words) for words in embed(self.text_encoder, captions)]
+            return [Condition(**words, **numbers) for words in embed(self.text_encoder, captions)]
         given = images or [torch.empty(0, *shape[1:], 3, dtype=torch.uint8)] * len(captions)
-        conditioner = Conditioner(self.condition, self.vae, self.geometry, self.image_encoder)
+        conditioner = Conditioner(self.condition, self.vae, self.geometry, self.image_encoder, numbers)
         return list(map(conditioner.of_images, embed(self.text_encoder, captions), [shape] * len(captions), given))
 
     def null_words(self, negative_prompt: str) -> Words:

@@ -1,7 +1,7 @@
 """Training the DiT: packs to latents and text, one keyed draw of noise a clip, the objective's loss."""
 
 import enum
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from kinema.data.plan import keyed_seed
 from kinema.diffusion.objective import Objective
 from kinema.distributed.engine import Engine
 from kinema.models.vae import CausalVAE, Posterior, VAEConfig
-from kinema.sampling.conditioner import Conditioner, shown_frames
+from kinema.sampling.conditioner import Conditioner, Numbers, shown_frames
 from kinema.sampling.denoiser import Denoiser
 from kinema.sampling.pipeline import SamplingConfig
 from kinema.training.metrics import Clock
@@ -101,7 +101,7 @@ class DiTTask:
         image_encoder: ImageEncoder | None,
         geometry: Geometry,
         guidance_dropout: float,
-        embedded_guidance: float | None,
+        numbers: Numbers,
         posterior: PosteriorDraw,
         seed: int,
         device: torch.device,
@@ -115,9 +115,8 @@ class DiTTask:
         self.condition = condition
         self.geometry = geometry
         self.denoiser = Denoiser(engine, geometry.patch_size[0])
-        self.conditioner = Conditioner(condition, vae, geometry, image_encoder)
+        self.conditioner = Conditioner(condition, vae, geometry, image_encoder, numbers)
         self.guidance_dropout = guidance_dropout
-        self.embedded_guidance = embedded_guidance
         self.posterior = posterior
         self.timestep_range = timestep_range
         self.seed = seed
@@ -191,12 +190,6 @@ class DiTTask:
         self, pack: Pack, posteriors: list[Posterior], words: list[Words], without: list[bool]
     ) -> list[Condition]:
         """What the model is told of each clip; `without` says which go without their images."""
-        told = self._told(pack, posteriors, words, without)
-        return [replace(condition, guidance=self.embedded_guidance) for condition in told]
-
-    def _told(
-        self, pack: Pack, posteriors: list[Posterior], words: list[Words], without: list[bool]
-    ) -> list[Condition]:
         if pack.frames is None:
             means = [None if drop else p.mean[0] for p, drop in zip(posteriors, without, strict=True)]
             return list(map(self.conditioner.of_latents, words, pack.shapes, means))

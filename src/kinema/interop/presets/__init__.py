@@ -8,6 +8,7 @@ from kinema.interop.presets.hunyuan15 import HUNYUAN_15
 from kinema.interop.presets.hunyuan_vae import HUNYUAN_15_VAE, HUNYUAN_VAE
 from kinema.interop.presets.latte import LATTE
 from kinema.interop.presets.ltx import LTX
+from kinema.interop.presets.ltx2 import LTX2
 from kinema.interop.presets.ltx_vae import LTX2_VAE
 from kinema.interop.presets.pixart import PIXART
 from kinema.interop.presets.wan import WAN, WAN_VACE
@@ -20,6 +21,7 @@ PRESETS: list[Preset] = [
     HUNYUAN_15,
     LATTE,
     LTX,
+    LTX2,
     PIXART,
     WAN,
     WAN_VACE,

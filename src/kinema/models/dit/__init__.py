@@ -12,11 +12,12 @@ from kinema.models.dit.config import (
     PositionEmbedding,
     QKNorm,
     Rope,
+    StreamConfig,
     TextEdge,
     TextEmbedding,
 )
 from kinema.models.dit.experts import Experts, join_experts, make_denoiser, split_experts
-from kinema.models.dit.extras import Extras
+from kinema.models.dit.extras import Extras, Sound
 from kinema.models.dit.model import DiT
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "PositionEmbedding",
     "QKNorm",
     "Rope",
+    "Sound",
+    "StreamConfig",
     "TextEdge",
     "TextEmbedding",
     "join_experts",

@@ -120,8 +120,8 @@ def _cross(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> li
     if config.cross_norm is CrossNorm.modulated:
         reading = Sublayer({VIDEO: WHOLE}, caption, _norm(config))
     else:
-        alone = _affine(config) if config.cross_norm is CrossNorm.affine else nn.Identity()
-        reading = Sublayer({VIDEO: ALONE}, caption, alone)
+        norms = {CrossNorm.affine: _affine(config), CrossNorm.plain: _norm(config), CrossNorm.none: nn.Identity()}
+        reading = Sublayer({VIDEO: ALONE}, caption, norms[config.cross_norm])
     return [*before, reading, after]
 
 

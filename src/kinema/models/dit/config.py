@@ -1,6 +1,6 @@
 """What a DiT can be: its sizes and the axes along which published models differ."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from kinema.models.attention import AttentionKernel
@@ -62,6 +62,10 @@ class Rope(Enum):
     """Channels of each head belong to one axis and turn with the token's index along it."""
     fractional = "fractional"
     """All channels turn with the place as a fraction of `rope_extent` in seconds and pixels (LTX-Video)."""
+    seconds = "seconds"
+    """The same, at the middle of what a token covers and at the clip's own frame rate: a clock that sound can share
+    (LTX-2). `rope_units` are then frames, rows and columns of pixels of a latent; an extent of 0 does not turn.
+    """
 
 
 class TextEdge(Enum):
@@ -139,6 +143,8 @@ class CrossNorm(Enum):
     """The same as for every other sublayer: norm, shift and scale, and a gate."""
     affine = "affine"
     """A layer norm with learned weights and no gate (Wan)."""
+    plain = "plain"
+    """The block's norm, neither modulated nor with a gate (LTX-2)."""
     none = "none"
     """Neither norm nor gate (PixArt-alpha, LTX-Video)."""
 
@@ -166,6 +172,27 @@ class Activation(Enum):
     """x * sigmoid(x)."""
     swiglu = "swiglu"
     """SiLU of one linear layer times another (Shazeer 2020): half as many weights again at the same mlp_ratio."""
+
+
+@dataclass
+class StreamConfig:
+    """A second stream, sound: a tower of blocks like the video's at a size of its own (HaCohen et al. 2026, LTX-2).
+
+    Its latents (channels, T) are tokens as they are, its captions have the width of the video's.
+    """
+
+    channels: int = 128
+    """Channels of its latents at one time."""
+    width: int = 96
+    """Channels of a token."""
+    num_heads: int = 3
+    """Attention heads of its blocks and of the exchange."""
+    extent: float = 20.0
+    """Seconds of the longest clip."""
+    stride: int = 4
+    """Frames of the spectrogram in a latent; the first latent holds one."""
+    fps: float = 100.0
+    """Frames of the spectrogram a second."""
 
 
 @dataclass
@@ -297,6 +324,8 @@ class DiTConfig:
     """
     glyph_hidden_width: int = 2048
     """Channels inside the MLP that brings it to the model's width."""
+    audio: StreamConfig | None = None
+    """A second stream, which looks at the video and is looked at in every block before the MLP (LTX-2)."""
     control_layers: list[int] = field(default_factory=list)
     """Blocks to whose video a second tower adds what it makes of `control_channels`, one block of its own for each
     (Zhang et al. 2023, ControlNet; Jiang et al. 2025, VACE). Its ways back start at zero. With text=cross.
@@ -344,8 +373,10 @@ class DiTConfig:
         if self.text_activation is Activation.swiglu:
             raise ValueError("model.text_activation=swiglu needs a third layer. Type gelu, gelu_tanh or silu.")
         for name in ("rope_extent", "rope_units", "rope_scale", "position_scale"):
-            if len(getattr(self, name)) != 3 or min(getattr(self, name)) <= 0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be three numbers above zero.")
+            value = getattr(self, name)
+            flat = name == "rope_extent" and self.rope is Rope.seconds  # rows and columns need not turn
+            if len(value) != 3 or min(value[:1] if flat else value) <= 0 or min(value) < 0:
+                raise ValueError(f"model.{name}={value} must be three numbers above zero.")
         if self.rope is Rope.axes:
             check_rope_axes(self.rope_axes, self.head_dim)
         self._check_scaling()
@@ -355,6 +386,7 @@ class DiTConfig:
         self._check_text()
         self._check_modulation()
         self._check_control()
+        self._check_audio()
 
     def _check_scaling(self) -> None:
         scaled = [size for size, scale in zip(self.rope_axes, self.rope_scale, strict=True) if scale != 1]
@@ -364,8 +396,10 @@ class DiTConfig:
                 f"model.rope={self.rope.name}: it needs rope=axes and, for a scale, more than one wave (two channels). "
                 "Type model.rope_scale=[1,1,1]."
             )
-        if self.rope_fps and self.rope is not Rope.axes:
-            raise ValueError(f"model.rope_fps={self.rope_fps} needs model.rope=axes. Type model.rope_fps=0.")
+        if self.rope_fps and self.rope not in (Rope.axes, Rope.seconds):
+            raise ValueError(f"model.rope_fps={self.rope_fps} needs model.rope=axes or seconds. Type model.rope_fps=0.")
+        if self.rope is Rope.seconds and not self.rope_fps:
+            raise ValueError("model.rope=seconds needs a frame rate for clips that name none. Type model.rope_fps=24.")
 
     def _check_positions(self) -> None:
         is_learned = self.position_embedding in (PositionEmbedding.learned_axes, PositionEmbedding.learned)
@@ -502,6 +536,27 @@ class DiTConfig:
                 "model.head_modulation=linear."
             )
 
+    def _check_audio(self) -> None:
+        if self.audio is None:
+            return
+        needed = {
+            "text": TextEdge.cross,
+            "attention": AttentionPattern.full,
+            "rope": Rope.seconds,
+            "position_embedding": PositionEmbedding.none,
+            "control_layers": [],
+            "norm_affine": False,
+        }
+        for key, value in needed.items():
+            if getattr(self, key) != value:
+                shown = value.name if isinstance(value, Enum) else str(value).lower()
+                raise ValueError(f"model.audio needs model.{key}={shown}: two towers of blocks on a common clock.")
+        if self.audio.width % (2 * self.audio.num_heads):
+            raise ValueError(
+                f"model.audio.num_heads={self.audio.num_heads} must divide model.audio.width={self.audio.width} into "
+                "heads of an even width."
+            )
+
     def _check_control(self) -> None:
         layers = self.control_layers
         if bool(layers) != bool(self.control_channels):
@@ -544,6 +599,35 @@ class DiTConfig:
     def hidden_width(self) -> int:
         """Channels inside the MLP."""
         return round(self.width * self.mlp_ratio)
+
+    @property
+    def exchange_clock(self) -> tuple[int, int, float]:
+        """Width and heads of the exchange, and the seconds that a turn of its clock takes."""
+        assert self.audio is not None
+        return self.audio.width, self.audio.num_heads, max(self.rope_extent[0], self.audio.extent)
+
+    @property
+    def audio_tower(self) -> "DiTConfig":
+        """The second stream as a DiT of its own: clips of one row and one column."""
+        assert self.audio is not None
+        return replace(
+            self,
+            audio=None,
+            width=self.audio.width,
+            num_heads=self.audio.num_heads,
+            patch_size=[1, 1, 1],
+            rope_extent=[self.audio.extent, 0.0, 0.0],
+            rope_units=[float(self.audio.stride), 1.0, 1.0],
+            rope_fps=self.audio.fps,
+            condition_channels=0,
+            image_width=0,
+            image_positions=0,
+            glyph_width=0,
+            pooled_width=0,
+            guidance=False,
+            first_frame_given=False,
+            learned_variance=False,
+        )
 
     @property
     def caption_sources(self) -> list[str]:

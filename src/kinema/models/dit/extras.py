@@ -8,6 +8,26 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Sound:
+    """The second stream of a pack: one entry for each clip, as the model takes the video."""
+
+    latents: Sequence[Tensor]
+    """(channels, T) each."""
+    timesteps: Tensor | Sequence[Tensor]
+    """(B,), or (T,) for each clip."""
+    text: Sequence[Tensor]
+    """What the sound is told, (L, text_width) each."""
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def take(self, clips: Sequence[int]) -> "Sound":
+        """The same for these clips, in this order."""
+        times = self.timesteps[list(clips)] if isinstance(self.timesteps, Tensor) else _take(self.timesteps, clips)
+        return Sound(_take(self.latents, clips), times, _take(self.text, clips))
+
+
+@dataclass(frozen=True)
 class Extras:
     """One entry for each clip of the pack; a model demands those that its config names and refuses the others."""
 
@@ -29,11 +49,14 @@ class Extras:
     fps: Sequence[float] | None = None
     """Frames a second of the clip, for a model with `rope_fps`, which may do without."""
 
+    audio: Sound | None = None
+    """What is heard."""
+
     def take(self, clips: Sequence[int]) -> "Extras":
         """The same for these clips, in this order."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Extras(**{name: _take(values, clips) for name, values in named.items()})
+        return Extras(**{name: _take(values, clips) for name, values in named.items() if values is not None})
 
 
-def _take(values: Sequence[Any] | None, clips: Sequence[int]) -> list[Any] | None:
-    return None if values is None else [values[clip] for clip in clips]
+def _take(values: Any, clips: Sequence[int]) -> Any:
+    return values.take(clips) if isinstance(values, Sound) else [values[clip] for clip in clips]

@@ -1,6 +1,7 @@
 """The bricks of the DiT: operations on tokens, the sublayer around each, and the block that lists them."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -134,7 +135,8 @@ class SegmentAttention(nn.Module):
     """Multi-head attention: the tokens of one segment look at their own or at those of others, clip by clip.
 
     A segment that answers itself is self-attention, over the `span`, with rotary positions. Others that answer
-    are cross-attention, each in a softmax of its own, and the results are summed (Ye et al. 2023, IP-Adapter).
+    are cross-attention, each in a softmax of its own, and the results are summed (Ye et al. 2023, IP-Adapter). Where
+    both lie on a common clock, it turns them.
     """
 
     def __init__(
@@ -145,26 +147,31 @@ class SegmentAttention(nn.Module):
         attention: Attention,
         span: Span = Span.clip,
         answer_width: int | None = None,
+        ask_width: int | None = None,
     ) -> None:
         super().__init__()
         self.asks, self.answers, self.span = asks, answers[0], span
         self.shape, self.attention = shape, attention
-        self.query, self.key, self.value = shape.linear(), shape.linear(answer_width), shape.linear(answer_width)
+        self.query = shape.linear(ask_width)
+        self.key, self.value = shape.linear(answer_width), shape.linear(answer_width)
         self.query_norm, self.key_norm = shape.norm(), shape.norm()
-        self.project = shape.linear()
+        self.project = Linear(shape.width, ask_width or shape.width, shape.bias)
         self.others = nn.ModuleDict({name: KeyValue(shape) for name in answers[1:]})
 
     def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
         """asking (N, D), already normalised -> its update (N, D)"""
         x = asking[self.asks]
-        source = x if self.answers == self.asks else tokens[self.answers]
+        source = asking[self.answers] if self.answers in asking else tokens[self.answers]
         q = self.shape.normed_heads(self.query(x), self.query_norm)
         k = self.shape.normed_heads(self.key(source), self.key_norm)
         v = self.shape.heads(self.value(source))
 
         rope = segments[self.asks].rope
+        clocks = segments[self.asks].clock, segments[self.answers].clock
         if self.answers == self.asks and rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        elif clocks[0] is not None and clocks[1] is not None:
+            q, k = apply_rope(q, *clocks[0]), apply_rope(k, *clocks[1])
         mixed = self._mix(q, k, v, self.answers, segments)
         for name, other in self.others.items():
             k, v = other(tokens[name])
@@ -183,7 +190,8 @@ class SegmentAttention(nn.Module):
             return 4 * asking * square + 2 * pairs * self.shape.width
         others = sum(counts.tokens[name] for name in self.others)
         keys = 2 * counts.tokens[self.answers] * self.key.weight.numel() + 2 * others * square
-        return 2 * asking * square + keys + 2 * asking * (counts.tokens[self.answers] + others) * self.shape.width
+        own = asking * (self.query.weight.numel() + self.project.weight.numel())
+        return own + keys + 2 * asking * (counts.tokens[self.answers] + others) * self.shape.width
 
 
 class Stream(nn.Module):
@@ -407,14 +415,13 @@ class Block(nn.Module):
         self.modulation = modulation
         self.placed = placed
 
-    def forward(self, tokens: Tokens, segments: Segments, condition: Condition) -> Tokens:
-        """Tokens of all segments -> tokens of all segments, of the same shapes."""
+    def forward(self, tokens: Tokens, segments: Segments, condition: Condition, some: slice = slice(None)) -> Tokens:
+        """Tokens of all segments -> tokens of all segments, of the same shapes; by all its sublayers, or some."""
         slots = [sublayer.slots for sublayer in self.sublayers]
         vectors = self.modulation(condition).chunk(sum(slots), dim=-1)
-        if self.placed:
+        if self.placed and not some.start:
             tokens = {**tokens, "video": tokens["video"] + segments["video"].places}
-        start = 0
-        for sublayer, count in zip(self.sublayers, slots, strict=True):
-            tokens = sublayer(tokens, segments, vectors[start : start + count])
-            start += count
+        ends = list(accumulate(slots))
+        for sublayer, count, end in list(zip(self.sublayers, slots, ends, strict=True))[some]:
+            tokens = sublayer(tokens, segments, vectors[end - count : end])
         return tokens

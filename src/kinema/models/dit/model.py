@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple, TypeAlias
 
@@ -33,6 +34,7 @@ from kinema.models.dit.config import (
     TextEmbedding,
 )
 from kinema.models.dit.control import ControlTower
+from kinema.models.dit.exchange import Exchange, ExchangeCondition
 from kinema.models.dit.extras import Extras
 from kinema.models.dit.layers import (
     Activate,
@@ -50,6 +52,7 @@ from kinema.models.dit.refiner import TextRefiner
 from kinema.models.dit.segments import (
     Grid,
     Rows,
+    Segment,
     Segments,
     Span,
     Tokens,
@@ -60,7 +63,7 @@ from kinema.models.dit.segments import (
     totals,
     video_segment,
 )
-from kinema.models.position import fractional_rope, grid_positions, rope_3d
+from kinema.models.position import fractional_rope, grid_positions, middles, rope_3d
 
 Timesteps: TypeAlias = Tensor | Sequence[Tensor]
 """(B,), or for each clip one of every frame of tokens (T / patch_size[0],); in [0, 1].
@@ -77,6 +80,32 @@ class Source(NamedTuple):
 
     tokens: Tensor
     lengths: Lengths
+
+
+Turns: TypeAlias = tuple[Tensor, Tensor]
+"""Cosines and sines."""
+
+
+class Predictions(NamedTuple):
+    """One entry for each clip."""
+
+    video: list[Tensor]
+    audio: list[Tensor] | None
+    """(channels, T) each; None for a model without a second stream."""
+
+
+class Entered(NamedTuple):
+    """A pack at the first block."""
+
+    tokens: Tokens
+    segments: Segments
+    condition: Condition
+    grids: list[Grid]
+    timesteps: Tensor
+    """(R,), of every row of the condition."""
+    fps: Sequence[float] | None
+    dtype: torch.dtype
+    """Of the latents."""
 
 
 class DiT(nn.Module):
@@ -127,6 +156,12 @@ class DiT(nn.Module):
         self.shared_modulation = None if has_own else ExactLinear(config.condition_width, shared * width, bias)
         self.blocks = nn.ModuleList(made)
         self.control = ControlTower(config) if config.control_layers else None
+        self.audio = DiT(config.audio_tower, config.audio.channels, text_width) if config.audio else None
+        self.exchanges = nn.ModuleList(Exchange(config) for _ in made if config.audio)
+        widths = {"video": width, "audio": config.audio.width} if config.audio else {}
+        self.exchange_conditions = nn.ModuleDict(
+            {name: ExchangeCondition(config, size) for name, size in widths.items()}
+        )
 
         def norm() -> Norm:
             return Norm(NormKind.layer, width, config.norm_eps, affine=config.norm_affine)
@@ -154,21 +189,70 @@ class DiT(nn.Module):
         self, latents: Sequence[Tensor], timesteps: Timesteps, text: Sequence[Tensor], extras: Extras = NO_EXTRAS
     ) -> list[Tensor]:
         """All that the head says, (2C, T, H, W) each with model.learned_variance: the same, and the variances."""
+        return self.predict_streams(latents, timesteps, text, extras).video
+
+    def predict_streams(
+        self, latents: Sequence[Tensor], timesteps: Timesteps, text: Sequence[Tensor], extras: Extras = NO_EXTRAS
+    ) -> Predictions:
+        """The same for the video and, with model.audio, for the sound in `extras.audio`."""
         self._check(latents, timesteps, text)
         self._check_extras(latents, extras)
         order = sorted(range(len(latents)), key=lambda clip: tuple(latents[clip].shape))
         if order == list(range(len(latents))):
             return self._predict_sorted(latents, timesteps, text, extras)
         times = timesteps[order] if isinstance(timesteps, Tensor) else [timesteps[clip] for clip in order]
-        predictions = self._predict_sorted(
+        found = self._predict_sorted(
             [latents[clip] for clip in order], times, [text[clip] for clip in order], extras.take(order)
         )
         place = {clip: index for index, clip in enumerate(order)}
-        return [predictions[place[clip]] for clip in range(len(latents))]
+        places = [place[clip] for clip in range(len(order))]
+        audio = None if found.audio is None else [found.audio[clip] for clip in places]
+        return Predictions([found.video[clip] for clip in places], audio)
 
     def _predict_sorted(
         self, latents: Sequence[Tensor], timesteps: Timesteps, text: Sequence[Tensor], extras: Extras
-    ) -> list[Tensor]:
+    ) -> Predictions:
+        video = self._enter(latents, timesteps, text, extras)
+        if self.audio is None or extras.audio is None:
+            return Predictions(self._leave(video, self._through(video, extras)), None)
+        sound, heard = self.audio, extras.audio
+        columns = [x[..., None, None] for x in heard.latents]
+        sound._check(columns, heard.timesteps, heard.text)
+        audio = sound._enter(columns, heard.timesteps, heard.text, NO_EXTRAS)
+        seen, played = self._through_both(video, audio)
+        return Predictions(self._leave(video, seen), [x[..., 0, 0] for x in sound._leave(audio, played)])
+
+    def _through(self, entered: Entered, extras: Extras) -> Tokens:
+        """Through all blocks."""
+        tokens, segments, condition = entered.tokens, entered.segments, entered.condition
+        hints = self._hints(tokens, segments, condition, extras)
+        for layer, each in enumerate(self.blocks):
+            tokens = each(tokens, segments, condition)
+            if layer in hints:
+                tokens = {**tokens, "video": tokens["video"] + hints[layer]}
+        return tokens
+
+    def _through_both(self, video: Entered, audio: Entered) -> tuple[Tokens, Tokens]:
+        """Through the blocks of both streams, which look at each other before the MLP of each."""
+        assert self.audio is not None
+        shared = {
+            "video": self.exchange_conditions["video"](video.timesteps),
+            "audio": self.exchange_conditions["audio"](audio.timesteps),
+        }
+        clock = self.config.exchange_clock
+        segments = {"video": self._on_clock(video, *clock), "audio": self.audio._on_clock(audio, *clock)}
+        seen, heard = video.tokens, audio.tokens
+        for block, other, exchange in zip(self.blocks, self.audio.blocks, self.exchanges, strict=True):
+            seen = block(seen, video.segments, video.condition, slice(-1))
+            heard = other(heard, audio.segments, audio.condition, slice(-1))
+            both = exchange({"video": seen["video"], "audio": heard["video"]}, segments, shared)
+            seen = block({**seen, "video": both["video"]}, video.segments, video.condition, slice(-1, None))
+            heard = other({**heard, "video": both["audio"]}, audio.segments, audio.condition, slice(-1, None))
+        return seen, heard
+
+    def _enter(
+        self, latents: Sequence[Tensor], timesteps: Timesteps, text: Sequence[Tensor], extras: Extras
+    ) -> Entered:
         grids = [token_grid(clip.shape, self.config.patch_size) for clip in latents]
         if self.config.first_frame_given and isinstance(timesteps, Tensor):
             timesteps = [_first_given(time, frames) for time, (frames, _, _) in zip(timesteps, grids, strict=True)]
@@ -183,17 +267,16 @@ class DiT(nn.Module):
         if places is not None:
             video = video + places
         tokens: Tokens = {"video": video, **{name: source.tokens for name, source in sources.items()}}
-        hints = self._hints(tokens, segments, condition, extras)
-        for layer, each in enumerate(self.blocks):
-            tokens = each(tokens, segments, condition)
-            if layer in hints:
-                tokens = {**tokens, "video": tokens["video"] + hints[layer]}
+        return Entered(tokens, segments, condition, grids, _of_rows(timesteps), extras.fps, latents[0].dtype)
 
+    def _leave(self, entered: Entered, tokens: Tokens) -> list[Tensor]:
+        """What the head makes of the tokens behind the last block."""
+        grids, segments, condition = entered.grids, entered.segments, entered.condition
         if self.final_norm is not None:
-            tokens["video"] = self.final_norm(tokens["video"])
+            tokens = {**tokens, "video": self.final_norm(tokens["video"])}
         rows = _clip_rows(grids, condition) if self.config.first_frame_given else segments["video"].rows
         patches = self._head(tokens["video"], rows, condition)
-        return unpatchify(patches.to(latents[0].dtype), grids, self.config.patch_size)
+        return unpatchify(patches.to(entered.dtype), grids, self.config.patch_size)
 
     def _with_given(self, latents: Sequence[Tensor], extras: Extras) -> list[Tensor]:
         """Noisy latents with the channels that are given beside them."""
@@ -237,20 +320,17 @@ class DiT(nn.Module):
         return {"text": Source(tokens, totals(lengths)), **sources}
 
     def _captions(self, words: Tensor, lengths: Lengths, timesteps: Timesteps) -> Tensor:
-        if not isinstance(self.text_embedding, TextRefiner):
-            embedded = self.text_embedding(words)
-            if self.config.text is TextEdge.cross:
-                return embedded
-            embedded = embedded.to(
-                torch.promote_types(embedded.dtype, torch.float32)
-            )  # a residual stream, like the video
-            places = self.places.of_words(lengths)
-            return embedded if places is None else embedded + places
-        return self.text_embedding(words, lengths, _of_clips(timesteps))
+        knows_time = isinstance(self.text_embedding, TextRefiner)
+        embedded = self.text_embedding(words, *([lengths, _of_clips(timesteps)] if knows_time else []))
+        if self.config.text is TextEdge.cross:
+            return embedded
+        embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))  # a residual stream, like the video
+        places = self.places.of_words(lengths)
+        return embedded if places is None else embedded + places
 
     def _condition(self, timesteps: Timesteps, text: Sequence[Tensor], extras: Extras) -> Condition:
         """One row a clip; where frames have timesteps of their own, one for each of them and then one a clip."""
-        rows = timesteps if isinstance(timesteps, Tensor) else torch.cat([*timesteps, _of_clips(timesteps)])
+        rows = _of_rows(timesteps)
         embedding = self.timestep_embedding(rows)
         clips = []  # what is the same for all frames of a clip
         if self.pooled_text is not None:
@@ -286,22 +366,43 @@ class DiT(nn.Module):
 
     def _rope(self, grids: Sequence[Grid], fps: Sequence[float] | None, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """The rotary table of every token."""
-        if self.config.rope is Rope.none:
-            return None
+        return None if self.config.rope is Rope.none else self._tables(grids, fps, like, self._angles)
+
+    def _tables(
+        self, grids: Sequence[Grid], fps: Sequence[float] | None, like: Tensor, angles: Callable[..., Turns]
+    ) -> Turns:
+        """`angles(positions, rate, dtype)` of every clip, one after the other."""
         tables = []
         rates = [self.config.rope_fps] * len(grids) if fps is None else fps
         for (grid, rate), group in groupby(zip(grids, rates, strict=True)):
-            positions = grid_positions(*grid, device=like.device)
-            if rate != self.config.rope_fps:
-                positions[:, 0] = positions[:, 0] / rate * self.config.rope_fps
-            table, clips = self._angles(positions, like.dtype), len(list(group))
+            table, clips = angles(grid_positions(*grid, device=like.device), rate, like.dtype), len(list(group))
             tables.append([part.repeat(clips, *[1] * (part.ndim - 1)) for part in table])
         cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
         return cos, sin
 
-    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _on_clock(self, stream: Entered, width: int, heads: int, longest: float) -> Segment:
+        """The stream's own segment with the time of its tokens, for an exchange of this width."""
+
+        def angles(positions: Tensor, rate: float, dtype: torch.dtype) -> Turns:
+            seconds = self._middles(positions, rate)[:, :1]
+            return fractional_rope(seconds / longest, width, heads, self.config.rope_theta, dtype, exact=True)
+
+        clock = self._tables(stream.grids, stream.fps, stream.condition.raw, angles)
+        return replace(stream.segments["video"], clock=clock)
+
+    def _middles(self, positions: Tensor, rate: float) -> Tensor:
+        """Seconds, rows and columns of pixels of the middle of each token, (N, 3)."""
+        return middles(positions, self.config.patch_size, self.config.rope_units, rate)
+
+    def _angles(self, positions: Tensor, rate: float, dtype: torch.dtype) -> Turns:
         config = self.config
+        if config.rope is Rope.seconds:
+            fractions = self._middles(positions, rate) / positions.new_tensor(config.rope_extent)
+            turning = fractions[:, [axis for axis, extent in enumerate(config.rope_extent) if extent]]
+            return fractional_rope(turning, config.width, config.num_heads, config.rope_theta, dtype, exact=True)
         if config.rope is Rope.axes:
+            if rate != config.rope_fps:
+                positions[:, 0] = positions[:, 0] / rate * config.rope_fps
             return rope_3d(positions, config.head_dim, config.rope_axes, config.rope_theta, dtype, config.rope_scale)
         units, patch, extent = (
             positions.new_tensor(x) for x in (config.rope_units, config.patch_size, config.rope_extent)
@@ -391,8 +492,11 @@ class DiT(nn.Module):
         zero += [hint for tower in self.modules() if isinstance(tower, ControlTower) for hint in tower.hints]
         # Without a gate the last layer of the operation is what makes a new block the identity.
         zero += [m.operation.project for m in self.modules() if isinstance(m, Sublayer) and m.slots == 0]
+        zero += [each for made in self.exchange_conditions.values() for each in (made.linear, made.gate)]
         for linear in zero:
             nn.init.zeros_(linear.weight)
+        if self.audio is not None:
+            self.audio._initialise()
 
     def replace_attention(self, replace: Callable[[Attention], Attention]) -> None:
         """Put `replace(present)` behind the door of every attention; sequence parallelism wraps it so."""
@@ -405,27 +509,35 @@ class DiT(nn.Module):
         """Of all attentions; cross-attention asks with whole clips."""
         return {Span.clip, *(span for block in range(self.config.depth) for span in self.config.spans(block))}
 
-    def flops(self, grid: Grid, text_tokens: int, image_tokens: int = 0, glyph_tokens: int = 0) -> float:
+    def flops(
+        self,
+        grid: Grid,
+        text_tokens: int,
+        image_tokens: int = 0,
+        glyph_tokens: int = 0,
+        audio: tuple[int, int] = (0, 0),
+    ) -> float:
         """Floating-point operations of the forward pass on one clip of this token grid; a multiply and an add are two.
 
-        Matrix products only; backward takes twice as many.
+        Matrix products only; backward takes twice as many. `audio` are tokens of the second stream and of its caption.
         """
-        told = {"text": text_tokens, "image": image_tokens, "glyph": glyph_tokens}
-        counts = Counts(
-            {"video": math.prod(grid), **told}, {span: seen(span, grid, self.config.window) for span in self._spans}
-        )
+        told = {"text": text_tokens, "image": image_tokens, "glyph": glyph_tokens, "audio": audio[0]}
+        seen_pairs = {span: seen(span, grid, self.config.window) for span in self._spans}
+        counts = Counts({"video": math.prod(grid), **told}, seen_pairs)
         caption = sum(told[source] for source in self.config.caption_sources)
         blocks = Counts({**counts.tokens, "text": caption}, counts.seen)
         products = 0
         for name, module in self.named_modules():
+            if name.startswith("audio."):  # a DiT that counts its own
+                continue
             if isinstance(module, Sublayer):
                 products += module.products(counts if name.startswith("text_embedding.") else blocks)
-        for name, module in self.named_modules():  # layers outside the blocks see each token, or each clip, once
-            if isinstance(module, nn.Linear) and ".operation." not in name:
+            if isinstance(module, nn.Linear) and ".operation." not in name:  # they see each token, or each clip, once
                 part = name.split(".")[0]
                 kind = None if isinstance(module, ExactLinear) else EDGES.get(part)
                 products += module.weight.numel() * (counts.tokens[kind] if kind else 1)
-        return 2.0 * products
+        sound = 0.0 if self.audio is None else self.audio.flops((audio[0], 1, 1), audio[1])
+        return 2.0 * products + sound
 
 
 EDGES = {
@@ -447,6 +559,7 @@ EXTRAS = {
     "glyph_width": "glyphs",
     "pooled_width": "pooled",
     "guidance": "guidance",
+    "audio": "audio",
     "ofs_channels": "ofs",
 }
 """Key of the config -> what it makes the model demand."""
@@ -517,6 +630,11 @@ def _clip_rows(grids: Sequence[Grid], condition: Condition) -> Rows:
 def _of_clips(timesteps: Timesteps) -> Tensor:
     """One timestep a clip (B,): the largest of its frames'."""
     return timesteps if isinstance(timesteps, Tensor) else torch.stack([times.max() for times in timesteps])
+
+
+def _of_rows(timesteps: Timesteps) -> Tensor:
+    """One timestep for each row of the condition (R,): the clips', behind those of frames where they have their own."""
+    return timesteps if isinstance(timesteps, Tensor) else torch.cat([*timesteps, _of_clips(timesteps)])
 
 
 def _first_given(timestep: Tensor, frames: int) -> Tensor:

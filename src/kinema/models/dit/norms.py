@@ -48,10 +48,10 @@ class Norm(nn.Module):
 
     def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.kind is NormKind.layer:
-            return F.layer_norm(x, (self.channels,), weight, bias, self.eps)
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         if weight is not None and x.device.type == "cpu":  # no fused kernel there: its backward takes twelve passes
             return _RMSNorm.apply(x, weight, bias, self.eps)
-        normed = F.rms_norm(x, (self.channels,), weight, self.eps)
+        normed = F.rms_norm(x, x.shape[-1:], weight, self.eps)
         return normed if bias is None else normed + bias
 
 

@@ -73,6 +73,8 @@ class Segment:
     """None for text, whose encoder has placed the words."""
     places: Tensor | None = None
     """(N, D), what blocks add to the tokens that are `placed`."""
+    clock: Rope | None = None
+    """Where a token lies in time alone, for a stream that another one looks at."""
 
     def pieces(self, span: Span) -> list[int]:
         """Number of pieces that a span cuts each clip into."""
