@@ -62,6 +62,9 @@ def write(rows: Rows) -> None:
     before = read() if RECORD.exists() else {}
     kept = {name: row for name, row in before.items() if row["preset"] in BY_NAME}
     merged = {name: {**kept.get(name, {}), **rows.get(name, {})} for name in dict.fromkeys([*kept, *rows])}
+    for name in kept.keys() & rows.keys():
+        sizes = {**kept[name].get("released", {}), **rows[name].get("released", {})}
+        merged[name] |= {"released": sizes} if sizes else {}
     RECORD.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
     PAGE.write_text(page(merged))
 
