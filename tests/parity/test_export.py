@@ -271,6 +271,11 @@ FAMILIES = {
          "text_embed_dim": 12, "adaln_lora_dim": 6, "rope_scale": (1.0, 3.0, 3.0), "extra_pos_embed_type": None,
          "use_crossattn_projection": True, "crossattn_proj_in_channels": 20, "encoder_hidden_states_channels": 12},
     ),
+    "kandinsky": (
+        "Kandinsky5Transformer3DModel",
+        {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 12, "in_text_dim2": 6, "time_dim": 10, "model_dim": 32,
+         "ff_dim": 40, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (8, 4, 4), "visual_cond": True},
+    ),
     "pixart": (
         "PixArtTransformer2DModel",
         {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,

@@ -656,6 +656,8 @@ AXES = {
     "timestep_channels": [256, 6],
     "pooled_text": [False, True],
     "pooled_width": [0, 3],
+    "pooled_norm": [False, True],
+    "mlp_bias": [True, False],
     "guidance": [False, True],
     "first_frame_given": [False, True],
     "condition_channels": [0, 2],

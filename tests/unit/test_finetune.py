@@ -112,11 +112,11 @@ def test_only_adapters_get_a_gradient():
 
 def test_adapters_go_exactly_where_they_were_sent():
     """A refiner has blocks too, whose names end as those of the model's own blocks."""
-    choices = {"text": "joint", "text_embedding": "refiner", "refiner_depth": 1, "modulation": "linear"}
-    dit = model(**choices)
-    LoRA(targets=["blocks.0.*.operation.*.query"]).prepare(dit)
-    streams = "blocks.0.sublayers.0.operation.streams"
-    assert list(adapters_of(dit)) == [f"{streams}.video.query", f"{streams}.text.query"]
+    choices = {"depth": 3, "single_depth": 2, "refiner_depth": 2, "text": "joint", "text_embedding": "refiner"}
+    dit = model(**choices, modulation="linear")
+    assert any(name == "text_embedding.blocks.1.sublayers.0.operation.query" for name, _ in dit.named_modules())
+    LoRA(targets=["blocks.1.*.query"]).prepare(dit)
+    assert list(adapters_of(dit)) == ["blocks.1.sublayers.0.operation.query"]
 
 
 def test_every_linear_layer_can_be_adapted():

@@ -1,6 +1,6 @@
 """Given frames: the same in training and in sampling, clean at every call, and never learnt."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from kinema.diffusion.objective import DDPM, PredictionTarget, RectifiedFlow
 from kinema.diffusion.solvers import FOR_TABLES, Solver, solve
 from kinema.models.dit import DiT, DiTConfig, Extras
 from kinema.models.vae import CausalVAE, Norm, VAEConfig
-from kinema.sampling.conditioner import numbers_told
+from kinema.sampling.conditioner import numbers_told, shown_frames
 from kinema.sampling.denoiser import Denoiser, check_condition, check_embedded_guidance, extras_of, with_given_frames
 from kinema.sampling.pipeline import Pipeline, SamplingConfig
 from kinema.training.dit_task import DiTTask, PosteriorDraw, check_training
@@ -199,13 +199,43 @@ def test_training_and_sampling_build_the_same_conditions(vae, condition):
     trainer, sampler = task(vae, condition, model), pipeline(vae, condition, model)
     words = embed(trainer.text_encoder, training.captions)
     trained = trainer.conditions(training, trainer.encode(training), words, [False, False])
-    images = [clip[[0, -1][: condition.num_images()]] for clip in frames()]
+    images = [shown_frames(clip, condition.num_images()) for clip in frames()]
     sampled = sampler.conditions(training.captions, SHAPE, SamplingConfig(), images)
     for a, b in zip(trained, sampled, strict=True):
         assert same(a.text, b.text)
         assert same(a.frames, b.frames)
         assert same(a.channels, b.channels)
         assert a.frames is not None or a.channels is not None
+
+
+class Tokens:
+    """An image encoder of two tokens an image: its mean colour, and its first pixel."""
+
+    width, num_tokens = 3, 2
+
+    def encode(self, images):
+        return torch.cat([torch.stack([image.float().mean((0, 1)), image[0, 0].float()]) for image in images])
+
+    def nothing(self, images):
+        return torch.zeros(images * self.num_tokens, self.width)
+
+
+def test_image_tokens_are_the_same_in_training_and_sampling_and_zeros_without_an_image(vae):
+    condition, training = PaddedClip(last=True), pack()
+    trainer, sampler = task(vae, condition, tiny_dit()), pipeline(vae, condition, tiny_dit())
+    trainer.conditioner = replace(trainer.conditioner, image_encoder=Tokens())
+    sampler = replace(sampler, image_encoder=Tokens())
+    words = embed(trainer.text_encoder, training.captions)
+    trained = trainer.conditions(training, trainer.encode(training), words, [False, True])
+    images = [shown_frames(clip, 2) for clip in frames()]
+    sampled = sampler.conditions(training.captions, SHAPE, SamplingConfig(), images)
+    assert trained[0].image.shape == (4, 3)
+    assert same(trained[0].image, sampled[0].image)
+    assert trained[1].image.eq(0).all()
+    assert trained[1].image.shape == sampled[1].image.shape
+    without = sampler.conditions(training.captions, SHAPE, SamplingConfig())
+    assert same(trained[1].image, without[1].image)
+    assert same(trained[1].channels, without[1].channels)
 
 
 def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

@@ -209,12 +209,36 @@ def latte(reference: Any, config: Record, sample: Sample) -> Tensor:
     return reference(sample.latents, sample.timesteps * 1000, sample.text).sample
 
 
+class WithoutRounding:
+    """torch, but for one type: Kandinsky's class rounds queries and keys to bfloat16 whatever its own type is."""
+
+    bfloat16 = torch.float32
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def kandinsky(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """Kandinsky 5: channels last, positions from outside, and its rounding to bfloat16 left out."""
+    module: Any = import_module(type(reference).__module__)
+    grid = [side // patch for side, patch in zip(sample.latents.shape[2:], config["patch_size"], strict=True)]
+    places, words = [torch.arange(size) for size in grid], torch.arange(sample.text.shape[1])
+    given = sample.given().movedim(1, -1)
+    module.torch = WithoutRounding()
+    try:
+        found = reference(given, sample.text, sample.timesteps * 1000, sample.pooled, places, words).sample
+    finally:
+        module.torch = torch
+    return found.movedim(-1, 1)
+
+
 def pixart(reference: Any, config: Record, sample: Sample) -> Tensor:
     """PixArt: one frame, and timesteps that count to 1000."""
     return reference(sample.latents[:, :, 0], sample.text, sample.timesteps * 1000).sample.unsqueeze(2)
 
 
 CALLS: dict[str, Call] = {
+    "Kandinsky5Transformer3DModel": kandinsky,
     "PixArtTransformer2DModel": pixart,
     "CosmosTransformer3DModel": cosmos,
     "LatteTransformer3DModel": latte,

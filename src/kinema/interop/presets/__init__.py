@@ -6,6 +6,7 @@ from kinema.interop.presets.cosmos import COSMOS
 from kinema.interop.presets.hunyuan import HUNYUAN
 from kinema.interop.presets.hunyuan15 import HUNYUAN_15
 from kinema.interop.presets.hunyuan_vae import HUNYUAN_15_VAE, HUNYUAN_VAE
+from kinema.interop.presets.kandinsky import KANDINSKY
 from kinema.interop.presets.latte import LATTE
 from kinema.interop.presets.ltx import LTX
 from kinema.interop.presets.ltx2 import LTX2
@@ -19,6 +20,7 @@ PRESETS: list[Preset] = [
     COSMOS,
     HUNYUAN,
     HUNYUAN_15,
+    KANDINSKY,
     LATTE,
     LTX,
     LTX2,

@@ -65,6 +65,18 @@ def refiner_blocks(config: DiTConfig) -> list[Block]:
     return made
 
 
+def tower_blocks(config: DiTConfig) -> list[Block]:
+    """Blocks on captions alone: attention and MLP like the video's, each modulated by a layer of its own."""
+    attention = attention_of(config.attention_kernel)
+    made = []
+    for _ in range(config.refiner_depth):
+        operations = SegmentAttention(_shape(config), "text", TEXT, attention), _mlp(config)
+        sublayers = [Sublayer({TEXT: WHOLE}, operation, _norm(config)) for operation in operations]
+        slots = sum(sublayer.slots for sublayer in sublayers)
+        made.append(Block(sublayers, LinearModulation(config.condition_width, config.width, slots)))
+    return made
+
+
 def control_blocks(config: DiTConfig) -> list[Block]:
     """Blocks of the control tower, one for each layer that it adds to and like that layer's."""
     return [_block(config, _sublayers(config, index), index) for index in config.control_layers]
@@ -153,7 +165,7 @@ def _single(config: DiTConfig, attention: Attention, span: Span) -> Sublayer:
 
 
 def _mlp(config: DiTConfig) -> FeedForward:
-    return FeedForward(config.width, config.hidden_width, config.activation, bias=config.bias)
+    return FeedForward(config.width, config.hidden_width, config.activation, bias=config.bias and config.mlp_bias)
 
 
 def _shape(config: DiTConfig) -> HeadShape:

@@ -87,6 +87,19 @@ class PooledEmbedding(nn.Module):
         return self.project(F.silu(self.expand(pooled)))
 
 
+class NormedPooled(nn.Module):
+    """The same by one linear layer and a norm with weights."""
+
+    def __init__(self, channels: int, width: int, eps: float) -> None:
+        super().__init__()
+        self.project = ExactLinear(channels, width)
+        self.norm = Norm(NormKind.layer, width, eps, affine=True)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """pooled (B, channels) -> (B, D)"""
+        return self.norm(self.project(pooled))
+
+
 class Condition(NamedTuple):
     """What every block reads; one row a clip, or one a latent frame where frames have timesteps of their own. Float32.
 

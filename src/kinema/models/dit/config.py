@@ -86,6 +86,8 @@ class TextEmbedding(Enum):
     linear = "linear"
     refiner = "refiner"
     """A small transformer that knows the timestep (HunyuanVideo)."""
+    tower = "tower"
+    """A norm and `refiner_depth` blocks like the model's own, with rotary positions along the words (Kandinsky 5)."""
     activated = "activated"
     """One layer and `text_activation` (Cosmos-Predict 2.5)."""
     none = "none"
@@ -227,6 +229,8 @@ class DiTConfig:
     activation: Activation = Activation.gelu
     bias: bool = True
     """Whether attention and MLP have biases."""
+    mlp_bias: bool = True
+    """Whether the MLP has them where attention has; single streams have both or none."""
     edge_bias: bool = True
     """Whether the layers of patches, timesteps, shared modulation and head have them."""
     norm: NormKind = NormKind.layer
@@ -287,9 +291,11 @@ class DiTConfig:
     """Embed the strength of guidance like a timestep: for models distilled to need no second pass."""
     pooled_width: int = 0
     """Channels of one vector for each caption (of CLIP, say) that is added to the timestep's embedding; 0 for none."""
+    pooled_norm: bool = False
+    """One layer and a norm bring that vector to the timestep's width, instead of two layers (Kandinsky 5)."""
     text_embedding: TextEmbedding = TextEmbedding.mlp
     refiner_depth: int = 2
-    """Blocks of text_embedding=refiner."""
+    """Blocks of text_embedding=refiner or tower."""
     text_activation: Activation = Activation.gelu
     """Between the two layers that bring captions to the model's width, or after the only one."""
     text_channels: int = 0
@@ -450,10 +456,13 @@ class DiTConfig:
             )
 
     def _check_text(self) -> None:
-        if self.text_channels and (self.text is not TextEdge.cross or self.text_embedding is TextEmbedding.refiner):
+        if self.pooled_norm and not self.pooled_width:
+            raise ValueError("model.pooled_norm=true needs a vector to norm: type model.pooled_width, or leave it out.")
+        own_width = self.text_embedding in (TextEmbedding.refiner, TextEmbedding.tower)
+        if self.text_channels and (self.text is not TextEdge.cross or own_width):
             raise ValueError(
-                f"model.text_channels={self.text_channels}: only model.text=cross without a refiner reads captions of "
-                "another width than the model's. Type model.text_channels=0."
+                f"model.text_channels={self.text_channels}: only model.text=cross without refiner or tower reads "
+                "captions of another width than the model's. Type model.text_channels=0."
             )
         if self.glyph_width and (self.text_channels or self.text_embedding is TextEmbedding.none):
             raise ValueError(

@@ -19,6 +19,7 @@ from kinema.models.dit.conditioning import (
     HeadTable,
     LinearModulation,
     LowRankModulation,
+    NormedPooled,
     NormedTimesteps,
     PooledEmbedding,
     TimestepEmbedding,
@@ -48,7 +49,7 @@ from kinema.models.dit.layers import (
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.patches import patchify, token_grid, unpatchify
 from kinema.models.dit.places import Places
-from kinema.models.dit.refiner import TextRefiner
+from kinema.models.dit.refiner import TextRefiner, TextTower
 from kinema.models.dit.segments import (
     Grid,
     Rows,
@@ -137,9 +138,7 @@ class DiT(nn.Module):
         self.source_types = nn.Parameter(torch.zeros(sources, width)) if sources > 1 else None
         self.timestep_embedding = _timestep_embedding(config)
         self.pooled_text = ExactLinear(text_width, config.condition_width) if config.pooled_text else None
-        self.pooled_embedding = (
-            PooledEmbedding(config.pooled_width, config.condition_width) if config.pooled_width else None
-        )
+        self.pooled_embedding = _pooled_embedding(config) if config.pooled_width else None
         self.guidance_embedding = (
             TimestepEmbedding(config.timestep_channels, config.condition_width, config.timestep_scale)
             if config.guidance
@@ -257,7 +256,7 @@ class DiT(nn.Module):
         if self.config.first_frame_given and isinstance(timesteps, Tensor):
             timesteps = [_first_given(time, frames) for time, (frames, _, _) in zip(timesteps, grids, strict=True)]
         condition = self._condition(timesteps, text, extras)
-        sources = self._sources(text, timesteps, extras)
+        sources = self._sources(text, timesteps, condition, extras)
         told = {name: source.lengths for name, source in sources.items()}
         segments = self._segments(grids, told, condition, extras.fps)
 
@@ -303,10 +302,12 @@ class DiT(nn.Module):
     def _placed(self, image: Tensor) -> Tensor:
         return image if self.image_positions is None else image + self.image_positions
 
-    def _sources(self, text: Sequence[Tensor], timesteps: Timesteps, extras: Extras) -> dict[str, Source]:
+    def _sources(
+        self, text: Sequence[Tensor], timesteps: Timesteps, condition: Condition, extras: Extras
+    ) -> dict[str, Source]:
         """What is told of each clip, at the model's width: a caption with all that joins it, and what is read apart."""
         words = torch.cat(list(text))
-        sources = {"text": Source(self._captions(words, lengths_of(text), timesteps), lengths_of(text))}
+        sources = {"text": Source(self._captions(words, lengths_of(text), timesteps, condition), lengths_of(text))}
         if self.glyph_embedding is not None and extras.glyphs is not None:
             sources["glyph"] = Source(self.glyph_embedding(torch.cat(list(extras.glyphs))), lengths_of(extras.glyphs))
         if self.image_embedding is not None and extras.image is not None:
@@ -319,14 +320,20 @@ class DiT(nn.Module):
         tokens = joined([x + kind for (x, _), kind in zip(join, self.source_types, strict=True)], lengths)
         return {"text": Source(tokens, totals(lengths)), **sources}
 
-    def _captions(self, words: Tensor, lengths: Lengths, timesteps: Timesteps) -> Tensor:
-        knows_time = isinstance(self.text_embedding, TextRefiner)
-        embedded = self.text_embedding(words, *([lengths, _of_clips(timesteps)] if knows_time else []))
+    def _captions(self, words: Tensor, lengths: Lengths, timesteps: Timesteps, condition: Condition) -> Tensor:
+        embedded = self._embedded(words, lengths, timesteps, condition)
         if self.config.text is TextEdge.cross:
             return embedded
         embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))  # a residual stream, like the video
         places = self.places.of_words(lengths)
         return embedded if places is None else embedded + places
+
+    def _embedded(self, words: Tensor, lengths: Lengths, timesteps: Timesteps, condition: Condition) -> Tensor:
+        if isinstance(self.text_embedding, TextTower):
+            return self.text_embedding(words, lengths, condition)
+        if isinstance(self.text_embedding, TextRefiner):
+            return self.text_embedding(words, lengths, _of_clips(timesteps))
+        return self.text_embedding(words)
 
     def _condition(self, timesteps: Timesteps, text: Sequence[Tensor], extras: Extras) -> Condition:
         """One row a clip; where frames have timesteps of their own, one for each of them and then one a clip."""
@@ -565,10 +572,18 @@ EXTRAS = {
 """Key of the config -> what it makes the model demand."""
 
 
+def _pooled_embedding(config: DiTConfig) -> PooledEmbedding | NormedPooled:
+    if config.pooled_norm:
+        return NormedPooled(config.pooled_width, config.condition_width, config.norm_eps)
+    return PooledEmbedding(config.pooled_width, config.condition_width)
+
+
 def _text_embedding(config: DiTConfig, text_width: int) -> nn.Module:
     """Captions to the model's width."""
     if config.text_embedding is TextEmbedding.refiner:
         return TextRefiner(config, text_width)
+    if config.text_embedding is TextEmbedding.tower:
+        return TextTower(config, text_width)
     if config.text_embedding is TextEmbedding.none:
         if text_width != config.caption_width:
             raise ValueError(

@@ -1,14 +1,19 @@
 """Captions through a small transformer of their own before the video sees them."""
 
+from dataclasses import replace
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.attention import Lengths
-from kinema.models.dit.blocks import refiner_blocks
+from kinema.models.dit.blocks import refiner_blocks, tower_blocks
 from kinema.models.dit.conditioning import Condition, PooledEmbedding, TimestepEmbedding, means
-from kinema.models.dit.config import DiTConfig
+from kinema.models.dit.config import DiTConfig, NormKind
 from kinema.models.dit.layers import Linear
+from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import Tokens, clip_segment
+from kinema.models.position import rope_3d
 
 
 class TextRefiner(nn.Module):
@@ -32,4 +37,29 @@ class TextRefiner(nn.Module):
         tokens: Tokens = {"text": self.embed(words).to(raw.dtype)}
         for block in self.blocks:
             tokens = block(tokens, {"text": clip_segment(lengths)}, condition)
+        return tokens["text"]
+
+
+class TextTower(nn.Module):
+    """Blocks like the model's own over each caption, with its timestep's modulation and positions along the words.
+
+    Arkhipkin et al. 2025 (Kandinsky 5).
+    """
+
+    def __init__(self, config: DiTConfig, text_width: int) -> None:
+        super().__init__()
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+        self.embed = Linear(text_width, config.width)
+        self.norm = Norm(NormKind.layer, config.width, config.norm_eps, affine=True)
+        self.blocks = nn.ModuleList(tower_blocks(config))
+
+    def forward(self, words: Tensor, lengths: Lengths, condition: Condition) -> Tensor:
+        """words (M, text_width), the last rows of the condition are the clips' -> (M, D)"""
+        places = torch.cat([torch.arange(length, device=words.device) for length in lengths])
+        positions = torch.nn.functional.pad(places[:, None].float(), (0, 2))
+        rope = rope_3d(positions, self.head_dim, [self.head_dim, 0, 0], self.theta, condition.raw.dtype)
+        segment = replace(clip_segment(lengths, len(condition.raw) - len(lengths)), rope=rope)
+        tokens: Tokens = {"text": self.norm(self.embed(words))}
+        for block in self.blocks:
+            tokens = block(tokens, {"text": segment}, condition)
         return tokens["text"]
