@@ -28,7 +28,23 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_single_layers": 4,
         "text_embed_dim": 1024,
     },
+    "hunyuan15": {
+        "num_attention_heads": 3,
+        "num_layers": 4,
+        "text_embed_dim": 1024,
+        "text_embed_2_dim": 512,
+        "image_embed_dim": 512,
+    },
     "cogvideox": {"num_attention_heads": 6, "num_layers": 4, "time_embed_dim": 256, "text_embed_dim": 1024},
+    "cosmos": {
+        "num_attention_heads": 3,
+        "num_layers": 4,
+        "in_channels": 17,
+        "text_embed_dim": 1024,
+        "adaln_lora_dim": 64,
+        "extra_pos_embed_type": None,
+        "rope_scale": (1.0, 3.0, 3.0),
+    },
 }
 """Preset -> the released config made narrower and shallower; all else is as released."""
 
@@ -101,9 +117,9 @@ def main() -> None:
             pair = make_pair(preset, tokens, arguments.compile)
             difference = relative(pair.ours(), pair.theirs())
             assert difference < 1e-5, f"{name}: outputs differ by {difference:.1e}"
-            ours, theirs = saved_bytes(pair.ours, pair.models[0]), saved_bytes(pair.theirs, pair.models[1])
+            kept, other = saved_bytes(pair.ours, pair.models[0]), saved_bytes(pair.theirs, pair.models[1])
             row = paired(pair.step(pair.ours), pair.step(pair.theirs), arguments.seconds).row(f"{name}, {tokens}")
-            print(f"{row} {ours // tokens} | {ours / theirs:.2f} |", flush=True)
+            print(f"{row} {kept // tokens:,} | {kept / other:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

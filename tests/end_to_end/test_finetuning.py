@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 import kinema
+from kinema.interop.adapters import DIFFUSERS_FILE
 from kinema.interop.comparing import Sample, relative, wan
 from kinema.interop.importing import import_model
 from kinema.interop.loading import held_of
@@ -146,7 +147,7 @@ def test_adapters_of_an_imported_wan_compute_the_same_in_diffusers(folder, tmp_p
     with torch.no_grad():
         expected = torch.stack(ours.predict(list(sample.latents), sample.timesteps, list(sample.text)))
         before = wan(transformer, {}, sample)
-        transformer.load_lora_adapter(tmp_path / "lora", prefix="transformer")
+        transformer.load_lora_adapter(tmp_path / "lora", prefix="transformer", weight_name=DIFFUSERS_FILE)
         assert relative(wan(transformer, {}, sample), expected) < 1e-5
     assert relative(before, expected) > 1e-3
     assert json.loads((tmp_path / "lora/manifest.json").read_text())["exported"]["format"] == "lora-diffusers"

@@ -109,3 +109,34 @@ def cogvideox_pipeline(scheduler, **config):
         text_encoder=encoder, tokenizer=words, vae=randomise(diffusers.AutoencoderKLCogVideoX(**COGVIDEOX_VAE)),
         scheduler=scheduler, transformer=randomise(diffusers.CogVideoXTransformer3DModel(**COGVIDEOX | config)),
     )  # fmt: skip
+
+
+LATTE = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "cross_attention_dim": 32,
+    "attention_bias": True,
+    "sample_size": 10,
+    "patch_size": 2,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "caption_channels": 12,
+    "video_length": 3,  # the reference takes clips of no other length
+}  # fmt: skip
+IMAGE_VAE = {"latent_channels": 4, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2,
+             "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}  # fmt: skip
+
+
+def latte_pipeline(scheduler, **config):
+    """A whole LattePipeline."""
+    encoder, words = tiny_texts.t5()
+    return diffusers.LattePipeline(
+        text_encoder=encoder, tokenizer=words, vae=randomise(diffusers.AutoencoderKL(**IMAGE_VAE)),
+        scheduler=scheduler, transformer=randomise(diffusers.LatteTransformer3DModel(**LATTE | config)),
+    )  # fmt: skip

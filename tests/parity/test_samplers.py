@@ -17,7 +17,7 @@ from kinema.interop import exporting
 from kinema.interop.importing import import_model
 from kinema.sampling.pipeline import SamplingConfig, initial_noise
 from kinema.sampling.sample import SampleConfig, sample
-from tests.parity.published import cogvideox_pipeline, hunyuan_pipeline, ltx_pipeline, wan_pipeline
+from tests.parity.published import cogvideox_pipeline, hunyuan_pipeline, latte_pipeline, ltx_pipeline, wan_pipeline
 
 CAPTION, NEGATIVE = "a red circle moves left", "blurry grey"
 SHAPE = ClipShape(5, 32, 48)
@@ -207,6 +207,21 @@ def test_cogvideox(tmp_path, steps):
         for wrong in ({"rows_from_zero": False}, {"snr_shift": 1.0}):
             other = replace(ours, objective=replace(ours.objective, **wrong))
             assert largest(other.latents([CAPTION], SHAPE, own), expected[-1:]) > 1e-4
+
+
+LATTE_SCHEDULER = {"beta_schedule": "linear", "clip_sample": False, "timestep_spacing": "leading", "steps_offset": 1}
+
+
+@pytest.mark.parametrize("steps", [4, 3])
+def test_latte(tmp_path, steps):
+    whole = latte_pipeline(diffusers.DDIMScheduler(**LATTE_SCHEDULER))
+    ours, shape = imported(whole, tmp_path), ClipShape(3, 80, 80)
+    config = replace(ours.sampling, seed=7, num_steps=steps, guidance_scale=1.0)
+    expected = published_steps(
+        whole, our_noise(ours, config, shape), prompt=CAPTION, guidance_scale=1.0, height=80, width=80,
+        video_length=3, num_inference_steps=steps, clean_caption=False,
+    )  # fmt: skip
+    assert largest(our_steps(ours, config, shape), expected) <= 1e-5
 
 
 WHOLE = {

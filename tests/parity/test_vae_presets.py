@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import kinema
@@ -331,6 +332,19 @@ def test_hunyuan_15s_own_names():
         r"\.(weight|bias|gamma)"
     )
     assert [name for name in original if not left.fullmatch(name)] == []
+
+
+def test_a_vendors_file_with_the_config_beside_it_is_imported(tmp_path):
+    """As the vendor stores it, with statistics that nobody reads."""
+    original, reference = originals("ltx2_vae")
+    extra = {f"per_channel_statistics.{name}": torch.ones(8) for name in ("channel", "mean-of-stds")}
+    reference.save_config(tmp_path)
+    save_file(original | extra, tmp_path / "ltx2_vae.safetensors")
+    ours = kinema.load(tmp_path)
+    assert all(torch.equal(ours.state_dict()[k], x) for k, x in pair("ltx2_vae")[1].state_dict().items())
+    save_file(original | {"per_channel_statistics.other": torch.ones(8)}, tmp_path / "ltx2_vae.safetensors")
+    with pytest.raises(ValueError, match=r"1 that the model does not have: per_channel_statistics\.other"):
+        kinema.load(tmp_path)
 
 
 def test_ltx_23s_own_names_go_on_where_those_of_2_end():

@@ -77,6 +77,8 @@ def realised_histogram(
     num_steps: int,
     *,
     shift: float | None = None,
+    spacing: TimestepSpacing = TimestepSpacing.trailing,
+    terminal: float | None = None,
     num_tokens: int | None = None,
     training_tokens: Sequence[int] | None = None,
     num_samples: int = 10_000,
@@ -85,12 +87,12 @@ def realised_histogram(
 ) -> dict[str, list[float]]:
     """What the objective really draws, beside what the sampler really visits, for the head of a run.
 
-    `num_tokens` is the size of a sampled clip and `shift` the sampler's own shift, if it has one;
+    `num_tokens` is the size of a sampled clip and `shift` the sampler's own shift, if it has one, with its spacing;
     `training_tokens` are the sizes of the training clips, used in turn, where they differ from `num_tokens`.
     Returns `edges` (bins + 1), `counts` (bins, together `num_samples`) and `sampler` (num_steps + 1 timesteps
     from 1 to 0).
     """
-    grid = objective.sampling_timesteps(num_steps, shift, num_tokens)
+    grid = objective.sampling_timesteps(num_steps, shift, num_tokens, spacing, terminal)
     sizes = training_tokens if num_tokens is None or training_tokens is not None else [num_tokens]
     tokens = None if sizes is None else [sizes[i % len(sizes)] for i in range(num_samples)]
     drawn = objective.sample_timesteps(num_samples, Generator().manual_seed(seed), tokens)

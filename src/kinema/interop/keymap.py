@@ -207,16 +207,21 @@ class KeyMap:
     """A table of rules that names every tensor of a model exactly once, in both directions.
 
     `constants` are tensors of ours whose numbers their config holds, not their weights: added on the way to ours, taken
-    out on the way to theirs, which refuses other numbers.
+    out on the way to theirs, which refuses other numbers. `unread` are tensors of theirs that no model reads: they may
+    be there, and do not come back.
     """
 
-    def __init__(self, rules: Iterable[Rule], constants: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, rules: Iterable[Rule], constants: Mapping[str, Tensor] | None = None, unread: Sequence[str] = ()
+    ) -> None:
         self.rules = list(rules)
         self.constants = dict(constants or {})
+        self.unread = tuple(unread)
 
     def to_ours(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their state dict -> ours; ValueError lists keys that no rule, or more than one, names."""
-        found = self._apply(tensors, [(_names(r.theirs), _names(r.ours), r.layout.to_ours) for r in self.rules])
+        read = {name: tensor for name, tensor in tensors.items() if name not in self.unread}
+        found = self._apply(read, [(_names(r.theirs), _names(r.ours), r.layout.to_ours) for r in self.rules])
         return found | {name: constant.clone() for name, constant in self.constants.items()}
 
     def to_theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Which preset a set of tensors is, and whether every one of them fits: decided on shapes, before a number is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -133,7 +133,7 @@ def recognise(path: Path, prefix: str | None = None) -> Recognised:
     tables, tensors = key_maps(preset, config), skeleton.state_dict()
     expected = {naming: shapes_of(table.to_theirs(tensors)) for naming, table in tables.items()}
     naming = max(expected, key=lambda name: len(expected[name].keys() & published.shapes.keys()))
-    _compare(published, preset, expected[naming])
+    _compare(published, preset, expected[naming], tables[naming].unread)
     for stored in published.stored.values():
         dtype_of(stored)
     return Recognised(published, preset, config, naming, skeleton)
@@ -205,8 +205,8 @@ def _is_vendors(published: Published) -> bool:
     return published.class_name in ("WanModel", "VaceWanModel")
 
 
-def _compare(published: Published, preset: Preset, expected: Mapping[str, Shape]) -> None:
-    found = published.shapes
+def _compare(published: Published, preset: Preset, expected: Mapping[str, Shape], unread: Sequence[str]) -> None:
+    found = {name: shape for name, shape in published.shapes.items() if name not in unread}
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in found]
     unknown = [f"{name} {shape}" for name, shape in found.items() if name not in expected]
     wrong = [

@@ -84,6 +84,14 @@ HABITS = {
         gives_sigmas=True,
         strides=(8, 32),
     ),
+    "LattePipeline": Habits(
+        fps=8.0,
+        shapes=((16, 512, 512),),
+        num_steps=50,
+        guidance_scale=7.5,
+        gives_sigmas=False,
+        strides=(1, 8),
+    ),
     "CogVideoXPipeline": Habits(
         fps=8.0,
         shapes=((49, 480, 720),),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple
 
 from kinema.diffusion.library import BETAS, TABLE_TARGETS, make_scheduler, scheduler_facts
@@ -127,7 +128,8 @@ def by_library(config: Record, objective: Objective) -> Scheduled:
     """The library's own solver, with those of its options that the objective does not decide."""
     name = config["_class_name"]
     decided = scheduler_facts(name, objective, objective.shift_for(None))
-    options = {key: value for key, value in config.items() if not key.startswith("_") and key not in decided}
+    known = signature(reference_class(name).__init__).parameters  # of other keys the reference reads none either
+    options = {key: value for key, value in config.items() if key in known and key not in decided}
     solver = next(solver for solver, of in LIBRARY.items() if of == name)
     return Scheduled(objective, {"solver": solver, "scheduler": options})
 

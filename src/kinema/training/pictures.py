@@ -166,6 +166,8 @@ def save_timesteps(
         objective,
         num_steps=samples.num_steps,
         shift=samples.timestep_shift,
+        spacing=samples.timestep_spacing,
+        terminal=samples.timestep_terminal,
         num_tokens=geometry.num_tokens(shapes[0]),
     )
     write_json(run_dir / "timesteps.json", histogram)

@@ -131,18 +131,23 @@ def original_key_map(config: Record) -> KeyMap:
     up = [f"decoder.up_blocks.{i}" for i in range(2 * decoder_levels - 1)]
     return _key_map(
         config,
-        "per_channel_statistics.mean-of-means",
-        "per_channel_statistics.std-of-means",
+        f"{STATISTICS}.mean-of-means",
+        f"{STATISTICS}.std-of-means",
         ([f"{name}.res_blocks" for name in down[::2]], down[1::2]),
         ([f"{name}.res_blocks" for name in up[::2]], up[1::2]),
+        UNREAD,
     )
 
+
+STATISTICS = "per_channel_statistics"
+UNREAD = tuple(f"{STATISTICS}.{name}" for name in ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means"))
+"""Statistics in the vendor's files which nothing uses; diffusers' converter drops them too."""
 
 Names = tuple[list[str], list[str]]
 """Of each level's residual blocks, and of the steps between levels."""
 
 
-def _key_map(config: Record, mean: str, std: str, down: Names, up: Names) -> KeyMap:
+def _key_map(config: Record, mean: str, std: str, down: Names, up: Names, unread: tuple[str, ...] = ()) -> KeyMap:
     ours, patch = vae_config(config), config["patch_size"]
     pixels = PermutedRows((3, patch, patch), (2, 1, 0))
     encoder, decoder = encoder_names(ours), decoder_names(ours)
@@ -160,7 +165,7 @@ def _key_map(config: Record, mean: str, std: str, down: Names, up: Names) -> Key
             rules += _blocks(theirs, level.blocks)
         for level, theirs in zip(coder.levels[:-1], steps, strict=True):
             rules += _steps(theirs, level.steps)
-    return KeyMap(rules)
+    return KeyMap(rules, unread=unread)
 
 
 def _blocks(theirs: str, blocks: list[str]) -> list[Rule]:
