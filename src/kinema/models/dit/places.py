@@ -31,13 +31,15 @@ class Places(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        learned = config.position_embedding is PositionEmbedding.learned_axes
-        tables = [nn.Parameter(LEARNED_STD * torch.randn(size, config.width)) for size in config.position_grid]
-        self.axes = nn.ParameterList(tables) if learned else None
-        is_whole = config.position_embedding is PositionEmbedding.learned
-        whole = (math.prod(config.position_grid), config.width)
-        self.tokens = nn.Parameter(LEARNED_STD * torch.randn(whole)) if is_whole else None
-        self.words = nn.Parameter(LEARNED_STD * torch.randn(config.position_words, config.width)) if is_whole else None
+        of_axes = config.position_embedding is PositionEmbedding.learned_axes
+        of_tokens = config.position_embedding is PositionEmbedding.learned
+
+        def table(size: int) -> nn.Parameter:
+            return nn.Parameter(LEARNED_STD * torch.randn(size, config.width))
+
+        self.axes = nn.ParameterList(table(size) for size in config.position_grid) if of_axes else None
+        self.tokens = table(math.prod(config.position_grid)) if of_tokens else None
+        self.words = table(config.position_words) if of_tokens else None
 
     def at_start(self, grids: Sequence[Grid], like: Tensor) -> Tensor | None:
         """(N, D) in the dtype of `like`, to be added to the patches; None for nothing."""
@@ -68,8 +70,10 @@ class Places(nn.Module):
             return torch.cat([self._sum(grid).repeat(len(list(group)), 1) for grid, group in groupby(grids)])
         if self.config.position_embedding is not PositionEmbedding.sincos_apart:
             return None
-        later = [tokens for t, h, w in grids for tokens in [t > 1] * (t * h * w)]  # a single frame has no time
-        return self._waves(sincos_time, grids, like) * torch.tensor(later, device=like.device)[:, None]
+        parts = self._waves(sincos_time, grids, like).split([t * h * w for t, h, w in grids])
+        return torch.cat(
+            [part * (t > 1) for part, (t, _, _) in zip(parts, grids, strict=True)]
+        )  # one frame has no time
 
     def _sum(self, grid: Grid) -> Tensor:
         """One vector an axis for every token, their sum brought to a root mean square of one: (n, D)."""
@@ -81,7 +85,7 @@ class Places(nn.Module):
             )
         t, h, w = (_exact(table[:size]) for table, size in zip(self.axes, grid, strict=True))
         whole = (t[:, None, None] + h[:, None] + w).flatten(0, 2)
-        root = whole.square().mean(-1, keepdim=True).sqrt()
+        root = torch.linalg.vector_norm(whole, dim=-1, keepdim=True) / math.sqrt(self.config.width)  # flat at zero
         return whole / (root + LEARNED_EPSILON)
 
     def _waves(self, waves: Waves, grids: Sequence[Grid], like: Tensor) -> Tensor:
