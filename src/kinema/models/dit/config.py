@@ -485,7 +485,8 @@ class DiTConfig:
         if self.single_depth and (self.text is not TextEdge.joint or self.single_depth >= self.depth):
             raise ValueError(
                 f"model.single_depth={self.single_depth} needs model.text=joint and to be below model.depth="
-                f"{self.depth}: single streams follow blocks in which captions have weights of their own."
+                f"{self.depth}: single streams follow blocks in which captions have weights of their own. Type "
+                "model.single_depth=0 or model.text=joint."
             )
         if self.text_to_the_end and (self.text is not TextEdge.joint or self.single_depth):
             raise ValueError(
