@@ -246,7 +246,6 @@ CASES = {
     "ltx-2.3, a timestep for each frame": Case(
         "ltx2", LTX2 | LTX2_3 | {"use_prompt_embeddings": True}, frame_times=True, fps=12.5
     ),
-    "ltx-2, gated heads": Case("ltx2", LTX2 | {"gated_attn": True, "audio_gated_attn": True}),
     "hunyuan": Case("hunyuan", HUNYUAN, {"13B": {}}, padded=True),
     "hunyuan, given channels": Case(
         "hunyuan",

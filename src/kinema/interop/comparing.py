@@ -119,8 +119,9 @@ def ltx_video(reference: Any, config: Record, sample: Sample) -> Tensor:
 
 
 def ltx2(reference: Any, config: Record, sample: Sample) -> Tensor:
-    """LTX-2: the tokens of both streams in a row, at the reference's own frame rate; in 2.3 each reads the other's time."""
-    assert isinstance(sample.audio, Sound) and isinstance(sample.audio.timesteps, Tensor)
+    """LTX-2: tokens of both streams in a row at the reference's own frame rate; in 2.3 each reads the other's time."""
+    assert sample.audio is not None
+    assert isinstance(sample.audio.timesteps, Tensor)
     heard = torch.stack(list(sample.audio.latents))
     shape = sample.latents.shape[2:]
     times, heard_times = sample.timesteps * 1000, sample.audio.timesteps * 1000

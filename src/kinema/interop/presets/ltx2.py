@@ -258,7 +258,10 @@ def _config(record: Record) -> DiTConfig:
 
 
 def _accepts(record: Record) -> bool:
-    """LTX-2.0 and 2.3; the exchange turns both streams by their own heads, which must be as many where channels lie apart."""
+    """LTX-2.0 and 2.3.
+
+    The exchange turns both streams by their own heads, which must be as many where channels lie apart.
+    """
     heads = record["num_attention_heads"], record["audio_num_attention_heads"]
     widths = heads[0] * record["attention_head_dim"], heads[1] * record["audio_attention_head_dim"]
     return (

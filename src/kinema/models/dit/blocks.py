@@ -176,9 +176,7 @@ def _mlp(config: DiTConfig) -> FeedForward:
 
 
 def _shape(config: DiTConfig) -> HeadShape:
-    return HeadShape(
-        config.width, config.num_heads, config.qk_norm, config.qk_norm_eps, config.bias, config.head_gates
-    )
+    return HeadShape(config.width, config.num_heads, config.qk_norm, config.qk_norm_eps, config.bias, config.head_gates)
 
 
 def _norm(config: DiTConfig) -> Norm:

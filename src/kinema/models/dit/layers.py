@@ -149,8 +149,8 @@ class SegmentAttention(nn.Module):
 
     A segment that answers itself is self-attention, over the `span`, with rotary positions. Others that answer
     are cross-attention, each in a softmax of its own, and the results are summed (Ye et al. 2023, IP-Adapter). Where
-    both lie on a common clock, it turns them. With a `gated` shape what the heads found is weighed before it is projected
-    (Qiu et al. 2025).
+    both lie on a common clock, it turns them. A `gated` shape weighs what each head found (Qiu et al. 2025); with
+    `answer_modulated` those who answer first do so behind a shift and scale.
     """
 
     def __init__(
