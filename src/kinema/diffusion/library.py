@@ -83,7 +83,7 @@ def library_steps(
     objective: Objective,
     schedulers: Sequence[Any],
     num_steps: int,
-    progress: Callable[[int, int], None],
+    after: Callable[[Clips, int, int], None],
 ) -> Clips:
     """Unit noise -> latents; the network is told the timesteps that the scheduler counts, which it may round."""
     for scheduler in schedulers:
@@ -95,5 +95,5 @@ def library_steps(
         predictions = predict(x, (torch.stack(counted).double() + first_row) / objective.num_trained)
         clips = zip(schedulers, predictions, counted, x, strict=True)
         x = [scheduler.step(p[None], t, clip[None]).prev_sample[0] for scheduler, p, t, clip in clips]
-        progress(step, num_steps)
+        after(x, step, num_steps)
     return x
