@@ -13,7 +13,7 @@ from diffusers import (
 
 from kinema.diffusion.objective import DDPM, Objective, PredictionTarget, RectifiedFlow
 from kinema.diffusion.schedules import BetaSchedule
-from kinema.diffusion.solvers import FOR_TABLES, LIBRARY, STEPPERS, Solver, solve
+from kinema.diffusion.solvers import FOR_TABLES, LIBRARY, STEPPERS, Solver, solve, visited_timesteps
 from kinema.diffusion.timesteps import TimestepSpacing
 
 TARGETS = PredictionTarget
@@ -317,3 +317,25 @@ def test_unipc_in_one_step_by_bh1_is_refused():
     options = {"solver_type": "bh1", "solver_order": 1}
     with pytest.raises(ValueError, match=r"solver=unipc.*step 1 of 1"):
         solve(predict_with_network, clips(0), RectifiedFlow(), Solver.unipc, 1, scheduler=options)
+
+
+@pytest.mark.parametrize(
+    ("solver", "name"),
+    [
+        *((solver, "flow-velocity") for solver in Solver if solver not in FOR_TABLES),
+        *((solver, "ddpm-velocity") for solver in FOR_TABLES),
+    ],
+)
+def test_the_record_of_visited_timesteps_is_where_the_model_is_asked(solver, name):
+    asked = []
+
+    def watched(noisy, timesteps):
+        asked.append(timesteps[0].item())
+        return predict_with_network(noisy, timesteps)
+
+    options = {"shift": 5.0} if name == "flow-velocity" else {}
+    solve(watched, clips(0)[:1], OBJECTIVES[name], solver, 4, **options)
+    visited = visited_timesteps(OBJECTIVES[name], solver, 4, **options)
+    assert visited[-1] == 0
+    assert visited.shape == (5,)
+    assert sorted(set(asked), reverse=True) == pytest.approx(visited[:-1].tolist(), abs=1e-6)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinema.diffusion.library import library_steps, make_scheduler
+from kinema.diffusion.library import as_ours, library_steps, make_scheduler
 from kinema.diffusion.objective import DDPM, Clips, Objective, per_clip
 from kinema.diffusion.timesteps import TimestepSpacing
 
@@ -100,21 +100,57 @@ def solve(
             progress(step, num_steps)
 
     if solver in LIBRARY:
-        if spacing is not TimestepSpacing.trailing or terminal is not None:
-            raise ValueError(
-                f"solver={solver.value} has timesteps of its own: timestep_spacing={spacing.value} and "
-                f"timestep_terminal={terminal} are for euler, heun, ddim and dpmpp_2m. Leave them out."
-            )
-        if solver in FOR_TABLES and not isinstance(objective, DDPM):
-            raise ValueError(f"solver={solver.value} steps over a table of noise levels (objective=ddpm): type unipc.")
-        shifts = [objective.shift_for(tokens) if shift is None else shift for tokens in sizes]
-        schedulers = [make_scheduler(LIBRARY[solver], objective, each, dict(scheduler or {})) for each in shifts]
+        check_library(objective, solver, spacing, terminal)
+        schedulers = [scheduler_of(objective, solver, shift, scheduler, tokens) for tokens in sizes]
         return library_steps(predict_like_state, state, objective, schedulers, num_steps, after)
     if scheduler:
         raise ValueError(f"scheduler={dict(scheduler)}: solver={solver.value} is not of the library, and reads none.")
     grids = [objective.sampling_timesteps(num_steps, shift, tokens, spacing, terminal) for tokens in sizes]
     times = torch.stack(grids, dim=1)  # (num_steps + 1, B), float64, on the CPU: its entries are only scalars
     return STEPPERS[solver](predict_like_state, state, objective, times, after)
+
+
+def visited_timesteps(
+    objective: Objective,
+    solver: Solver,
+    num_steps: int,
+    *,
+    shift: float | None = None,
+    spacing: TimestepSpacing = TimestepSpacing.trailing,
+    terminal: float | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    num_tokens: int | None = None,
+) -> Tensor:
+    """The timesteps (num_steps + 1,) float64 at which `solve` asks the model about one clip, and 0 behind them."""
+    if solver not in LIBRARY:
+        return objective.sampling_timesteps(num_steps, shift, num_tokens, spacing, terminal)
+    check_library(objective, solver, spacing, terminal)
+    made = scheduler_of(objective, solver, shift, scheduler, num_tokens)
+    made.set_timesteps(num_steps)
+    return torch.cat([as_ours(made.timesteps, objective), torch.zeros(1, dtype=torch.float64)])
+
+
+def check_library(objective: Objective, solver: Solver, spacing: TimestepSpacing, terminal: float | None) -> None:
+    """Refuse what a solver of the library does not read, and a path that it does not follow."""
+    if spacing is not TimestepSpacing.trailing or terminal is not None:
+        raise ValueError(
+            f"solver={solver.value} has timesteps of its own: timestep_spacing={spacing.value} and "
+            f"timestep_terminal={terminal} are for euler, heun, ddim and dpmpp_2m. Leave them out."
+        )
+    if solver in FOR_TABLES and not isinstance(objective, DDPM):
+        raise ValueError(f"solver={solver.value} steps over a table of noise levels (objective=ddpm): type unipc.")
+
+
+def scheduler_of(
+    objective: Objective,
+    solver: Solver,
+    shift: float | None,
+    options: Mapping[str, Any] | None,
+    num_tokens: int | None,
+) -> Any:
+    """The library's scheduler of one clip."""
+    shift = objective.shift_for(num_tokens) if shift is None else shift
+    return make_scheduler(LIBRARY[solver], objective, shift, dict(options or {}))
 
 
 def euler(predict: Predict, x: Clips, objective: Objective, times: Tensor, after: After) -> Clips:
