@@ -91,16 +91,17 @@ def test_wan_with_two_transformers(tmp_path):
     ours = imported(whole, tmp_path)
     config = replace(ours.sampling, seed=7, num_steps=4, negative_prompt=NEGATIVE)
     assert (config.guidance_scale, config.guidance_scale_low, ours.sampling.num_steps) == (4.0, 3.0, 40)
-    told = {"guidance_scale": 4.0, "guidance_scale_2": 3.0}
+    config = replace(config, guidance_scale=40.0, guidance_scale_low=8.0)  # or the two hardly differ
+    told = {"guidance_scale": 40.0, "guidance_scale_2": 8.0}
     expected = published_steps(whole, our_noise(ours, config), **wan_call(4), **told)
     assert largest(our_steps(ours, config), expected) <= 1e-5
-    for wrong in ({"guidance_scale_low": None}, {"guidance_scale": 3.0}):
+    for wrong in ({"guidance_scale_low": None}, {"guidance_scale": 8.0}):
         assert largest(ours.latents([CAPTION], SHAPE, replace(config, **wrong)), expected[-1:]) > 1e-4
 
     typed = SampleConfig(run="a", prompt="b", guidance_scale=6.0).settings(ours.sampling)
     assert (typed.guidance_scale, typed.guidance_scale_low) == (6.0, None)
     alone = replace(ours, denoiser=ours.denoiser.high)
-    with pytest.raises(ValueError, match=r"guidance_scale_low=3\.0 is for the expert for low noise"):
+    with pytest.raises(ValueError, match=r"guidance_scale_low=8\.0 is for the expert for low noise"):
         alone.check(config, ours.shapes[0])
 
 
@@ -232,7 +233,7 @@ def test_cogvideox_with_dynamic_guidance(tmp_path, steps):
     expected = [step.transpose(0, 1) for step in expected]
     assert largest(our_steps(ours, config), expected) <= 1e-5
     constant = ours.latents([CAPTION], SHAPE, replace(config, dynamic_guidance=False))
-    assert largest(constant, expected[-1:]) > 1e-2
+    assert largest(constant, expected[-1:]) > 1e-3
 
 
 def test_dynamic_guidance_elsewhere_is_refused(tmp_path):

@@ -56,6 +56,7 @@ class Habits:
     """Whether the pipeline hands the scheduler evenly spaced timesteps, or leaves them to it."""
     embedded_guidance: float | None = None
     guidance_scale_low: float | None = None
+    """Of the second transformer, where there are two."""
     strides: tuple[int, int] | None = None
     """Frames and pixels a side of a latent, of a VAE that Kinema cannot be: its latents are sampled, no frames."""
 
