@@ -27,7 +27,8 @@ class Exchange(nn.Module):
         super().__init__()
         assert config.audio is not None
         video, audio = config.width, config.audio.width
-        shape = HeadShape(audio, config.audio.num_heads, config.qk_norm, config.qk_norm_eps, config.bias)
+        heads = config.audio.num_heads
+        shape = HeadShape(audio, heads, config.qk_norm, config.qk_norm_eps, config.bias, config.head_gates)
         attention = attention_of(config.attention_kernel)
 
         def norm() -> Norm:
