@@ -125,7 +125,7 @@ LATTE = {
 MOCHI = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
-    "num_layers": 3,
+    "num_layers": 2,
     "pooled_projection_dim": 15,
     "in_channels": 4,
     "text_embed_dim": 24,
@@ -674,6 +674,18 @@ def test_hunyuans_own_names_and_shapes_are_those_that_diffusers_converts():
     mine = preset.key_map(whole).to_ours(tensors)
     converted = convert_hunyuan_video_transformer_to_diffusers(preset.original_key_map(whole).to_theirs(mine))
     assert {name: x.shape for name, x in converted.items()} == {name: x.shape for name, x in tensors.items()}
+
+
+def test_mochis_own_names_are_those_that_diffusers_converts():
+    """At the released depth, which that conversion has written into it."""
+    from diffusers.loaders.single_file_utils import convert_mochi_transformer_checkpoint_to_diffusers
+
+    case = Case("mochi", MOCHI | {"num_layers": 48})
+    preset, theirs = BY_NAME["mochi"], reference(case)
+    original = preset.original_key_map(record(theirs)).to_theirs(ours(case, theirs).state_dict())
+    converted = convert_mochi_transformer_checkpoint_to_diffusers(dict(original))
+    assert set(converted) == set(theirs.state_dict())
+    assert all(torch.equal(converted[key], x) for key, x in theirs.state_dict().items())
 
 
 def test_the_original_names_of_hunyuan_15_are_those_of_the_releases():

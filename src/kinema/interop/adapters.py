@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinema.interop.keymap import Chain, Fused, Inverse, KeyMap, Layout, MovedRows, PermutedRows, Place, ReorderedRows, Same
+from kinema.interop.keymap import (
+    Chain,
+    Fused,
+    Inverse,
+    KeyMap,
+    Layout,
+    MovedRows,
+    PermutedRows,
+    Place,
+    ReorderedRows,
+    Same,
+)
 from kinema.training.finetune import Adapter
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
