@@ -176,7 +176,9 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     if process.is_main:
         carry_vae(run.folder, source, config.vae.weights)
         tqdm.write(samples.settings)
-        save_timesteps(run.folder, config.objective, config.task.samples, geometry, data.shapes)
+        save_timesteps(
+            run.folder, config.objective, config.task.samples, geometry, data.shapes, config.model.timestep_range
+        )
     describe_run(config, run, process, model, line, flops_per_step=dit_flops(config, model, data, geometry))
     trainer = assemble(
         config,

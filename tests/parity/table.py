@@ -25,6 +25,10 @@ which the same tests check. This page is written by them:
     {COMMAND}
 
 """
+DIT_NOTE = """
+`Kandinsky5Transformer3DModel` rounds queries and keys to bfloat16 where it turns them, even in float32: it is compared
+without that rounding, and a test of its own shows that what then remains is the rounding's.
+"""
 VAE_NOTE = """
 Latents, log-variances and videos of 1, 5 and 9 frames (stride 4); gradients in float64, where sums of small numbers of
 either sign keep their digits. *Causal* is no where a latent or a frame depends on later ones: by GroupNorm statistics
@@ -46,7 +50,12 @@ def page(rows: Rows) -> str:
     vaes = {name: row for name, row in rows.items() if "causal" in row}
     lines = ["## Transformers", "", "| model | class | released sizes | output | gradients |", "|---|---|---|---|---|"]
     lines += [_line(name, row, released(row), row["output"], row["gradients"]) for name, row in dits.items()]
-    lines += ["", "## Autoencoders", "", "| model | class | released size | output | gradients | causal | in chunks |"]
+    lines += [
+        DIT_NOTE,
+        "## Autoencoders",
+        "",
+        "| model | class | released size | output | gradients | causal | in chunks |",
+    ]
     lines += ["|---|---|---|---|---|---|---|"]
     lines += [_line(n, r, released(r), r["output"], r["gradients"], r["causal"], r["chunks"]) for n, r in vaes.items()]
     return HEADER + "\n".join(lines) + "\n" + VAE_NOTE
@@ -62,6 +71,9 @@ def write(rows: Rows) -> None:
     before = read() if RECORD.exists() else {}
     kept = {name: row for name, row in before.items() if row["preset"] in BY_NAME}
     merged = {name: {**kept.get(name, {}), **rows.get(name, {})} for name in dict.fromkeys([*kept, *rows])}
+    for name in kept.keys() & rows.keys():
+        sizes = {**kept[name].get("released", {}), **rows[name].get("released", {})}
+        merged[name] |= {"released": sizes} if sizes else {}
     RECORD.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
     PAGE.write_text(page(merged))
 

@@ -91,6 +91,12 @@ def test_placed_adapters_are_what_their_weights_change_by(name, original):
         torch.testing.assert_close(delta, merged[f"{module}.weight"] - base[f"{module}.weight"], rtol=1e-5, atol=1e-6)
 
 
+def test_layers_outside_blocks_are_written_for_comfyui_too(tmp_path):
+    ours = adapted("WanTransformer3DModel", WAN, EVERY_BLOCK)
+    lines = kinema.export(ours, tmp_path / "out", format="lora-comfyui")
+    assert [difference < 1e-5 for difference in differences(lines)] == [True]
+
+
 def test_fused_layers_have_the_sum_of_the_ranks(tmp_path):
     kinema.export(adapted("HunyuanVideoTransformer3DModel", HUNYUAN, ["blocks.*"]), tmp_path / "out", "lora-comfyui")
     tensors = safetensors.torch.load_file(tmp_path / "out" / "lora.safetensors")

@@ -52,6 +52,15 @@ LTX2 = {
     "caption_channels": 12,
     "rope_type": "split",
 }
+LTX2_3 = {
+    "rope_type": "split",
+    "gated_attn": True,
+    "audio_gated_attn": True,
+    "cross_attn_mod": True,
+    "audio_cross_attn_mod": True,
+    "use_prompt_embeddings": False,
+    "perturbed_attn": True,
+}
 HUNYUAN = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -242,6 +251,10 @@ CASES = {
     "ltx, a timestep for each frame": Case("ltx", LTX, frame_times=True),
     "ltx-2": Case("ltx2", LTX2, {"2.0": {"rope_type": "split"}}, padded=True),
     "ltx-2, a timestep for each frame": Case("ltx2", LTX2, frame_times=True, fps=12.5),
+    "ltx-2.3": Case("ltx2", LTX2 | LTX2_3 | {"caption_channels": 3840}, {"2.3": LTX2_3}, padded=True),
+    "ltx-2.3, a timestep for each frame": Case(
+        "ltx2", LTX2 | LTX2_3 | {"use_prompt_embeddings": True}, frame_times=True, fps=12.5
+    ),
     "hunyuan": Case("hunyuan", HUNYUAN, {"13B": {}}, padded=True),
     "hunyuan, given channels": Case(
         "hunyuan",
@@ -397,7 +410,7 @@ def inputs(case, model):
 
 def sound(case, model, draw):
     """Longer than the video, with timesteps and captions of its own; the second caption is as short as the video's."""
-    timesteps, text = torch.tensor([0.62, 0.113]), list(draw(9, model.text_width))
+    timesteps, text = torch.tensor([0.62, 0.113]), list(draw(9, model.audio.text_width))
     if case.frame_times:
         timesteps = list(timesteps[:, None].repeat(1, 7).index_fill(1, torch.arange(2), 0.0))
     text[1] = text[1][: 9 - (3 if case.padded else 0)]
@@ -449,6 +462,8 @@ def run_ltx2(theirs, given):
         words,
         timesteps,
         heard,
+        timesteps.amax(1),
+        heard.amax(1),
         encoder_attention_mask=mask_of(given.captions()),
         audio_encoder_attention_mask=mask_of(audio.text),
         num_frames=t,
@@ -456,6 +471,7 @@ def run_ltx2(theirs, given):
         width=w,
         fps=24.0 if given.fps is None else given.fps[0],
         audio_num_frames=7,
+        use_cross_timestep=theirs.config.cross_attn_mod,
         return_dict=False,
     )
     video = video.unflatten(1, (t, h, w)).permute(0, 4, 1, 2, 3)

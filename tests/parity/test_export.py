@@ -255,6 +255,14 @@ FAMILIES = {
          "audio_out_channels": 5, "audio_num_attention_heads": 2, "audio_attention_head_dim": 12,
          "audio_cross_attention_dim": 24},
     ),
+    "ltx-2.3": (
+        "LTX2VideoTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 20, "in_channels": 6, "out_channels": 6, "num_layers": 2,
+         "cross_attention_dim": 40, "rope_type": "split", "audio_in_channels": 5,
+         "audio_out_channels": 5, "audio_num_attention_heads": 2, "audio_attention_head_dim": 12,
+         "audio_cross_attention_dim": 24, "gated_attn": True, "audio_gated_attn": True, "cross_attn_mod": True,
+         "audio_cross_attn_mod": True, "use_prompt_embeddings": False, "perturbed_attn": True},
+    ),
     "hunyuan 1.5": (
         "HunyuanVideo15Transformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 7, "out_channels": 3, "num_layers": 2,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema.interop.preset import Record
-from kinema.models.dit import DiT, Extras, Sound, StreamConfig
+from kinema.models.dit import DiT, Extras, Sound
 from kinema.models.dit.segments import Grid
 from kinema.models.vae import CausalVAE
 
@@ -64,7 +64,7 @@ class Sample:
             glyphs=draw(4, config.glyph_width) if config.glyph_width else None,
             ofs=torch.tensor([2.0, 1.0]) if config.ofs_channels else None,
             control=draw(config.control_channels, *grid) if config.control_channels else None,
-            audio=_sound(config.audio, draw(words, model.text_width), draw) if config.audio else None,
+            audio=_sound(model.audio, draw(words, model.audio.text_width), draw) if model.audio else None,
         )
 
     def extras(self) -> Extras:
@@ -86,8 +86,8 @@ class Sample:
         return self.latents if self.channels is None else torch.cat([self.latents, self.channels], dim=1)
 
 
-def _sound(stream: StreamConfig, text: Tensor, draw: Callable[..., Tensor]) -> Sound:
-    return Sound(list(draw(stream.channels, 7)), torch.tensor([0.6, 0.2]), list(text))
+def _sound(tower: DiT, text: Tensor, draw: Callable[..., Tensor]) -> Sound:
+    return Sound(list(draw(tower.latent_channels, 7)), torch.tensor([0.6, 0.2]), list(text))
 
 
 def _rows(values: Tensor | None) -> list[Tensor] | None:
@@ -119,21 +119,26 @@ def ltx_video(reference: Any, config: Record, sample: Sample) -> Tensor:
 
 
 def ltx2(reference: Any, config: Record, sample: Sample) -> Tensor:
-    """LTX-2: the tokens of both streams in a row, at the reference's own frame rate."""
+    """LTX-2: tokens of both streams in a row at the reference's own frame rate; in 2.3 each reads the other's time."""
     assert sample.audio is not None
+    assert isinstance(sample.audio.timesteps, Tensor)
     heard = torch.stack(list(sample.audio.latents))
     shape = sample.latents.shape[2:]
+    times, heard_times = sample.timesteps * 1000, sample.audio.timesteps * 1000
     video, played = reference(
         sample.latents.flatten(2).transpose(1, 2),
         heard.transpose(1, 2),
         sample.text,
         torch.stack(list(sample.audio.text)),
-        (sample.timesteps * 1000)[:, None].expand(2, shape.numel()),
-        (torch.stack(list(sample.audio.timesteps)) * 1000)[:, None].expand(2, heard.shape[2]),
+        times[:, None].expand(2, shape.numel()),
+        heard_times[:, None].expand(2, heard.shape[2]),
+        times,
+        heard_times,
         num_frames=shape[0],
         height=shape[1],
         width=shape[2],
         audio_num_frames=heard.shape[2],
+        use_cross_timestep=config["cross_attn_mod"],
         return_dict=False,
     )
     return together(video.transpose(1, 2), played.transpose(1, 2))

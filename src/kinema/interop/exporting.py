@@ -362,16 +362,11 @@ def write_lora_comfyui(folder: Path, held: Held, models: dict[str, Described]) -
     applied = table.to_ours(patched(model.original, safetensors.torch.load_file(path)))
     reference = reference_of(model, model.preset.key_map(model.config).to_theirs(applied))
     lines = [check_difference(f"{adapters_line(found, effect)}, applied as ComfyUI does", model, reference)]
-    if model.preset.reference in LORA_READERS:
+    reader = LORA_READERS.get(model.preset.reference)
+    if reader and all(name.startswith("blocks.") for name in found):  # it knows no alpha elsewhere
         reference = reference_of(model, model.theirs)
-        load_into(
-            reference, reference_class(LORA_READERS[model.preset.reference]).lora_state_dict(str(path)), len(found)
-        )
-        lines.append(
-            check_difference(
-                f"the same by load_lora_weights of {LORA_READERS[model.preset.reference]}", model, reference
-            )
-        )
+        load_into(reference, reference_class(reader).lora_state_dict(str(path)), len(found))
+        lines.append(check_difference(f"the same by load_lora_weights of {reader}", model, reference))
     return lines
 
 

@@ -79,6 +79,10 @@ class OtherVAE(nn.Module):
         """ValueError."""
         raise self.no_frames()
 
+    def no_images(self) -> ValueError:
+        """Why none can be given."""
+        return ValueError(f"Kinema's VAE cannot be {self.name}, so it encodes no given image. Leave image out.")
+
     def no_frames(self) -> ValueError:
         """Why there are none."""
         return ValueError(f"Kinema's VAE cannot be {self.name}, so it makes no frames. Type latents_only=true.")
@@ -166,7 +170,9 @@ class Pipeline:
     ) -> list[Condition]:
         """What the denoiser is told of each video, on its device."""
         numbers = numbers_told(self.denoiser.config, self.fps, config.embedded_guidance)
-        if isinstance(self.vae, OtherVAE):  # which encodes no image
+        if isinstance(self.vae, OtherVAE):
+            if images is not None and any(map(len, images)):
+                raise self.vae.no_images()
             return [Condition(**words, **numbers) for words in embed(self.text_encoder, captions)]
         given = images or [torch.empty(0, *shape[1:], 3, dtype=torch.uint8)] * len(captions)
         conditioner = Conditioner(self.condition, self.vae, self.geometry, self.image_encoder, numbers)

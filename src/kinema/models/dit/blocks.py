@@ -146,7 +146,14 @@ def _cross(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> li
     if spans == [Span.place]:
         return [*before, after]
     answers = ["text", "image"] if config.image_width else ["text"]
-    caption = SegmentAttention(shape, "video", answers, attention, answer_width=config.caption_width)
+    caption = SegmentAttention(
+        shape,
+        "video",
+        answers,
+        attention,
+        answer_width=config.caption_width,
+        answer_modulated=config.modulated_captions,
+    )
     if config.cross_norm is CrossNorm.modulated:
         reading = _sublayer(config, {VIDEO: _whole(config)}, caption)
     else:
@@ -193,7 +200,15 @@ def _mlp(config: DiTConfig, given: int | None = None) -> FeedForward:
 
 
 def _shape(config: DiTConfig) -> HeadShape:
-    return HeadShape(config.width, config.num_heads, config.qk_norm, config.qk_norm_eps, config.bias, config.qkv_bias)
+    return HeadShape(
+        config.width,
+        config.num_heads,
+        config.qk_norm,
+        config.qk_norm_eps,
+        config.bias,
+        qkv_bias=config.qkv_bias,
+        gated=config.head_gates,
+    )
 
 
 def _norm(config: DiTConfig) -> Norm:

@@ -206,6 +206,20 @@ class LowRankModulation(nn.Module):
         return torch.cat(parts, dim=-1)
 
 
+class CaptionCondition(nn.Module):
+    """A clip's timestep to the shift and scale behind which all blocks read its caption (LTX-2.3)."""
+
+    def __init__(self, channels: int, width: int, scale: float) -> None:
+        super().__init__()
+        self.embedding = TimestepEmbedding(channels, width, scale)
+        self.linear = ExactLinear(width, 2 * width)
+        self.width = width
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """timesteps (B,) -> (B, 2, D)"""
+        return self.linear(F.silu(self.embedding(timesteps))).unflatten(1, (2, self.width))
+
+
 class HeadTable(nn.Module):
     """Shift and scale before the last layer: a learned table added to the embedding (Chen et al. 2023)."""
 

@@ -184,7 +184,7 @@ class Activation(Enum):
 class StreamConfig:
     """A second stream, sound: a tower of blocks like the video's at a size of its own (HaCohen et al. 2026, LTX-2).
 
-    Its latents (channels, T) are tokens as they are, its captions have the width of the video's.
+    Its latents (channels, T) are tokens as they are.
     """
 
     channels: int = 128
@@ -199,6 +199,10 @@ class StreamConfig:
     """Frames of the spectrogram in a latent; the first latent holds one."""
     fps: float = 100.0
     """Frames of the spectrogram a second."""
+    text_width: int = 0
+    """Channels of its captions; 0 for as many as the video's have."""
+    crossed: bool = False
+    """Whether the other's timestep modulates a stream where the two look at each other (LTX-2.3), not its own."""
 
 
 @dataclass
@@ -253,6 +257,10 @@ class DiTConfig:
     Lumina-Next).
     """
     cross_norm: CrossNorm = CrossNorm.modulated
+    modulated_captions: bool = False
+    """Blocks read captions behind a shift and scale of the timestep, from an embedding of its own and a table in each
+    (LTX-2.3). With text=cross.
+    """
     modulation: ModulationSource = ModulationSource.table
     modulation_rank: int = 64
     """Width of the thin layers of modulation=lora."""
@@ -263,6 +271,10 @@ class DiTConfig:
     head_modulation: HeadModulation = HeadModulation.linear
     qk_norm: QKNorm = QKNorm.rms_head
     qk_norm_eps: float = 1e-6
+    head_gates: bool = False
+    """Whether each token that asks also says, between 0 and 2, how much of each head it takes (Qiu et al. 2025, gated
+    attention; LTX-2.3). With text=cross.
+    """
     rope: Rope = Rope.axes
     rope_axes: list[int] = field(default_factory=lambda: [12, 10, 10])
     """Channels of a head that turn with time, height and width; even, and their sum is the head width."""
@@ -485,6 +497,12 @@ class DiTConfig:
             )
 
     def _check_text(self) -> None:
+        for name in ("head_gates", "modulated_captions"):
+            if getattr(self, name) and self.text is not TextEdge.cross:
+                raise ValueError(
+                    f"model.{name}=true needs model.text=cross (it is {self.text.name}): one softmax for captions and "
+                    f"video has neither. Type model.{name}=false."
+                )
         if self.pooled_norm and not self.pooled_width:
             raise ValueError("model.pooled_norm=true needs a vector to norm: type model.pooled_width, or leave it out.")
         own_width = self.text_embedding in (TextEmbedding.refiner, TextEmbedding.tower)
@@ -521,7 +539,8 @@ class DiTConfig:
         if self.single_depth and (self.text is not TextEdge.joint or self.single_depth >= self.depth):
             raise ValueError(
                 f"model.single_depth={self.single_depth} needs model.text=joint and to be below model.depth="
-                f"{self.depth}: single streams follow blocks in which captions have weights of their own."
+                f"{self.depth}: single streams follow blocks in which captions have weights of their own. Type "
+                "model.single_depth=0 or model.text=joint."
             )
         for name in ("text_to_the_end", "text_queries_to_the_end"):
             if getattr(self, name) and (self.text is not TextEdge.joint or self.single_depth):
@@ -635,6 +654,8 @@ class DiTConfig:
                 raise ValueError(
                     f"model.audio needs model.{key}={_typed(value)}: two towers of blocks on a common clock."
                 )
+        if self.audio.text_width < 0:
+            raise ValueError(f"model.audio.text_width={self.audio.text_width} must be zero or more.")
         if self.audio.width % (2 * self.audio.num_heads):
             raise ValueError(
                 f"model.audio.num_heads={self.audio.num_heads} must divide model.audio.width={self.audio.width} into "

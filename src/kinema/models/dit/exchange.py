@@ -29,7 +29,13 @@ class Exchange(nn.Module):
         assert config.audio is not None
         video, audio = config.width, config.audio.width
         shape = HeadShape(
-            audio, config.audio.num_heads, config.qk_norm, config.qk_norm_eps, config.bias, config.qkv_bias
+            audio,
+            config.audio.num_heads,
+            config.qk_norm,
+            config.qk_norm_eps,
+            config.bias,
+            qkv_bias=config.qkv_bias,
+            gated=config.head_gates,
         )
         attention = attention_of(config.attention_kernel)
 

@@ -19,9 +19,20 @@ from kinema.models.dit.conditioning import (
 )
 from kinema.models.dit.config import Activation, NormKind, QKNorm
 from kinema.models.dit.memory import made_again
-from kinema.models.dit.modulating import gated_sum
+from kinema.models.dit.modulating import gated_sum, modulated
 from kinema.models.dit.norms import Norm
-from kinema.models.dit.segments import Rope, Rows, Segments, Span, Tokens, clip_segment, joined, repeated, totals
+from kinema.models.dit.segments import (
+    Rope,
+    Rows,
+    Segment,
+    Segments,
+    Span,
+    Tokens,
+    clip_segment,
+    joined,
+    repeated,
+    totals,
+)
 from kinema.models.position import apply_rope
 
 
@@ -96,6 +107,8 @@ class HeadShape(NamedTuple):
     eps: float
     bias: bool
     qkv_bias: bool = True
+    gated: bool = False
+    """Whether tokens that ask weigh the heads; says nothing in one softmax for several segments."""
 
     def linear(self, given: int | None = None) -> Linear:
         """Queries, keys or values: width, or that of what is given, to width."""
@@ -141,7 +154,8 @@ class SegmentAttention(nn.Module):
 
     A segment that answers itself is self-attention, over the `span`, with rotary positions. Others that answer
     are cross-attention, each in a softmax of its own, and the results are summed (Ye et al. 2023, IP-Adapter). Where
-    both lie on a common clock, it turns them.
+    both lie on a common clock, it turns them. A `gated` shape weighs what each head found (Qiu et al. 2025); with
+    `answer_modulated` those who answer first do so behind a shift and scale.
     """
 
     def __init__(
@@ -153,6 +167,8 @@ class SegmentAttention(nn.Module):
         span: Span = Span.clip,
         answer_width: int | None = None,
         ask_width: int | None = None,
+        *,
+        answer_modulated: bool = False,
     ) -> None:
         super().__init__()
         self.asks, self.answers, self.span = asks, answers[0], span
@@ -161,12 +177,16 @@ class SegmentAttention(nn.Module):
         self.key, self.value = shape.linear(answer_width), shape.linear(answer_width)
         self.query_norm, self.key_norm = shape.norm(), shape.norm()
         self.project = shape.way_back(ask_width)
+        self.gates = Linear(ask_width or shape.width, shape.num_heads) if shape.gated else None
+        table = torch.zeros(2, answer_width or shape.width)
+        self.answer_table = nn.Parameter(table) if answer_modulated else None
         self.others = nn.ModuleDict({name: KeyValue(shape) for name in answers[1:]})
 
     def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
         """asking (N, D), already normalised -> its update (N, D)"""
         x = asking[self.asks]
         source = asking[self.answers] if self.answers in asking else tokens[self.answers]
+        source = self._told(source, segments[self.answers])
         q = self.shape.normed_heads(self.query(x), self.query_norm)
         k = self.shape.normed_heads(self.key(source), self.key_norm)
         v = self.shape.heads(self.value(source))
@@ -181,7 +201,23 @@ class SegmentAttention(nn.Module):
         for name, other in self.others.items():
             k, v = other(tokens[name])
             mixed = mixed + self._mix(q, k, v, name, segments)
-        return {self.asks: self.project(mixed.flatten(1))}
+        return {self.asks: self.project(self._weighed(mixed, x).flatten(1))}
+
+    def _told(self, source: Tensor, segment: Segment) -> Tensor:
+        """Tokens that answer (M, D), behind the shift and scale that their segment is told and this table."""
+        if self.answer_table is None:
+            return source
+        assert segment.told is not None
+        shift, scale = (segment.told + self.answer_table).unbind(1)
+        return modulated(source.to(shift.dtype), shift, scale, segment.lengths)
+
+    def _weighed(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """mixed (N, h, d) by gates between 0 and 2 of each token and head; those of a new model are 1."""
+        if self.gates is None:
+            return mixed
+        logits = self.gates(x)
+        gates = 2 * torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        return mixed * gates.to(mixed.dtype).unsqueeze(-1)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, answers: str, segments: Segments) -> Tensor:
         q_cut, k_cut = segments[self.asks].cuts[self.span], segments[answers].cuts[self.span]
@@ -190,13 +226,14 @@ class SegmentAttention(nn.Module):
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip."""
         asking, square = counts.tokens[self.asks], self.shape.width**2
+        gates = 0 if self.gates is None else asking * self.gates.weight.numel()
         if self.answers == self.asks:
             pairs = counts.seen[self.span] if self.asks == "video" else asking**2
-            return 4 * asking * square + 2 * pairs * self.shape.width
+            return 4 * asking * square + 2 * pairs * self.shape.width + gates
         others = sum(counts.tokens[name] for name in self.others)
         keys = 2 * counts.tokens[self.answers] * self.key.weight.numel() + 2 * others * square
         own = asking * (self.query.weight.numel() + self.project.weight.numel())
-        return own + keys + 2 * asking * (counts.tokens[self.answers] + others) * self.shape.width
+        return own + gates + keys + 2 * asking * (counts.tokens[self.answers] + others) * self.shape.width
 
 
 class Stream(nn.Module):

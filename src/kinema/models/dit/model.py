@@ -15,6 +15,7 @@ from kinema.models.dit.blocks import blocks, shared_slots
 from kinema.models.dit.conditioning import (
     SHARED_SLOTS,
     AttentionPooling,
+    CaptionCondition,
     Condition,
     ExactLinear,
     HeadTable,
@@ -117,6 +118,11 @@ class Entered(NamedTuple):
     dtype: torch.dtype
     """Of the latents."""
 
+    @property
+    def clip_timesteps(self) -> Tensor:
+        """(B,), of the clips: the last rows."""
+        return self.timesteps[-len(self.grids) :]
+
 
 class DiT(nn.Module):
     """Diffusion transformer over packs: clips of any size in one call, each with its timestep and caption.
@@ -159,13 +165,23 @@ class DiT(nn.Module):
             TimestepEmbedding(config.ofs_channels, config.condition_width, 1.0) if config.ofs_channels else None
         )
 
+        self.caption_condition = (
+            CaptionCondition(config.timestep_channels, config.caption_width, config.timestep_scale)
+            if config.modulated_captions
+            else None
+        )
+
         made = blocks(config)
         shared = SHARED_SLOTS if config.modulation is ModulationSource.lora else shared_slots(made)
         has_own = config.modulation is ModulationSource.linear
         self.shared_modulation = None if has_own else ExactLinear(config.condition_width, shared * width, bias)
         self.blocks = nn.ModuleList(made)
         self.control = ControlTower(config) if config.control_layers else None
-        self.audio = DiT(config.audio_tower, config.audio.channels, text_width) if config.audio else None
+        self.audio = (
+            DiT(config.audio_tower, config.audio.channels, config.audio.text_width or text_width)
+            if config.audio
+            else None
+        )
         self.exchanges = nn.ModuleList(Exchange(config) for _ in made if config.audio)
         widths = {"video": width, "audio": config.audio.width} if config.audio else {}
         self.exchange_conditions = nn.ModuleDict(
@@ -244,12 +260,13 @@ class DiT(nn.Module):
     def _through_both(self, video: Entered, audio: Entered) -> tuple[Tokens, Tokens]:
         """Through the blocks of both streams, which look at each other before the MLP of each."""
         assert self.audio is not None
-        shared = {
-            "video": self.exchange_conditions["video"](video.timesteps),
-            "audio": self.exchange_conditions["audio"](audio.timesteps),
-        }
         clock = self.config.exchange_clock
         segments = {"video": self._on_clock(video, *clock), "audio": self.audio._on_clock(audio, *clock)}
+        times = {"video": video.timesteps, "audio": audio.timesteps}
+        if self.config.audio is not None and self.config.audio.crossed:
+            times = {"video": audio.clip_timesteps, "audio": video.clip_timesteps}
+            segments = {name: replace(each, rows=Rows(each.lengths)) for name, each in segments.items()}
+        shared = {name: self.exchange_conditions[name](rows) for name, rows in times.items()}
         seen, heard = video.tokens, audio.tokens
         for block, other, exchange in zip(self.blocks, self.audio.blocks, self.exchanges, strict=True):
             seen = block(seen, video.segments, video.condition, slice(-1))
@@ -269,6 +286,10 @@ class DiT(nn.Module):
         sources = self._sources(text, timesteps, condition, extras)
         told = {name: source.lengths for name, source in sources.items()}
         segments = self._segments(grids, told, condition, extras.fps)
+        if self.caption_condition is not None:
+            segments["text"] = replace(
+                segments["text"], told=self.caption_condition(self._inside(_of_clips(timesteps)))
+            )
 
         given = self._with_given(latents, extras)
         video = self.patch_embedding(patchify(given, self.config.patch_size)).to(condition.embedding.dtype)
@@ -518,6 +539,8 @@ class DiT(nn.Module):
         zero += [hint for tower in self.modules() if isinstance(tower, ControlTower) for hint in tower.hints]
         # Without a gate the last layer of the operation is what makes a new block the identity.
         zero += [m.operation.project for m in self.modules() if isinstance(m, Sublayer) and m.slots == 0]
+        zero += [m.gates for m in self.modules() if isinstance(m, SegmentAttention) and m.gates is not None]
+        zero += [m.linear for m in self.modules() if isinstance(m, CaptionCondition)]
         zero += [each for made in self.exchange_conditions.values() for each in (made.linear, made.gate)]
         for linear in zero:
             nn.init.zeros_(linear.weight)
