@@ -431,6 +431,7 @@ class DiTConfig:
         self._check_experts()
         self._check_attention()
         self._check_text()
+        self._check_pooled()
         self._check_modulation()
         self._check_control()
         self._check_audio()
@@ -503,8 +504,6 @@ class DiTConfig:
                     f"model.{name}=true needs model.text=cross (it is {self.text.name}): one softmax for captions and "
                     f"video has neither. Type model.{name}=false."
                 )
-        if self.pooled_norm and not self.pooled_width:
-            raise ValueError("model.pooled_norm=true needs a vector to norm: type model.pooled_width, or leave it out.")
         own_width = self.text_embedding in (TextEmbedding.refiner, TextEmbedding.tower)
         if self.text_channels and (self.text is TextEdge.shared or own_width):
             raise ValueError(
@@ -513,11 +512,6 @@ class DiTConfig:
             )
         if self.text_channels and self.text is TextEdge.joint:
             self._check_two_widths()
-        if self.pooled_text_heads and not self.pooled_text:
-            raise ValueError(
-                f"model.pooled_text_heads={self.pooled_text_heads} pool what model.pooled_text=false leaves out. Type "
-                "model.pooled_text=true, or model.pooled_text_heads=0."
-            )
         if self.glyph_width and (self.text_channels or self.text_embedding is TextEmbedding.none):
             raise ValueError(
                 f"model.glyph_width={self.glyph_width} joins captions of the model's width, which those with "
@@ -552,6 +546,15 @@ class DiTConfig:
             raise ValueError(
                 "model.text_to_the_end=true has the queries of model.text_queries_to_the_end=true and all else. Type "
                 "model.text_queries_to_the_end=false."
+            )
+
+    def _check_pooled(self) -> None:
+        if self.pooled_norm and not self.pooled_width:
+            raise ValueError("model.pooled_norm=true needs a vector to norm: type model.pooled_width, or leave it out.")
+        if self.pooled_text_heads and not self.pooled_text:
+            raise ValueError(
+                f"model.pooled_text_heads={self.pooled_text_heads} pool what model.pooled_text=false leaves out. Type "
+                "model.pooled_text=true, or model.pooled_text_heads=0."
             )
 
     def _check_two_widths(self) -> None:
