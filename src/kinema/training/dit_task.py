@@ -62,6 +62,10 @@ class SamplesConfig(SamplingConfig):
                 "for each of task.samples.prompts, or none."
             )
 
+    def captions(self) -> list[str]:
+        """Every caption that the samples are made with, or led away from."""
+        return [*self.prompts, *filter(None, [self.negative_prompt])]
+
     def images_of_prompts(self) -> list[list[str]]:
         """The picture files of each caption."""
         count = len(self.images) // max(len(self.prompts), 1)
