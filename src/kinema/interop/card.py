@@ -25,7 +25,7 @@ def model_card(held: Held, presets: dict[str, Preset], weights: str, lines: list
 def _origin(manifest: dict[str, Any]) -> str:
     if (published := manifest.get("published")) is None:
         return "Trained and exported with Kinema."
-    return f"Imported from {published['class']} ({published['naming']} names) and exported with Kinema, not trained."
+    return f"Imported from {published['preset']} (`{published['class']}`) and exported with Kinema, not trained."
 
 
 def _header(manifest: dict[str, Any], presets: dict[str, Preset]) -> str:
