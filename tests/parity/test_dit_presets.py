@@ -131,6 +131,15 @@ LATTE = {
     "caption_channels": 12,
     "video_length": 3,  # the reference takes clips of no other length
 }
+MOCHI = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "pooled_projection_dim": 15,
+    "in_channels": 4,
+    "text_embed_dim": 24,
+    "time_embed_dim": 10,
+}
 COG_ROTARY = COG | {"use_rotary_positional_embeddings": True}
 
 
@@ -269,6 +278,7 @@ CASES = {
         COG_ROTARY | {"patch_size_t": 2, "in_channels": 8, "ofs_embed_dim": 14},
         {"1.5 5B I2V": COG_15 | {"in_channels": 32, "ofs_embed_dim": 512}},
     ),
+    "mochi": Case("mochi", MOCHI, {"1 preview": {}}, words=9, padded=True),
     "wan": Case("wan", WAN, {"1.3B": WAN_1B, "14B": {}}),
     "wan, a timestep for each frame": Case("wan", WAN, {"2.2 TI2V 5B": WAN_5B}, frame_times=True),
     "wan, given channels": Case("wan", WAN | {"in_channels": 9}, {"2.2 I2V A14B": {"in_channels": 36}}),
@@ -509,6 +519,12 @@ def run_kandinsky(theirs, given):
     return kandinsky(theirs, theirs.config, sample)
 
 
+def run_mochi(theirs, given):
+    """Its time runs from noise to data."""
+    mask = mask_of(given.captions())
+    return -theirs(given.latents, given.text, (1 - given.timesteps) * 1000, mask).sample
+
+
 def run_pixart(theirs, given):
     return theirs(given.latents[:, :, 0], given.text, given.timesteps * 1000).sample.unsqueeze(2)
 
@@ -526,6 +542,7 @@ RUN = {
     "latte": run_latte,
     "ltx": run_ltx,
     "ltx2": run_ltx2,
+    "mochi": run_mochi,
     "pixart": run_pixart,
     "wan": run_wan,
     "wan_vace": run_wan,
@@ -673,6 +690,18 @@ def test_hunyuans_own_names_and_shapes_are_those_that_diffusers_converts():
     mine = preset.key_map(whole).to_ours(tensors)
     converted = convert_hunyuan_video_transformer_to_diffusers(preset.original_key_map(whole).to_theirs(mine))
     assert {name: x.shape for name, x in converted.items()} == {name: x.shape for name, x in tensors.items()}
+
+
+def test_mochis_own_names_are_those_that_diffusers_converts():
+    """At the released depth, which that conversion has written into it."""
+    from diffusers.loaders.single_file_utils import convert_mochi_transformer_checkpoint_to_diffusers
+
+    case = Case("mochi", MOCHI | {"num_layers": 48})
+    preset, theirs = BY_NAME["mochi"], reference(case)
+    original = preset.original_key_map(record(theirs)).to_theirs(ours(case, theirs).state_dict())
+    converted = convert_mochi_transformer_checkpoint_to_diffusers(dict(original))
+    assert set(converted) == set(theirs.state_dict())
+    assert all(torch.equal(converted[key], x) for key, x in theirs.state_dict().items())
 
 
 def test_the_original_names_of_hunyuan_15_are_those_of_the_releases():

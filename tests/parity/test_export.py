@@ -251,8 +251,9 @@ FAMILIES = {
     "ltx-2": (
         "LTX2VideoTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 20, "in_channels": 6, "out_channels": 6, "num_layers": 2,
-         "cross_attention_dim": 40, "caption_channels": 12, "rope_type": "split", "audio_in_channels": 5,
-         "audio_out_channels": 5, "audio_num_attention_heads": 2, "audio_attention_head_dim": 12,
+         "cross_attention_dim": 40, "caption_channels": 12, "rope_type": "interleaved", "audio_in_channels": 5,
+         "audio_out_channels": None, "audio_sampling_rate": 32000, "audio_hop_length": 320,
+         "audio_num_attention_heads": 2, "audio_attention_head_dim": 12,
          "audio_cross_attention_dim": 24},
     ),
     "ltx-2.3": (
@@ -266,7 +267,8 @@ FAMILIES = {
     "hunyuan 1.5": (
         "HunyuanVideo15Transformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 7, "out_channels": 3, "num_layers": 2,
-         "text_embed_dim": 10, "text_embed_2_dim": 6, "image_embed_dim": 8, "rope_axes_dim": (4, 4, 4)},
+         "text_embed_dim": 10, "text_embed_2_dim": 6, "image_embed_dim": 8, "rope_axes_dim": (4, 4, 4),
+         "target_size": 960, "task_type": "t2v"},
     ),
     "cogvideox": (
         "CogVideoXTransformer3DModel",
@@ -324,6 +326,7 @@ def test_every_family_comes_in_and_out(tmp_path, family):
     lines = export(tmp_path / "run", tmp_path / "out")
     lines += export(tmp_path / "run", tmp_path / "single", format="single-file")
     assert_bit_equal(tensors_in(tmp_path / "out"), tensors_in(tmp_path / "published"))
+    assert public(tmp_path / "out") == public(tmp_path / "published")
     assert all(float(line.rsplit(" ", 1)[1]) < 2e-5 for line in lines)
     again = tmp_path / "again"
     export(tmp_path / "run", again, format="kinema", weights="raw")

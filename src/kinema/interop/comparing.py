@@ -237,6 +237,12 @@ def kandinsky(reference: Any, config: Record, sample: Sample) -> Tensor:
     return found.movedim(-1, 1)
 
 
+def mochi(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """Mochi: time from noise to data, and the velocity of that; a mask for the caption."""
+    mask = torch.ones(sample.text.shape[:2], dtype=torch.bool)
+    return -reference(sample.latents, sample.text, (1 - sample.timesteps) * 1000, mask).sample
+
+
 def pixart(reference: Any, config: Record, sample: Sample) -> Tensor:
     """PixArt: one frame, and timesteps that count to 1000."""
     return reference(sample.latents[:, :, 0], sample.text, sample.timesteps * 1000).sample.unsqueeze(2)
@@ -244,6 +250,7 @@ def pixart(reference: Any, config: Record, sample: Sample) -> Tensor:
 
 CALLS: dict[str, Call] = {
     "Kandinsky5Transformer3DModel": kandinsky,
+    "MochiTransformer3DModel": mochi,
     "PixArtTransformer2DModel": pixart,
     "CosmosTransformer3DModel": cosmos,
     "LatteTransformer3DModel": latte,

@@ -156,6 +156,24 @@ class ReorderedRows:
 
 
 @dataclass(frozen=True)
+class MovedRows:
+    """The first axis is cut into parts of `sizes` rows; ours holds their part `order[i]` at place i."""
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Parts in their order -> parts in ours."""
+        return [_move(tensor, self.sizes, self.order) for tensor in tensors]
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse."""
+        sizes = tuple(self.sizes[place] for place in self.order)
+        back = tuple(self.order.index(place) for place in range(len(self.order)))
+        return [_move(tensor, sizes, back) for tensor in tensors]
+
+
+@dataclass(frozen=True)
 class Chain:
     """Layouts one after the other, from theirs to ours."""
 
@@ -294,4 +312,9 @@ def _permute_rows(tensor: Tensor, sizes: tuple[int, ...], axes: tuple[int, ...])
 
 def _reorder(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
     parts = tensor.chunk(len(order))
+    return torch.cat([parts[place] for place in order])
+
+
+def _move(tensor: Tensor, sizes: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+    parts = tensor.split(sizes)
     return torch.cat([parts[place] for place in order])

@@ -62,6 +62,10 @@ class Rope(Enum):
     """Channels of each head belong to one axis and turn with the token's index along it."""
     fractional = "fractional"
     """All channels turn with the place as a fraction of `rope_extent` in seconds and pixels (LTX-Video)."""
+    learned = "learned"
+    """Every pair of channels of every head has learned frequencies along all axes (Heo et al. 2024, RoPE-Mixed), from
+    the middle of a frame whose area is brought to that of `rope_side` squared (Genmo 2024, Mochi 1).
+    """
     seconds = "seconds"
     """The same, at the middle of what a token covers and at the clip's own frame rate: a clock that sound can share
     (LTX-2). `rope_units` are then frames, rows and columns of pixels of a latent; an extent of 0 does not turn.
@@ -230,11 +234,15 @@ class DiTConfig:
     text: TextEdge = TextEdge.cross
     text_to_the_end: bool = False
     """Whether the last block changes captions that nobody reads any more: published models have such weights."""
+    text_queries_to_the_end: bool = False
+    """Whether captions have queries even in the last block, where nobody asks them: Mochi has such weights."""
     activation: Activation = Activation.gelu
     bias: bool = True
     """Whether attention and MLP have biases."""
     mlp_bias: bool = True
     """Whether the MLP has them where attention has; single streams have both or none."""
+    qkv_bias: bool = True
+    """Whether queries, keys and values have them where attention has."""
     edge_bias: bool = True
     """Whether the layers of patches, timesteps, shared modulation and head have them."""
     norm: NormKind = NormKind.layer
@@ -244,6 +252,10 @@ class DiTConfig:
     """Whether norms have weights of their own before they are modulated."""
     final_norm: bool = False
     """One more norm between the last block and the head."""
+    sandwich_norm: bool = False
+    """The block's norm once more behind each operation, before its gate (Ding et al. 2021, CogView; Zhuo et al. 2024,
+    Lumina-Next).
+    """
     cross_norm: CrossNorm = CrossNorm.modulated
     modulated_captions: bool = False
     """Blocks read captions behind a shift and scale of the timestep, from an embedding of its own and a table in each
@@ -252,6 +264,10 @@ class DiTConfig:
     modulation: ModulationSource = ModulationSource.table
     modulation_rank: int = 64
     """Width of the thin layers of modulation=lora."""
+    modulation_shift: bool = True
+    """Whether blocks shift what they norm, or only scale it (Mochi)."""
+    tanh_gates: bool = False
+    """Gates between -1 and 1 (Alayrac et al. 2022, Flamingo)."""
     head_modulation: HeadModulation = HeadModulation.linear
     qk_norm: QKNorm = QKNorm.rms_head
     qk_norm_eps: float = 1e-6
@@ -263,7 +279,11 @@ class DiTConfig:
     rope_axes: list[int] = field(default_factory=lambda: [12, 10, 10])
     """Channels of a head that turn with time, height and width; even, and their sum is the head width."""
     rope_theta: float = 10000.0
-    """Base of the wavelengths of both position embeddings: they lie between 2 pi and 2 pi * theta tokens."""
+    """Base of the wavelengths of both position embeddings: they lie between 2 pi and 2 pi * theta tokens. Those of
+    rope=learned begin there.
+    """
+    rope_side: float = 192.0
+    """Rows and columns of the square whose area every frame is brought to, with rope=learned."""
     rope_scale: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     """How many times longer in time, height and width the slowest waves of rope=axes become, where the fastest stay:
     theta grows for that axis (NTK-aware scaling; bloc97 2023, Peng et al. 2023, YaRN, section 3.1).
@@ -311,9 +331,17 @@ class DiTConfig:
     text_activation: Activation = Activation.gelu
     """Between the two layers that bring captions to the model's width, or after the only one."""
     text_channels: int = 0
-    """Channels of a caption's tokens in the blocks; 0 for the model's width. With text=cross."""
+    """Channels of a caption's tokens in the blocks; 0 for the model's width. With text=cross or joint, where attention
+    brings both to the model's width and back (Genmo 2024, Mochi 1).
+    """
     pooled_text: bool = False
     """Add the mean of the text embeddings to the timestep's: the caption also modulates every block."""
+    pooled_text_heads: int = 0
+    """Heads of an attention that pools them, asked by their mean (Radford et al. 2021, CLIP); 0 for the mean itself."""
+    reversed_time: bool = False
+    """Inside, time runs from noise to data: blocks are told 1 - t, and the head says latents - noise (Mochi). Outside
+    nothing changes.
+    """
     first_frame_given: bool = False
     """The first frame of tokens holds a given image: blocks read it with timestep 0 and without guidance, the caption
     and the head with the clip's own timestep (HunyuanVideo I2V, token replacement).
@@ -354,7 +382,7 @@ class DiTConfig:
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together, and choices that exclude one another."""
         above_zero = ["width", "depth", "num_heads", "mlp_ratio", "rope_theta", "norm_eps", "qk_norm_eps"]
-        above_zero += ["modulation_rank", "timestep_scale", "glyph_hidden_width"]
+        above_zero += ["modulation_rank", "timestep_scale", "glyph_hidden_width", "rope_side"]
         for name in (*above_zero, "timestep_channels"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be above zero.")
@@ -371,6 +399,7 @@ class DiTConfig:
             "image_positions",
             "control_channels",
             "glyph_width",
+            "pooled_text_heads",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be zero or more.")
@@ -402,6 +431,7 @@ class DiTConfig:
         self._check_experts()
         self._check_attention()
         self._check_text()
+        self._check_pooled()
         self._check_modulation()
         self._check_control()
         self._check_audio()
@@ -474,14 +504,14 @@ class DiTConfig:
                     f"model.{name}=true needs model.text=cross (it is {self.text.name}): one softmax for captions and "
                     f"video has neither. Type model.{name}=false."
                 )
-        if self.pooled_norm and not self.pooled_width:
-            raise ValueError("model.pooled_norm=true needs a vector to norm: type model.pooled_width, or leave it out.")
         own_width = self.text_embedding in (TextEmbedding.refiner, TextEmbedding.tower)
-        if self.text_channels and (self.text is not TextEdge.cross or own_width):
+        if self.text_channels and (self.text is TextEdge.shared or own_width):
             raise ValueError(
-                f"model.text_channels={self.text_channels}: only model.text=cross without refiner or tower reads "
-                "captions of another width than the model's. Type model.text_channels=0."
+                f"model.text_channels={self.text_channels}: only model.text=cross or joint without refiner or tower "
+                "reads captions of another width than the model's. Type model.text_channels=0."
             )
+        if self.text_channels and self.text is TextEdge.joint:
+            self._check_two_widths()
         if self.glyph_width and (self.text_channels or self.text_embedding is TextEmbedding.none):
             raise ValueError(
                 f"model.glyph_width={self.glyph_width} joins captions of the model's width, which those with "
@@ -506,11 +536,41 @@ class DiTConfig:
                 f"{self.depth}: single streams follow blocks in which captions have weights of their own. Type "
                 "model.single_depth=0 or model.text=joint."
             )
-        if self.text_to_the_end and (self.text is not TextEdge.joint or self.single_depth):
+        for name in ("text_to_the_end", "text_queries_to_the_end"):
+            if getattr(self, name) and (self.text is not TextEdge.joint or self.single_depth):
+                raise ValueError(
+                    f"model.{name}=true says something only of model.text=joint without single_depth: elsewhere "
+                    "the last block has no weights for captions alone."
+                )
+        if self.text_to_the_end and self.text_queries_to_the_end:
             raise ValueError(
-                "model.text_to_the_end=true says something only of model.text=joint without single_depth: elsewhere "
-                "the last block has no weights for captions alone."
+                "model.text_to_the_end=true has the queries of model.text_queries_to_the_end=true and all else. Type "
+                "model.text_queries_to_the_end=false."
             )
+
+    def _check_pooled(self) -> None:
+        if self.pooled_norm and not self.pooled_width:
+            raise ValueError("model.pooled_norm=true needs a vector to norm: type model.pooled_width, or leave it out.")
+        if self.pooled_text_heads and not self.pooled_text:
+            raise ValueError(
+                f"model.pooled_text_heads={self.pooled_text_heads} pool what model.pooled_text=false leaves out. Type "
+                "model.pooled_text=true, or model.pooled_text_heads=0."
+            )
+
+    def _check_two_widths(self) -> None:
+        """What blocks share between captions and video has one width."""
+        needed = {
+            "modulation": ModulationSource.linear,
+            "norm_affine": False,
+            "single_depth": 0,
+            "image_width": 0,
+        }
+        for key, value in needed.items():
+            if getattr(self, key) != value:
+                raise ValueError(
+                    f"model.text_channels={self.text_channels} with model.text=joint needs model.{key}="
+                    f"{_typed(value)}: what captions and video share there has one width."
+                )
 
     def _check_experts(self) -> None:
         if not 0 <= self.expert_boundary < 1:
@@ -563,6 +623,23 @@ class DiTConfig:
                 "model.head_modulation=linear."
             )
 
+        if is_lora and not self.modulation_shift:
+            raise ValueError(
+                "model.modulation_shift=false with model.modulation=lora: what it shares begins with a shift. Type "
+                "model.modulation=linear or table."
+            )
+        if self.sandwich_norm and self.text is TextEdge.cross and self.cross_norm is not CrossNorm.modulated:
+            raise ValueError(
+                "model.sandwich_norm=true needs a gate behind every norm, which model.cross_norm="
+                f"{self.cross_norm.name} does not have: a new block could not begin as the identity. Type "
+                "model.cross_norm=modulated."
+            )
+        if self.reversed_time and self.learned_variance:
+            raise ValueError(
+                "model.reversed_time=true turns the sign of what the head says, and model.learned_variance=true has "
+                "variances there. Type model.learned_variance=false."
+            )
+
     def _check_audio(self) -> None:
         if self.audio is None:
             return
@@ -573,11 +650,13 @@ class DiTConfig:
             "position_embedding": PositionEmbedding.none,
             "control_layers": [],
             "norm_affine": False,
+            "reversed_time": False,
         }
         for key, value in needed.items():
             if getattr(self, key) != value:
-                shown = value.name if isinstance(value, Enum) else str(value).lower()
-                raise ValueError(f"model.audio needs model.{key}={shown}: two towers of blocks on a common clock.")
+                raise ValueError(
+                    f"model.audio needs model.{key}={_typed(value)}: two towers of blocks on a common clock."
+                )
         if self.audio.text_width < 0:
             raise ValueError(f"model.audio.text_width={self.audio.text_width} must be zero or more.")
         if self.audio.width % (2 * self.audio.num_heads):
@@ -624,10 +703,18 @@ class DiTConfig:
         """Channels of a caption's tokens in the blocks."""
         return self.text_channels or self.width
 
+    def segment_width(self, segment: str) -> int:
+        """Channels of a segment's tokens in the blocks."""
+        return self.caption_width if segment == "text" and self.text is TextEdge.joint else self.width
+
     @property
     def hidden_width(self) -> int:
         """Channels inside the MLP."""
-        return round(self.width * self.mlp_ratio)
+        return self.hidden_of(self.width)
+
+    def hidden_of(self, width: int) -> int:
+        """The same for tokens of another width."""
+        return round(width * self.mlp_ratio)
 
     @property
     def exchange_clock(self) -> tuple[int, int, float]:
@@ -672,3 +759,8 @@ class DiTConfig:
             return [[Span.window, Span.shifted][block % 2]]
         both = [Span.frame, Span.place]
         return both if self.attention is AttentionPattern.factorised else [both[block % 2]]
+
+
+def _typed(value: object) -> str:
+    """As one types it on the command line."""
+    return value.name if isinstance(value, Enum) else str(value).lower()

@@ -106,12 +106,17 @@ class HeadShape(NamedTuple):
     qk_norm: QKNorm
     eps: float
     bias: bool
+    qkv_bias: bool = True
     gated: bool = False
     """Whether tokens that ask weigh the heads; says nothing in one softmax for several segments."""
 
     def linear(self, given: int | None = None) -> Linear:
-        """Width, or that of what is given, to width."""
-        return Linear(given or self.width, self.width, self.bias)
+        """Queries, keys or values: width, or that of what is given, to width."""
+        return Linear(given or self.width, self.width, self.bias and self.qkv_bias)
+
+    def way_back(self, given: int | None = None) -> Linear:
+        """What the heads found: width to width, or to that of what was given."""
+        return Linear(self.width, given or self.width, self.bias)
 
     def norm(self) -> nn.Module:
         """The norm of queries or keys."""
@@ -171,7 +176,7 @@ class SegmentAttention(nn.Module):
         self.query = shape.linear(ask_width)
         self.key, self.value = shape.linear(answer_width), shape.linear(answer_width)
         self.query_norm, self.key_norm = shape.norm(), shape.norm()
-        self.project = Linear(shape.width, ask_width or shape.width, shape.bias)
+        self.project = shape.way_back(ask_width)
         self.gates = Linear(ask_width or shape.width, shape.num_heads) if shape.gated else None
         table = torch.zeros(2, answer_width or shape.width)
         self.answer_table = nn.Parameter(table) if answer_modulated else None
@@ -232,49 +237,55 @@ class SegmentAttention(nn.Module):
 
 
 class Stream(nn.Module):
-    """Queries, keys and values of tokens that share weights; without `asks` they only answer."""
+    """Queries, keys and values of tokens that share weights; without `asks` they only answer.
 
-    def __init__(self, shape: HeadShape, *, asks: bool) -> None:
+    The tokens may have a `width` of their own. `idle` queries are weights that nothing computes with.
+    """
+
+    def __init__(self, shape: HeadShape, *, asks: bool, width: int | None = None, idle: bool = False) -> None:
         super().__init__()
         self.shape = shape
-        self.query = shape.linear() if asks else None
-        self.key, self.value = shape.linear(), shape.linear()
-        self.query_norm = shape.norm() if asks else None
+        self.query = shape.linear(width) if asks or idle else None
+        self.key, self.value = shape.linear(width), shape.linear(width)
+        self.query_norm = shape.norm() if asks or idle else None
         self.key_norm = shape.norm()
-        self.project = shape.linear() if asks else None
+        self.project = shape.way_back(width) if asks else None
 
     def forward(self, x: Tensor, rope: Rope | None) -> tuple[Tensor | None, Tensor, Tensor]:
         """x (N, D) -> queries, keys and values (N, h, d)"""
         k, v = self.shape.normed_heads(self.key(x), self.key_norm), self.shape.heads(self.value(x))
         k = k if rope is None else apply_rope(k, *rope)
-        if self.query is None or self.query_norm is None:
+        if self.project is None or self.query is None or self.query_norm is None:
             return None, k.to(v.dtype), v
         q = self.shape.normed_heads(self.query(x), self.query_norm)
         return (q if rope is None else apply_rope(q, *rope)).to(v.dtype), k.to(v.dtype), v
+
+    def products(self) -> int:
+        """Multiplications on one token, attention apart."""
+        layers = [self.key, self.value, *([] if self.project is None else [self.query, self.project])]
+        return sum(layer.weight.numel() for layer in layers if layer is not None)
 
 
 class JointAttention(nn.Module):
     """One softmax over the tokens of several segments of a clip: MMDiT (Esser et al. 2024).
 
-    Each segment has weights of its own, or all share those of the first; the `silent` ones answer but do not ask. The
-    video sees of itself its `span`, and the other segments see all of it.
+    Each segment has a stream, its weights, or all share one. Streams that do not ask answer the others. The video sees
+    of itself its `span`, and the other segments see all of it.
     """
 
     def __init__(
         self,
-        shape: HeadShape,
-        names: Sequence[str],
+        streams: Mapping[str, Stream],
         attention: Attention,
         *,
-        shared: bool,
-        silent: Sequence[str] = (),
+        shared_by: Sequence[str] = (),
         span: Span = Span.clip,
     ) -> None:
         super().__init__()
-        self.shape, self.attention, self.silent, self.span = shape, attention, tuple(silent), span
-        own = names[:1] if shared else names
-        self.streams = nn.ModuleDict({name: Stream(shape, asks=name not in silent) for name in own})
-        self.stream_of = {name: names[0] if shared else name for name in names}
+        self.attention, self.span = attention, span
+        self.streams = nn.ModuleDict(streams)
+        (first, *_) = streams
+        self.stream_of = {name: name for name in streams} | dict.fromkeys(shared_by, first)
 
     def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
         """asking (N, D) of every segment, already normalised -> updates (N, D) of those not silent"""
@@ -284,11 +295,12 @@ class JointAttention(nn.Module):
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip, for these segments."""
-        asking = sum(counts.tokens[name] for name in asks if name not in self.silent)
+        streams = {name: self.streams[self.stream_of[name]] for name in asks}
+        asking = sum(counts.tokens[name] for name, stream in streams.items() if stream.project is not None)
         answering = sum(counts.tokens[name] for name in asks)
         unseen = counts.tokens["video"] ** 2 - counts.seen[self.span]
-        pairs = asking * answering - unseen
-        return 2 * (asking + answering) * self.shape.width**2 + 2 * pairs * self.shape.width
+        layers = sum(counts.tokens[name] * stream.products() for name, stream in streams.items())
+        return layers + 2 * (asking * answering - unseen) * self.streams["video"].shape.width
 
 
 class SingleStream(nn.Module):
@@ -383,23 +395,36 @@ def _repeat(x: Tensor, lengths: Lengths, copies: Sequence[int]) -> Tensor:
     return torch.cat([clip for clip, count in zip(x.split(list(lengths)), copies, strict=True) for _ in range(count)])
 
 
+Slots = tuple[str, ...]
+"""Some of `shift`, `scale` and `gate`."""
+
+
 class Sublayer(nn.Module):
     """tokens + gate * operation(modulated norm of tokens), for some segments; the others pass through.
 
-    `slots` says how many vectors of the condition modulate a group of segments: shift, scale and gate (3), shift
-    and scale of segments that are only read (2), a gate (1), or none (0).
+    `slots` names the vectors of the condition that modulate a group of segments: shift, scale and gate, no gate where
+    they are only read, a gate alone, or none. `after` is a second norm, behind the operation.
     """
 
-    def __init__(self, slots: Mapping[tuple[str, ...], int], operation: nn.Module, norm: nn.Module) -> None:
+    def __init__(
+        self,
+        slots: Mapping[tuple[str, ...], Slots],
+        operation: nn.Module,
+        norm: nn.Module,
+        *,
+        after: nn.Module | None = None,
+        tanh_gates: bool = False,
+    ) -> None:
         super().__init__()
         self.groups = dict(slots)
         self.norm = norm
         self.operation = operation
+        self.after, self.tanh_gates = after, tanh_gates
 
     @property
     def slots(self) -> int:
         """Vectors of modulation that it takes."""
-        return sum(self.groups.values())
+        return sum(map(len, self.groups.values()))
 
     @property
     def asks(self) -> list[str]:
@@ -414,20 +439,28 @@ class Sublayer(nn.Module):
         done = {name: self._sum(tokens[name], x, segments[name].rows, parts[name]) for name, x in updates.items()}
         return {**tokens, **done}
 
-    def _parts(self, modulation: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
-        parts, start = dict[str, Sequence[Tensor]](), 0
-        for group, slots in self.groups.items():
-            parts |= dict.fromkeys(group, modulation[start : start + slots])
-            start += slots
-        return parts
+    def _parts(self, modulation: Sequence[Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Segment -> slot -> its vectors."""
+        vectors = iter(modulation)
+        return {
+            name: part
+            for group, slots in self.groups.items()
+            for part in [{slot: next(vectors) for slot in slots}]
+            for name in group
+        }
 
-    def _input(self, x: Tensor, rows: Rows, part: Sequence[Tensor]) -> Tensor:
-        if len(part) <= 1:
+    def _input(self, x: Tensor, rows: Rows, part: Mapping[str, Tensor]) -> Tensor:
+        if "scale" not in part:
             return self.norm(x)
-        return self.norm.modulated(x, rows.of(part[0]), rows.of(part[1]), rows.lengths)
+        shift = rows.of(part["shift"]) if "shift" in part else None
+        return self.norm.modulated(x, shift, rows.of(part["scale"]), rows.lengths)
 
-    def _sum(self, x: Tensor, update: Tensor, rows: Rows, part: Sequence[Tensor]) -> Tensor:
-        return gated_sum(x, rows.of(part[-1]), update, rows.lengths) if part else x + update
+    def _sum(self, x: Tensor, update: Tensor, rows: Rows, part: Mapping[str, Tensor]) -> Tensor:
+        update = update if self.after is None else self.after(update)
+        if "gate" not in part:
+            return x + update
+        gate = rows.of(part["gate"])
+        return gated_sum(x, gate.tanh() if self.tanh_gates else gate, update, rows.lengths)
 
     def products(self, counts: Counts) -> int:
         """Multiplications on one clip."""
@@ -437,25 +470,27 @@ class Sublayer(nn.Module):
 class Block(nn.Module):
     """A list of sublayers and the source of their modulation; an architecture is a choice of that list.
 
-    A `placed` block first adds the positions of the video's segment to its tokens.
+    `sizes` are the widths of its vectors of modulation, one for each slot. A `placed` block first adds the positions
+    of the video's segment to its tokens.
     """
 
     def __init__(
         self,
         sublayers: Sequence[Sublayer],
         modulation: TableModulation | LinearModulation | LowRankModulation,
+        sizes: Sequence[int],
         *,
         placed: bool = False,
     ) -> None:
         super().__init__()
         self.sublayers = nn.ModuleList(sublayers)
-        self.modulation = modulation
+        self.modulation, self.sizes = modulation, list(sizes)
         self.placed = placed
 
     def forward(self, tokens: Tokens, segments: Segments, condition: Condition, some: slice = slice(None)) -> Tokens:
         """Tokens of all segments -> tokens of all segments, of the same shapes; by all its sublayers, or some."""
         slots = [sublayer.slots for sublayer in self.sublayers]
-        vectors = self.modulation(condition).chunk(sum(slots), dim=-1)
+        vectors = self.modulation(condition).split(self.sizes, dim=-1)
         if self.placed and not some.start:
             tokens = {**tokens, "video": tokens["video"] + segments["video"].places}
         ends = list(accumulate(slots))

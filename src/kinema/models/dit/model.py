@@ -14,17 +14,18 @@ from kinema.models.attention import Attention, Lengths
 from kinema.models.dit.blocks import blocks, shared_slots
 from kinema.models.dit.conditioning import (
     SHARED_SLOTS,
+    AttentionPooling,
     CaptionCondition,
     Condition,
     ExactLinear,
     HeadTable,
     LinearModulation,
     LowRankModulation,
+    MeanPooling,
     NormedPooled,
     NormedTimesteps,
     PooledEmbedding,
     TimestepEmbedding,
-    means,
 )
 from kinema.models.dit.config import (
     DiTConfig,
@@ -65,7 +66,15 @@ from kinema.models.dit.segments import (
     totals,
     video_segment,
 )
-from kinema.models.position import fractional_rope, grid_positions, middles, rope_3d
+from kinema.models.position import (
+    centred,
+    fractional_rope,
+    grid_positions,
+    middles,
+    mixed_rope,
+    rope_3d,
+    shared_frequencies,
+)
 
 Timesteps: TypeAlias = Tensor | Sequence[Tensor]
 """(B,), or for each clip one of every frame of tokens (T / patch_size[0],); in [0, 1].
@@ -135,6 +144,7 @@ class DiT(nn.Module):
         channels = latent_channels + config.condition_channels + config.padding_channel
         self.patch_embedding = Linear(channels * patch, width, bias)
         self.places = Places(config)
+        self.rope_frequencies = _frequencies(config) if config.rope is Rope.learned else None
         self.text_embedding = _text_embedding(config, text_width)
         places = (config.image_positions, config.image_width)
         self.image_positions = nn.Parameter(torch.zeros(places)) if config.image_positions else None
@@ -143,7 +153,7 @@ class DiT(nn.Module):
         sources = len(config.caption_sources)
         self.source_types = nn.Parameter(torch.zeros(sources, width)) if sources > 1 else None
         self.timestep_embedding = _timestep_embedding(config)
-        self.pooled_text = ExactLinear(text_width, config.condition_width) if config.pooled_text else None
+        self.pooled_text = _pooled_text(config, text_width) if config.pooled_text else None
         self.pooled_embedding = _pooled_embedding(config) if config.pooled_width else None
         self.guidance_embedding = (
             TimestepEmbedding(config.timestep_channels, config.condition_width, config.timestep_scale)
@@ -277,7 +287,9 @@ class DiT(nn.Module):
         told = {name: source.lengths for name, source in sources.items()}
         segments = self._segments(grids, told, condition, extras.fps)
         if self.caption_condition is not None:
-            segments["text"] = replace(segments["text"], told=self.caption_condition(_of_clips(timesteps)))
+            segments["text"] = replace(
+                segments["text"], told=self.caption_condition(self._inside(_of_clips(timesteps)))
+            )
 
         given = self._with_given(latents, extras)
         video = self.patch_embedding(patchify(given, self.config.patch_size)).to(condition.embedding.dtype)
@@ -294,6 +306,7 @@ class DiT(nn.Module):
             tokens = {**tokens, "video": self.final_norm(tokens["video"])}
         rows = _clip_rows(grids, condition) if self.config.first_frame_given else segments["video"].rows
         patches = self._head(tokens["video"], rows, condition)
+        patches = -patches if self.config.reversed_time else patches
         return unpatchify(patches.to(entered.dtype), grids, self.config.patch_size)
 
     def _with_given(self, latents: Sequence[Tensor], extras: Extras) -> list[Tensor]:
@@ -351,16 +364,17 @@ class DiT(nn.Module):
         if isinstance(self.text_embedding, TextTower):
             return self.text_embedding(words, lengths, condition)
         if isinstance(self.text_embedding, TextRefiner):
-            return self.text_embedding(words, lengths, _of_clips(timesteps))
+            return self.text_embedding(words, lengths, self._inside(_of_clips(timesteps)))
         return self.text_embedding(words)
 
     def _condition(self, timesteps: Timesteps, text: Sequence[Tensor], extras: Extras) -> Condition:
         """One row a clip; where frames have timesteps of their own, one for each of them and then one a clip."""
         rows = _of_rows(timesteps)
-        embedding = self.timestep_embedding(rows)
+        times = self._inside(rows)
+        embedding = self.timestep_embedding(times)
         clips = []  # what is the same for all frames of a clip
         if self.pooled_text is not None:
-            clips.append(self.pooled_text(means(torch.cat(list(text)).to(embedding.dtype), lengths_of(text))))
+            clips.append(self.pooled_text(torch.cat(list(text)).to(embedding.dtype), lengths_of(text)))
         if self.pooled_embedding is not None and extras.pooled is not None:
             clips.append(self.pooled_embedding(torch.stack(list(extras.pooled))))
         if self.ofs_embedding is not None and extras.ofs is not None:
@@ -373,10 +387,14 @@ class DiT(nn.Module):
             embedding = torch.where(given[:, None], embedding, embedding + guidance)
         active = F.silu(embedding)
         source = (
-            self.timestep_embedding.for_all(rows) if isinstance(self.timestep_embedding, NormedTimesteps) else active
+            self.timestep_embedding.for_all(times) if isinstance(self.timestep_embedding, NormedTimesteps) else active
         )
         shared = None if self.shared_modulation is None else self.shared_modulation(source)
         return Condition(embedding, active, shared)
+
+    def _inside(self, timesteps: Tensor) -> Tensor:
+        """Timesteps as the network counts them."""
+        return 1 - timesteps if self.config.reversed_time else timesteps
 
     def _segments(
         self, grids: Sequence[Grid], told: Mapping[str, Lengths], condition: Condition, fps: Sequence[float] | None
@@ -422,6 +440,9 @@ class DiT(nn.Module):
 
     def _angles(self, positions: Tensor, rate: float, dtype: torch.dtype) -> Turns:
         config = self.config
+        if self.rope_frequencies is not None:
+            cos, sin = mixed_rope(centred(positions, config.rope_side), self.rope_frequencies)
+            return cos.to(dtype), sin.to(dtype)
         if config.rope is Rope.seconds:
             fractions = self._middles(positions, rate) / positions.new_tensor(config.rope_extent)
             turning = fractions[:, [axis for axis, extent in enumerate(config.rope_extent) if extent]]
@@ -556,8 +577,10 @@ class DiT(nn.Module):
         blocks = Counts({**counts.tokens, "text": caption}, counts.seen)
         products = 0
         for name, module in self.named_modules():
-            if name.startswith("audio."):  # a DiT that counts its own
+            if name.startswith(("audio.", "pooled_text.")):  # which count their own
                 continue
+            if isinstance(module, AttentionPooling):
+                products += module.products(text_tokens)
             if isinstance(module, Sublayer):
                 products += module.products(counts if name.startswith("text_embedding.") else blocks)
             if isinstance(module, nn.Linear) and ".operation." not in name:  # they see each token, or each clip, once
@@ -591,6 +614,19 @@ EXTRAS = {
     "ofs_channels": "ofs",
 }
 """Key of the config -> what it makes the model demand."""
+
+
+def _pooled_text(config: DiTConfig, text_width: int) -> MeanPooling | AttentionPooling:
+    heads = config.pooled_text_heads
+    if not heads:
+        return MeanPooling(text_width, config.condition_width)
+    if text_width % heads:
+        raise ValueError(f"model.pooled_text_heads={heads} must divide the captions' text.width={text_width}.")
+    return AttentionPooling(text_width, config.condition_width, heads)
+
+
+def _frequencies(config: DiTConfig) -> nn.Parameter:
+    return nn.Parameter(shared_frequencies(config.num_heads, config.head_dim, config.rope_theta))
 
 
 def _pooled_embedding(config: DiTConfig) -> PooledEmbedding | NormedPooled:
