@@ -11,6 +11,7 @@ from diffusers.models.transformers import transformer_cosmos
 from kinema.interop.comparing import NearestResize, Sample, kandinsky
 from kinema.interop.presets import PRESETS
 from kinema.models.dit import Extras, Sound
+from tests.parity.published import LATTE
 
 TOLERANCE = 1e-5  # largest difference over largest value
 BY_NAME = {preset.name: preset for preset in PRESETS}
@@ -113,24 +114,6 @@ COSMOS_PROJECTED = {
 COSMOS_2B = {"num_attention_heads": 16, "in_channels": 17, "extra_pos_embed_type": None, "rope_scale": (1.0, 3.0, 3.0)}
 COSMOS_25 = COSMOS_2B | {"use_crossattn_projection": True, "crossattn_proj_in_channels": 100352}
 COSMOS_14B = {"num_attention_heads": 40, "num_layers": 36}
-LATTE = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 2,
-    "cross_attention_dim": 32,
-    "attention_bias": True,
-    "sample_size": 10,
-    "patch_size": 2,
-    "activation_fn": "gelu-approximate",
-    "num_embeds_ada_norm": 1000,
-    "norm_type": "ada_norm_single",
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-6,
-    "caption_channels": 12,
-    "video_length": 3,  # the reference takes clips of no other length
-}
 MOCHI = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
