@@ -352,7 +352,7 @@ def check_captions(encoder: TextEncoder, config: Config, data: Data) -> None:
     """Refuse a text cache that lacks a caption of the run, before its first step."""
     if isinstance(encoder, CachedTextEncoder):
         captions = [entry.record.caption for entry in (*data.index.entries, *data.heldout.entries)]
-        encoder.check_covers(captions, config.task.samples.captions(), config.data.path)
+        encoder.check_covers(captions, config.task.samples.captions(), str(data.index.folder))
 
 
 def choose_clips(config: Config, index: DatasetIndex, geometry: Geometry) -> tuple[list[PlannedClip], KeepReport]:

@@ -33,7 +33,7 @@ def encode_text(folder, *words):
 def test_the_same_losses_samples_and_manifest_on_one_rank_and_on_two(folder, text):
     run(*dit_command(folder, "encoding", STEPS, *OPTIONS, *text))
     cached = [*OPTIONS, *text, f"data.text={folder}/embeddings"]
-    encode_text(folder, "--config", *text)
+    encode_text(folder, "--run", f"{folder}/runs/encoding")
     refused = run(*dit_command(folder, "refused", STEPS, *cached), expect=None)
     assert refused.returncode != 0
     assert f"--out {folder}/embeddings --prompt 'a small red circle moves slowly left'" in refused.stderr

@@ -286,6 +286,11 @@ FAMILIES = {
         {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 12, "in_text_dim2": 6, "time_dim": 10, "model_dim": 32,
          "ff_dim": 40, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (8, 4, 4), "visual_cond": True},
     ),
+    "mochi": (
+        "MochiTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "pooled_projection_dim": 15,
+         "in_channels": 4, "text_embed_dim": 24, "time_embed_dim": 10, "max_sequence_length": 200},
+    ),
     "pixart": (
         "PixArtTransformer2DModel",
         {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8, "num_layers": 2,

@@ -91,11 +91,8 @@ def kandinsky(draw):
 
 
 def pixart(draw):
-    sizes = (
-        PIXART
-        | heads(draw, 16)
-        | {"in_channels": 5, "out_channels": draw.choice([5, 10]), "sample_size": draw.choice([8, 12])}
-    )
+    sizes = PIXART | heads(draw, 16)
+    sizes |= {"in_channels": 5, "out_channels": draw.choice([5, 10]), "sample_size": draw.choice([8, 12])}
     return sizes | {"cross_attention_dim": width(sizes)}
 
 

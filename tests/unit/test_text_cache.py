@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +186,25 @@ def test_a_damaged_shard_is_named(tmp_path):
         CachedTextEncoder.load(tmp_path / "cache", HashText())
 
 
+def resident_mib():
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+def test_a_cache_is_not_read_into_memory(tmp_path):
+    TextCache.create(tmp_path / "cache", HashText(), build_text_encoder(HashText()))
+    big = torch.randn(32, 2**17)  # 16 MiB each
+    with TextCacheWriter(tmp_path / "cache", shard_bytes=2**40) as writer:
+        for number in range(4):
+            writer.add(f"caption {number}", {"text": big + number})
+    del writer
+    CachedTextEncoder.load(tmp_path / "cache", HashText()).encode(["caption 0"])  # whatever else a first time loads
+    before = resident_mib()
+    stand_in = CachedTextEncoder.load(tmp_path / "cache", HashText())
+    assert resident_mib() - before < 16
+    assert torch.equal(stand_in.encode(["caption 3"])[0], big + 3)
+
+
 # The command
 
 
@@ -233,3 +253,17 @@ def test_an_interrupted_cache_is_completed_and_a_prompt_added(data, umt5_text, t
     kinema(monkeypatch, data.folder, "--out", out)
     with pytest.raises(ValueError, match="was made with"):
         kinema(monkeypatch, data.folder, "--out", out, "--config", "text=hash")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "type --run RUN or --config text=NAME"),
+        (["--config", "text=wa"], "--config text=wa: .*wa"),
+        (["--config", "experiment=demo_vae"], "composes no text encoder"),
+        (["--config", "text=hash"], "is not empty, and no text cache"),
+    ],
+)
+def test_what_to_type_is_said(data, tmp_path, monkeypatch, words, message):
+    with pytest.raises(ValueError, match=message):
+        kinema(monkeypatch, data.folder, "--out", data.folder, *words)

@@ -46,7 +46,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     A pair is one complex number and the turn one multiplication: a single pass over memory. Computed in the
     precision of the table, returned in that of x.
     """
-    if torch.compiler.is_compiling() or cos.requires_grad:  # no complex numbers there; a table that learns
+    if torch.compiler.is_compiling() or cos.requires_grad:
+        # The compiler has no complex numbers, and fuses real ones; a table that learns needs its gradient.
         return _turned_apart(x, cos, sin)
     return _Turned.apply(x, cos, sin)
 

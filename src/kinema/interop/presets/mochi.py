@@ -20,8 +20,17 @@ from kinema.interop.keymap import (
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
 from kinema.interop.presets.rules import fixed_choices, require, same_channels
-from kinema.models.dit import Activation, DiT, DiTConfig, ModulationSource, NormKind, QKNorm, Rope, TextEdge
-from kinema.models.dit.config import TextEmbedding
+from kinema.models.dit import (
+    Activation,
+    DiT,
+    DiTConfig,
+    ModulationSource,
+    NormKind,
+    QKNorm,
+    Rope,
+    TextEdge,
+    TextEmbedding,
+)
 
 MLP_RATIO = 8 / 3
 POOLING_HEADS = 8  # of the reference, whatever its config says
@@ -73,6 +82,7 @@ ORIGINAL_STREAMS: list[Names] = [
     ("k_norm_y.weight", "text.key_norm.weight"),
     ("proj_y.{p}", "text.project.{p}"),
 ]
+POOLED = ("pooled_text.key.{p}", "pooled_text.value.{p}")
 SEGMENTS = (("x", "video"), ("y", "text"))
 """In Genmo's files, and here."""
 
@@ -110,11 +120,10 @@ def describe(module: nn.Module) -> Record:
 def key_map(record: Record) -> KeyMap:
     """Names in `diffusers`."""
     pooled = record["text_embed_dim"]
-    both = ("pooled_text.key.{p}", "pooled_text.value.{p}")
     rules = [Rule(theirs, ours) for theirs, ours in EDGES]
     rules += [
         Rule("patch_embed.proj.weight", "patch_embedding.weight", _kernel(record)),
-        Rule("time_embed.pooler.to_kv.{p}", both, Fused((pooled, pooled))),
+        Rule("time_embed.pooler.to_kv.{p}", POOLED, Fused((pooled, pooled))),
         Rule("norm_out.linear.{p}", "head_modulation.{p}", ReorderedRows((1, 0))),
         Rule("proj_out.{p}", "head.{p}", _pixels(record)),
     ]
@@ -137,11 +146,10 @@ def key_map(record: Record) -> KeyMap:
 def original_key_map(record: Record) -> KeyMap:
     """Names in Genmo's own files, where queries, keys and values are one tensor."""
     inner, pooled = _widths(record)[0], record["text_embed_dim"]
-    both = ("pooled_text.key.{p}", "pooled_text.value.{p}")
     rules = [Rule(theirs, ours) for theirs, ours in ORIGINAL_EDGES]
     rules += [
         Rule("x_embedder.proj.weight", "patch_embedding.weight", _kernel(record)),
-        Rule("t5_y_embedder.to_kv.{p}", both, Fused((pooled, pooled))),
+        Rule("t5_y_embedder.to_kv.{p}", POOLED, Fused((pooled, pooled))),
         Rule("final_layer.linear.{p}", "head.{p}", _pixels(record)),
     ]
     for block in range(record["num_layers"]):
@@ -226,7 +234,7 @@ def _config(record: Record) -> DiTConfig:
 
 
 def _check(record: Record) -> None:
-    """Widths at which the two ways to round two thirds of eight agree."""
+    """The reference rounds the width of its MLPs down, we to the nearest: widths at which that is the same."""
     fixed_choices(record, **FIXED)
     same_channels(record)
     fits = all(_hidden(width) == round(width * MLP_RATIO) for width in _widths(record))

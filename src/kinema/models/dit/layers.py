@@ -107,6 +107,7 @@ class HeadShape(NamedTuple):
     eps: float
     bias: bool
     qkv_bias: bool = True
+    """Whether queries, keys and values have it, too."""
     gated: bool = False
     """Whether tokens that ask weigh the heads; says nothing in one softmax for several segments."""
 
