@@ -22,6 +22,7 @@ from kinema.interop.comparing import LIMIT, difference
 from kinema.interop.folders import published_folder
 from kinema.interop.importing import publish
 from kinema.interop.loading import Held, Parts, held_of
+from kinema.interop.origin import as_published
 from kinema.interop.pipelines import LIMIT as SAMPLING_LIMIT
 from kinema.interop.pipelines import RUNS, sampled
 from kinema.interop.preset import Preset, Record
@@ -163,7 +164,7 @@ class Described:
         published = held.published(name)
         preset, config = find_preset(model, wanted if name != "vae" else None, published.get("preset"))
         if preset.name == published.get("preset"):  # also what the model does not read, and only pipelines do
-            config |= {key: value for key, value in published["config"].items() if key in config}
+            config = as_published(published, config)
         skeleton = build_on_meta(preset, config, Path(name))
         assert shapes_of(skeleton.state_dict()) == shapes_of(tensors), f"{preset.name}: describe is not build's inverse"
         theirs = preset.key_map(config).to_theirs(tensors)
@@ -180,11 +181,11 @@ def find_preset(model: nn.Module, wanted: str | None, imported_as: str | None) -
             continue
         try:
             config = preset.describe(model)
+            preset.check(config)
         except ValueError as error:
             reasons.append(f"{preset.name}: {error}")
             continue
-        if preset.accepts(config):
-            fitting[preset.name] = (preset, config)
+        fitting[preset.name] = (preset, config)
     if not fitting:
         raise ValueError(f"no published model is built like this one. {' '.join(reasons) or f'{wanted} is unknown.'}")
     if imported_as in fitting:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from kinema.conditioning.frames import FrameCondition
 from kinema.diffusion.objective import DDPM, Objective, RectifiedFlow
 from kinema.identity import from_plain, to_plain
-from kinema.interop.importing import import_model, recognise_all
+from kinema.interop.importing import Found, import_model, recognise_all
+from kinema.interop.origin import origin_of, remember
 from kinema.interop.reading import is_pipeline
 from kinema.interop.recognising import recognise
 from kinema.models.dit import DiTConfig, Experts, make_denoiser, split_experts
@@ -93,9 +94,9 @@ class Held:
         return condition_of(self.manifest or {})
 
     def published(self, name: str) -> dict[str, Any]:
-        """What a model was imported as, its preset, class, naming and config; nothing for one that was not."""
+        """What a model was imported or loaded as, its preset and config; nothing for one that was not."""
         manifest = (self.vae_manifest if name == "vae" else self.manifest) or {}
-        return manifest.get("published", {})
+        return manifest.get("published") or origin_of(self.models[name][0])
 
     def manifest_of(self, name: str) -> dict[str, Any]:
         """The manifest of a model; ValueError for a module that was given itself."""
@@ -131,7 +132,19 @@ def load_published_pipeline(path: Path) -> "Pipeline | Parts":
         return Parts(found.dit.module(), found.vae.module())
     with TemporaryDirectory() as folder:
         import_model(path, Path(folder) / "run")
-        return load_pipeline(checkpoint_of(f"{folder}/run", "path")).pipeline
+        pipeline = load_pipeline(checkpoint_of(f"{folder}/run", "path")).pipeline
+    _remember_parts(pipeline, found)
+    return pipeline
+
+
+def _remember_parts(pipeline: Pipeline, found: Found) -> None:
+    """Keep the published configs of a pipeline that was imported on the way here."""
+    assert found.dit is not None
+    model = pipeline.denoiser
+    for part in (model.high, model.low) if isinstance(model, Experts) else (model,):
+        remember(part, found.dit.preset, found.dit.config)
+    if found.vae is not None:
+        remember(pipeline.vae, found.vae.preset, found.vae.config)
 
 
 def is_run(path: Path) -> bool:

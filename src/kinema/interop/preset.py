@@ -22,8 +22,10 @@ class Preset:
     """E.g. `wan_t2v`."""
     reference: str
     """Class in `diffusers` that has these weights, as `_class_name` in its config.json."""
-    accepts: Callable[[Record], bool]
-    """Whether this config is of this preset; exactly one preset of a class accepts it."""
+    check: Callable[[Record], None]
+    """ValueError when this config is not of this preset: the key, its value, and what it can be. Exactly one preset of
+    a class takes a config, or none.
+    """
     build: Callable[[Record], nn.Module]
     """config -> our module with fresh weights; cheap under `torch.device("meta")`."""
     describe: Callable[[nn.Module], Record]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kinema.interop.inferring import assumed, infer_config
 from kinema.interop.keymap import KeyMap
+from kinema.interop.origin import remember
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets import PRESETS
 from kinema.interop.reading import Published, Shape, dtype_of, read_json, read_published
@@ -47,6 +48,7 @@ class Recognised:
         """Our module with these weights, float32, in evaluation mode."""
         module = self.preset.build(self.config)
         module.load_state_dict(self.tensors())
+        remember(module, self.preset, self.config)
         return module.eval()
 
 
@@ -100,6 +102,8 @@ class RecognisedPair:
         skeleton = self.skeleton
         module = Experts(skeleton.config, skeleton.latent_channels, skeleton.text_width)
         module.load_state_dict(self.tensors())
+        for expert in (module.high, module.low):
+            remember(expert, self.preset, self.config)
         return module.eval()
 
 
@@ -154,14 +158,17 @@ def check_known(class_name: str) -> None:
 
 
 def preset_of(class_name: str, config: Record) -> Preset:
-    """The one preset of that class that accepts this config; ValueError shows the config that none does."""
-    rows = [preset for preset in PRESETS if preset.reference == class_name]
-    fitting = [preset for preset in rows if preset.accepts(config)]
-    if not fitting:
-        names = ", ".join(preset.name for preset in rows)
-        raise ValueError(f"none of the presets of {class_name} ({names}) is made with {config}.")
-    assert len(fitting) == 1, f"{[preset.name for preset in fitting]} all accept {config}"
-    return fitting[0]
+    """The one preset of that class that takes this config; ValueError says which key each refuses, and why."""
+    reasons = []
+    for preset in PRESETS:
+        if preset.reference != class_name:
+            continue
+        try:
+            preset.check(config)
+            return preset
+        except ValueError as error:
+            reasons.append(f"{preset.name}: {error}")
+    raise ValueError(f"no preset takes this {class_name}. {'. '.join(reasons)}.")
 
 
 def key_maps(preset: Preset, config: Record) -> dict[str, KeyMap]:

@@ -8,6 +8,7 @@ from torch import nn
 from kinema.interop.keymap import Chain, Fused, Inverse, KeyMap, Layout, Reshaped, Rule, Same
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
+from kinema.interop.presets.rules import fixed_choices, require
 from kinema.models.dit import (
     Activation,
     DiT,
@@ -185,14 +186,13 @@ def _config(record: Record) -> DiTConfig:
     )
 
 
-def _accepts(record: Record) -> bool:
-    learned = record["use_learned_positional_embeddings"]
-    return (
-        record["attention_bias"]
-        and all(record[key] == value for key, value in FIXED.items())
-        and record["ofs_embed_dim"] in (None, record["time_embed_dim"])
-        and (not learned or (record["use_rotary_positional_embeddings"] and record["patch_size_t"] is None))
-    )
+def _check(record: Record) -> None:
+    fixed_choices(record, attention_bias=True, **FIXED)
+    width = record["time_embed_dim"]
+    rule = f"only None or time_embed_dim, {width}, is implemented"
+    require(record["ofs_embed_dim"] in (None, width), record, "ofs_embed_dim", rule)
+    if record["use_learned_positional_embeddings"]:
+        fixed_choices(record, use_rotary_positional_embeddings=True, patch_size_t=None)
 
 
-COGVIDEOX = Preset("cogvideox", "CogVideoXTransformer3DModel", _accepts, build, describe, key_map)
+COGVIDEOX = Preset("cogvideox", "CogVideoXTransformer3DModel", _check, build, describe, key_map)

@@ -7,6 +7,7 @@ from torch import nn
 from kinema.interop.keymap import KeyMap, PermutedRows, Rule
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
+from kinema.interop.presets.rules import fixed_choices, require
 from kinema.models.dit import (
     DiT,
     DiTConfig,
@@ -156,14 +157,13 @@ def _config(record: Record) -> DiTConfig:
     )
 
 
-def _accepts(record: Record) -> bool:
-    projected = record["use_crossattn_projection"]
-    return (
-        record["controlnet_block_every_n"] is None
-        and not record["img_context_dim_in"]
-        and record["extra_pos_embed_type"] in (None, "learnable")
-        and (not projected or record["encoder_hidden_states_channels"] == record["text_embed_dim"])
-    )
+def _check(record: Record) -> None:
+    fixed_choices(record, controlnet_block_every_n=None)
+    require(not record["img_context_dim_in"], record, "img_context_dim_in", "only None is implemented")
+    known = record["extra_pos_embed_type"] in (None, "learnable")
+    require(known, record, "extra_pos_embed_type", "only None or learnable is implemented")
+    if record["use_crossattn_projection"]:
+        fixed_choices(record, encoder_hidden_states_channels=record["text_embed_dim"])
 
 
-COSMOS = Preset("cosmos", "CosmosTransformer3DModel", _accepts, build, describe, key_map)
+COSMOS = Preset("cosmos", "CosmosTransformer3DModel", _check, build, describe, key_map)

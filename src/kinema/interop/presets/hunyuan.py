@@ -8,6 +8,7 @@ from torch import nn
 from kinema.interop.keymap import Chain, Fused, Inverse, KeyMap, Layout, ReorderedRows, Reshaped, Rule
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
+from kinema.interop.presets.rules import fixed_choices, require
 from kinema.models.dit import Activation, DiT, DiTConfig, ModulationSource, QKNorm, TextEdge, TextEmbedding
 
 Names = tuple[str, str]
@@ -263,14 +264,13 @@ def _image_condition(config: DiTConfig) -> str | None:
     return "latent_concat" if config.condition_channels else None
 
 
-def _accepts(record: Record) -> bool:
+def _check(record: Record) -> None:
+    fixed_choices(record, qk_norm="rms_norm")
+    require(record["num_single_layers"] > 0, record, "num_single_layers", "only 1 or more is implemented")
     given = record["in_channels"] - record["out_channels"]
-    return (
-        record["qk_norm"] == "rms_norm"
-        and record["num_single_layers"] > 0
-        and record["mlp_ratio"] == 4.0  # of the refiner, whatever the blocks have
-        and record["image_condition_type"] in (["latent_concat"] if given else [None, "token_replace"])
-    )
+    choices = ["latent_concat"] if given else [None, "token_replace"]
+    rule = f"with {given} channels more in than out it can be {' or '.join(map(str, choices))}"
+    require(record["image_condition_type"] in choices, record, "image_condition_type", rule)
 
 
-HUNYUAN = Preset("hunyuan", "HunyuanVideoTransformer3DModel", _accepts, build, describe, key_map, original_key_map)
+HUNYUAN = Preset("hunyuan", "HunyuanVideoTransformer3DModel", _check, build, describe, key_map, original_key_map)

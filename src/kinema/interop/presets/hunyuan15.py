@@ -17,6 +17,7 @@ from kinema.interop.presets.hunyuan import (
     original_dual_rules,
     original_refiner_rules,
 )
+from kinema.interop.presets.rules import fixed_choices
 from kinema.models.dit import Activation, DiT, DiTConfig, ModulationSource, QKNorm, TextEdge, TextEmbedding
 
 GLYPH_HIDDEN = 2048  # of the reference, whatever its config says
@@ -137,11 +138,9 @@ def _config(record: Record) -> DiTConfig:
     )
 
 
-def _accepts(record: Record) -> bool:
-    """All but the super-resolution models, which know a second timestep; the refiner's MLP always has that ratio."""
-    return record["qk_norm"] == "rms_norm" and not record["use_meanflow"] and record["mlp_ratio"] == 4.0
+def _check(record: Record) -> None:
+    """All but the super-resolution models, which know a second timestep."""
+    fixed_choices(record, qk_norm="rms_norm", use_meanflow=False)
 
 
-HUNYUAN_15 = Preset(
-    "hunyuan15", "HunyuanVideo15Transformer3DModel", _accepts, build, describe, key_map, original_key_map
-)
+HUNYUAN_15 = Preset("hunyuan15", "HunyuanVideo15Transformer3DModel", _check, build, describe, key_map, original_key_map)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from kinema.interop.keymap import Chain, Fused, Inverse, KeyMap, Layout, Reshaped, Rule, Same
 from kinema.interop.preset import Preset, Record
+from kinema.interop.presets.rules import fixed_choices, shortest
 from kinema.interop.presets.vae_layers import (
     CoderNames,
     decoder_names,
     encoder_names,
-    fixed_choices,
     multiples,
     refuse_difference,
 )
@@ -159,7 +159,7 @@ def _described(module: nn.Module) -> Record:
         "latent_channels": ours.latent_channels,
         "block_out_channels": [level.width for level in ours.encoder_levels()],
         "layers_per_block": ours.num_res_blocks,
-        "scaling_factor": 1 / stds[0].item(),
+        "scaling_factor": shortest(1 / stds[0].item()),
         "spatial_compression_ratio": ours.spatial_stride,
         "temporal_compression_ratio": ours.temporal_stride,
     }
@@ -259,7 +259,7 @@ def _query_key_value(theirs: str, ours: str, width: int, product: Layout) -> lis
 HUNYUAN_15_VAE = Preset(
     name="hunyuan_15_vae",
     reference="AutoencoderKLHunyuanVideo15",
-    accepts=lambda config: True,
+    check=lambda config: None,
     build=_build_15,
     describe=_describe_15,
     key_map=_key_map_15,
@@ -268,7 +268,7 @@ HUNYUAN_15_VAE = Preset(
 HUNYUAN_VAE = Preset(
     name="hunyuan_vae",
     reference="AutoencoderKLHunyuanVideo",
-    accepts=lambda config: True,
+    check=lambda config: None,
     build=_build,
     describe=_describe,
     key_map=_key_map,

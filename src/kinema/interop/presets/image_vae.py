@@ -12,11 +12,11 @@ from torch import Tensor
 
 from kinema.interop.keymap import Fused, Inverse, KeyMap, Layout, Rule, Unsqueezed
 from kinema.interop.preset import Record
+from kinema.interop.presets.rules import fixed_choices
 from kinema.interop.presets.vae_layers import (
     CoderNames,
     decoder_names,
     encoder_names,
-    fixed_choices,
     multiples,
 )
 from kinema.models.vae import CausalVAE, Convolution, Norm, Resampling, VAEConfig

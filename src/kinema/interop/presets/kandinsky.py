@@ -7,6 +7,7 @@ from torch import nn
 from kinema.interop.keymap import Along, KeyMap, PermutedRows, Rule
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
+from kinema.interop.presets.rules import fixed_choices, require
 from kinema.models.dit import DiT, DiTConfig, ModulationSource, TextEmbedding
 
 NORM_EPSILON = 1e-5
@@ -128,12 +129,10 @@ def _config(record: Record) -> DiTConfig:
     )
 
 
-def _accepts(record: Record) -> bool:
-    return (
-        all(record[key] == value for key, value in FIXED.items())
-        and record["in_visual_dim"] == record["out_visual_dim"]
-        and record["model_dim"] % sum(record["axes_dims"]) == 0
-    )
+def _check(record: Record) -> None:
+    fixed_choices(record, out_visual_dim=record["in_visual_dim"], **FIXED)
+    head = sum(record["axes_dims"])
+    require(record["model_dim"] % head == 0, record, "model_dim", f"it must be heads of sum(axes_dims), {head}")
 
 
-KANDINSKY = Preset("kandinsky", "Kandinsky5Transformer3DModel", _accepts, build, describe, key_map)
+KANDINSKY = Preset("kandinsky", "Kandinsky5Transformer3DModel", _check, build, describe, key_map)

@@ -7,6 +7,7 @@ from torch import nn
 from kinema.interop.keymap import KeyMap, PermutedRows, Reshaped, Rule
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
+from kinema.interop.presets.rules import fixed_choices, require, same_width
 from kinema.models.dit import (
     Activation,
     AttentionPattern,
@@ -149,13 +150,12 @@ def _out_channels(record: Record) -> int:
     return record["out_channels"] or record["in_channels"]
 
 
-def _accepts(record: Record) -> bool:
-    width = record["num_attention_heads"] * record["attention_head_dim"]
-    return (
-        all(record[key] == value for key, value in FIXED.items())
-        and record["cross_attention_dim"] == width
-        and _out_channels(record) in (record["in_channels"], 2 * record["in_channels"])
-    )
+def _check(record: Record) -> None:
+    fixed_choices(record, **FIXED)
+    same_width(record)
+    given = record["in_channels"]
+    rule = f"only in_channels, {given}, or twice as many for the variance, is implemented"
+    require(_out_channels(record) in (given, 2 * given), record, "out_channels", rule)
 
 
-LATTE = Preset("latte", "LatteTransformer3DModel", _accepts, build, describe, key_map)
+LATTE = Preset("latte", "LatteTransformer3DModel", _check, build, describe, key_map)

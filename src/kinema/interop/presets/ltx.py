@@ -7,6 +7,7 @@ from torch import nn
 from kinema.interop.keymap import KeyMap, Reshaped, Rule
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
+from kinema.interop.presets.rules import fixed_choices, same_channels, same_width
 from kinema.models.dit import Activation, CrossNorm, DiT, DiTConfig, HeadModulation, NormKind, QKNorm, Rope
 
 HEAD_EPSILON = 1e-6  # of the reference's last norm, whatever its config says
@@ -120,18 +121,11 @@ def _original(name: str) -> str:
     return ".".join(ORIGINAL.get(part, part) for part in name.split("."))
 
 
-def _accepts(record: Record) -> bool:
-    width = record["num_attention_heads"] * record["attention_head_dim"]
-    return (
-        record["qk_norm"] == "rms_norm_across_heads"
-        and record["activation_fn"] == "gelu-approximate"
-        and record["out_channels"] in (None, record["in_channels"])
-        and record["cross_attention_dim"] == width
-        and record["norm_eps"] == HEAD_EPSILON
-        and not record["norm_elementwise_affine"]
-        and record["attention_bias"]
-        and record["attention_out_bias"]
-    )
+def _check(record: Record) -> None:
+    fixed_choices(record, qk_norm="rms_norm_across_heads", activation_fn="gelu-approximate", norm_eps=HEAD_EPSILON)
+    fixed_choices(record, norm_elementwise_affine=False, attention_bias=True, attention_out_bias=True)
+    same_channels(record)
+    same_width(record)
 
 
-LTX = Preset("ltx", "LTXVideoTransformer3DModel", _accepts, build, describe, key_map, original_key_map)
+LTX = Preset("ltx", "LTXVideoTransformer3DModel", _check, build, describe, key_map, original_key_map)

@@ -7,6 +7,7 @@ from torch import nn
 from kinema.interop.keymap import Chain, KeyMap, Layout, PermutedRows, ReorderedRows, Reshaped, Rule, Same
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
+from kinema.interop.presets.rules import fixed_choices, require, same_channels, same_width
 from kinema.models.dit import (
     Activation,
     CrossNorm,
@@ -107,7 +108,7 @@ def build(record: Record) -> DiT:
 
 
 def describe(module: nn.Module) -> Record:
-    """The inverse of `build`, with the layout of rotary channels that the releases have."""
+    """The inverse of `build`, with the layout of rotary channels that the releases have, where that can be."""
     model = cast(DiT, module)
     config, audio = model.config, model.config.audio
     if audio is None:
@@ -139,7 +140,7 @@ def describe(module: nn.Module) -> Record:
         **dict.fromkeys(("gated_attn", "audio_gated_attn"), config.head_gates),
         **dict.fromkeys(("cross_attn_mod", "audio_cross_attn_mod", "perturbed_attn"), config.modulated_captions),
         "rope_theta": config.rope_theta,
-        "rope_type": "split",
+        "rope_type": "split" if config.num_heads == audio.num_heads else "interleaved",
     }
     check_described("LTX2VideoTransformer3DModel", config, _config(record))
     return record
@@ -257,21 +258,21 @@ def _config(record: Record) -> DiTConfig:
     )
 
 
-def _accepts(record: Record) -> bool:
+def _check(record: Record) -> None:
     """LTX-2.0 and 2.3.
 
     The exchange turns both streams by their own heads, which must be as many where channels lie apart.
     """
-    heads = record["num_attention_heads"], record["audio_num_attention_heads"]
-    widths = heads[0] * record["attention_head_dim"], heads[1] * record["audio_attention_head_dim"]
-    return (
-        all(record[key] == value for key, value in FIXED.items())
-        and all(record[key] == record[f"audio_{key}"] for key in ("gated_attn", "cross_attn_mod"))
-        and record["out_channels"] in (None, record["in_channels"])
-        and record["audio_out_channels"] in (None, record["audio_in_channels"])
-        and (record["cross_attention_dim"], record["audio_cross_attention_dim"]) == widths
-        and (record["rope_type"] == "interleaved" or heads[0] == heads[1])
-    )
+    fixed_choices(record, **FIXED)
+    for key in ("gated_attn", "cross_attn_mod"):
+        fixed_choices(record, **{f"audio_{key}": record[key]})
+    for prefix in ("", "audio_"):
+        same_channels(record, prefix)
+        same_width(record, prefix)
+    heads = record["num_attention_heads"]
+    rule = f"rope_type=split needs num_attention_heads, {heads}; or write rope_type=interleaved"
+    fits = record["rope_type"] == "interleaved" or record["audio_num_attention_heads"] == heads
+    require(fits, record, "audio_num_attention_heads", rule)
 
 
-LTX2 = Preset("ltx2", "LTX2VideoTransformer3DModel", _accepts, build, describe, key_map, original_key_map)
+LTX2 = Preset("ltx2", "LTX2VideoTransformer3DModel", _check, build, describe, key_map, original_key_map)

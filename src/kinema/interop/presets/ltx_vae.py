@@ -6,10 +6,10 @@ from torch import nn
 
 from kinema.interop.keymap import Along, KeyMap, PermutedRows, Rule
 from kinema.interop.preset import Preset, Record
+from kinema.interop.presets.rules import fixed_choices
 from kinema.interop.presets.vae_layers import (
     decoder_names,
     encoder_names,
-    fixed_choices,
     multiples,
     refuse_difference,
 )
@@ -211,7 +211,7 @@ def _fixed_flags(config: Record, count: int, **choices: bool) -> None:
 LTX2_VAE = Preset(
     name="ltx2_vae",
     reference="AutoencoderKLLTX2Video",
-    accepts=lambda config: True,
+    check=lambda config: None,
     build=lambda config: CausalVAE(vae_config(config)),
     describe=describe,
     key_map=key_map,

@@ -19,6 +19,7 @@ from kinema.interop.keymap import (
 )
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
+from kinema.interop.presets.rules import fixed_choices, require, same_channels
 from kinema.models.dit import (
     Activation,
     DiT,
@@ -232,13 +233,13 @@ def _config(record: Record) -> DiTConfig:
     )
 
 
-def _accepts(record: Record) -> bool:
+def _check(record: Record) -> None:
     """The reference rounds the width of its MLPs down, we to the nearest: widths at which that is the same."""
-    return (
-        all(_hidden(width) == round(width * MLP_RATIO) for width in _widths(record))
-        and all(record[key] == value for key, value in FIXED.items())
-        and record["out_channels"] in (None, record["in_channels"])
-    )
+    fixed_choices(record, **FIXED)
+    same_channels(record)
+    fits = all(_hidden(width) == round(width * MLP_RATIO) for width in _widths(record))
+    rule = "8/3 of this width and of pooled_projection_dim must round up and down to the same"
+    require(fits, record, "attention_head_dim", rule)
 
 
-MOCHI = Preset("mochi", "MochiTransformer3DModel", _accepts, build, describe, key_map, original_key_map)
+MOCHI = Preset("mochi", "MochiTransformer3DModel", _check, build, describe, key_map, original_key_map)

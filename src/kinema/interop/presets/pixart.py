@@ -8,6 +8,7 @@ from kinema.interop.keymap import KeyMap, PermutedRows, Reshaped, Rule
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
 from kinema.interop.presets.latte import BASE_SAMPLE, EDGES, block_rules
+from kinema.interop.presets.rules import fixed_choices, require, same_width
 from kinema.models.dit import Activation, CrossNorm, DiT, DiTConfig, HeadModulation, PositionEmbedding, QKNorm, Rope
 
 FIXED = {
@@ -99,15 +100,16 @@ def _out_channels(record: Record) -> int:
     return record["out_channels"] or record["in_channels"]
 
 
-def _accepts(record: Record) -> bool:
-    asks_size = record["use_additional_conditions"]
-    return (
-        all(record[key] == value for key, value in FIXED.items())
-        and record["caption_channels"] is not None
-        and record["cross_attention_dim"] == record["num_attention_heads"] * record["attention_head_dim"]
-        and _out_channels(record) in (record["in_channels"], 2 * record["in_channels"])
-        and not (record["sample_size"] == SIZED_SAMPLE if asks_size is None else asks_size)
-    )
+def _check(record: Record) -> None:
+    fixed_choices(record, **FIXED)
+    require(record["caption_channels"] is not None, record, "caption_channels", "only with captions is it implemented")
+    same_width(record)
+    given, asks_size = record["in_channels"], record["use_additional_conditions"]
+    rule = f"only in_channels, {given}, or twice as many for the variance, is implemented"
+    require(_out_channels(record) in (given, 2 * given), record, "out_channels", rule)
+    sized = record["sample_size"] == SIZED_SAMPLE if asks_size is None else asks_size
+    rule = f"only False is implemented, which None does not mean at sample_size={SIZED_SAMPLE}"
+    require(not sized, record, "use_additional_conditions", rule)
 
 
-PIXART = Preset("pixart", "PixArtTransformer2DModel", _accepts, build, describe, key_map)
+PIXART = Preset("pixart", "PixArtTransformer2DModel", _check, build, describe, key_map)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import nn
 
-from kinema.interop.preset import Record
 from kinema.models.vae import CausalVAE, VAEConfig
 from kinema.models.vae.layers import CausalSequential, FrameAttention, ResBlock
 
@@ -43,14 +42,6 @@ def decoder_names(config: VAEConfig) -> CoderNames:
     first = 2 if config.latent_convolution else 1
     levels = first + _middle_size(config)
     return _names(layers[:first], layers[first:levels], layers[levels:])
-
-
-def fixed_choices(config: Record, **choices: object) -> None:
-    """ValueError when a config of the reference has another value than the only one that is implemented here."""
-    for name, value in choices.items():
-        found = list(config[name]) if isinstance(config[name], tuple) else config[name]
-        if found != value:
-            raise ValueError(f"{name}={found}: only {value} is implemented")
 
 
 def multiples(widths: Sequence[int]) -> tuple[int, list[int]]:

@@ -10,6 +10,7 @@ from torch import nn
 from kinema.interop.keymap import KeyMap, PermutedRows, Reshaped, Rule
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
+from kinema.interop.presets.rules import fixed_choices, require
 from kinema.models.dit import Activation, CrossNorm, DiT, DiTConfig, HeadModulation, QKNorm
 
 TIMESTEPS = 1000.0
@@ -182,14 +183,12 @@ def _block_names(record: Record, side: int, attentions: tuple[str, str]) -> list
     return found
 
 
-def _accepts(record: Record) -> bool:
-    width = record["num_attention_heads"] * record["attention_head_dim"]
-    return (
-        record["qk_norm"] == "rms_norm_across_heads"
-        and (record["pos_embed_seq_len"] is None or record["image_dim"] is not None)
-        and record["added_kv_proj_dim"] == (None if record["image_dim"] is None else width)
-    )
+def _check(record: Record) -> None:
+    """Of any `qk_norm`: the reference's class always has the same norms and never reads it."""
+    width, has_image = record["num_attention_heads"] * record["attention_head_dim"], record["image_dim"] is not None
+    fixed_choices(record, added_kv_proj_dim=width if has_image else None)
+    require(has_image or record["pos_embed_seq_len"] is None, record, "pos_embed_seq_len", "it needs an image_dim")
 
 
-WAN = Preset("wan", "WanTransformer3DModel", _accepts, build, describe, key_map, original_key_map)
-WAN_VACE = Preset("wan_vace", "WanVACETransformer3DModel", _accepts, build, describe_vace, key_map, original_key_map)
+WAN = Preset("wan", "WanTransformer3DModel", _check, build, describe, key_map, original_key_map)
+WAN_VACE = Preset("wan_vace", "WanVACETransformer3DModel", _check, build, describe_vace, key_map, original_key_map)

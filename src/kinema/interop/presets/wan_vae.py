@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from kinema.interop.keymap import Along, KeyMap, Layout, PermutedRows, Reshaped, Rule, Same, Unsqueezed
 from kinema.interop.preset import Preset, Record
-from kinema.interop.presets.vae_layers import CoderNames, decoder_names, encoder_names, fixed_choices, refuse_difference
+from kinema.interop.presets.rules import fixed_choices, shortest
+from kinema.interop.presets.vae_layers import CoderNames, decoder_names, encoder_names, refuse_difference
 from kinema.models.vae import CausalVAE, Convolution, Halving, Norm, Resampling, TimePadding, VAEConfig
 from kinema.models.vae.resampling import FirstAloneDown, FirstAloneUp
 
@@ -77,8 +78,8 @@ def describe(module: nn.Module) -> Record:
         "attn_scales": [],
         "temperal_downsample": temporal,
         "dropout": 0.0,
-        "latents_mean": module.latent_mean.tolist(),
-        "latents_std": module.latent_std.tolist(),
+        "latents_mean": [shortest(mean) for mean in module.latent_mean.tolist()],
+        "latents_std": [shortest(std) for std in module.latent_std.tolist()],
         "is_residual": residual,
         "in_channels": 3 * patch**2,
         "out_channels": 3 * patch**2,
@@ -214,7 +215,7 @@ def _statistics(config: Record) -> dict[str, Tensor]:
 WAN_VAE = Preset(
     name="wan_vae",
     reference="AutoencoderKLWan",
-    accepts=lambda config: not config["is_residual"],
+    check=lambda config: fixed_choices(config, is_residual=False),
     build=build,
     describe=describe,
     key_map=key_map,
@@ -223,7 +224,7 @@ WAN_VAE = Preset(
 WAN_22_VAE = Preset(
     name="wan_22_vae",
     reference="AutoencoderKLWan",
-    accepts=lambda config: bool(config["is_residual"]),
+    check=lambda config: fixed_choices(config, is_residual=True),
     build=build,
     describe=describe,
     key_map=key_map,

@@ -54,6 +54,10 @@ def _rows(sublayers: Sequence[Sublayer]) -> list[int]:
     return [count * number + slot for number, slots in enumerate(groups) for slot in range(len(slots))]
 
 
+REFINER_MLP_RATIO = 4
+"""Of the refiner's MLPs in both HunyuanVideo models, whatever `mlp_ratio` is."""
+
+
 def refiner_blocks(config: DiTConfig) -> list[Block]:
     """Blocks on captions alone: attention and MLP behind norms with weights, and gates."""
     attention = attention_of(config.attention_kernel)
@@ -61,7 +65,7 @@ def refiner_blocks(config: DiTConfig) -> list[Block]:
     sizes = [config.width] * 2
     made = []
     for _ in range(config.refiner_depth):
-        mlp = FeedForward(config.width, config.hidden_width, Activation.silu, bias=True)
+        mlp = FeedForward(config.width, REFINER_MLP_RATIO * config.width, Activation.silu, bias=True)
         operations = SegmentAttention(shape, "text", TEXT, attention), mlp
         sublayers = [Sublayer({TEXT: GATED}, operation, _affine(config)) for operation in operations]
         made.append(Block(sublayers, LinearModulation(config.width, sizes), sizes))

@@ -327,7 +327,7 @@ class DiTConfig:
     """One layer and a norm bring that vector to the timestep's width, instead of two layers (Kandinsky 5)."""
     text_embedding: TextEmbedding = TextEmbedding.mlp
     refiner_depth: int = 2
-    """Blocks of text_embedding=refiner or tower."""
+    """Blocks of text_embedding=refiner or tower; MLPs of a refiner are 4 times the width, whatever mlp_ratio is."""
     text_activation: Activation = Activation.gelu
     """Between the two layers that bring captions to the model's width, or after the only one."""
     text_channels: int = 0
