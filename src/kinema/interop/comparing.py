@@ -64,7 +64,11 @@ class Sample:
             glyphs=draw(4, config.glyph_width) if config.glyph_width else None,
             ofs=torch.tensor([2.0, 1.0]) if config.ofs_channels else None,
             control=draw(config.control_channels, *grid) if config.control_channels else None,
-            audio=_sound(config.audio, draw(words, model.text_width), draw) if config.audio else None,
+            audio=_sound(config.audio, draw(words, model.text_width), draw)
+            if config.audio
+            else _both_ears(config.audio_channels, draw)
+            if config.audio_channels
+            else None,
         )
 
     def extras(self) -> Extras:
@@ -84,6 +88,10 @@ class Sample:
     def given(self) -> Tensor:
         """Noisy latents and given channels together, as references take them."""
         return self.latents if self.channels is None else torch.cat([self.latents, self.channels], dim=1)
+
+
+def _both_ears(channels: int, draw: Callable[..., Tensor]) -> Sound:
+    return Sound(list(draw(channels, 7, 2)), torch.tensor([0.6, 0.2]))
 
 
 def _sound(stream: StreamConfig, text: Tensor, draw: Callable[..., Tensor]) -> Sound:
@@ -137,6 +145,30 @@ def ltx2(reference: Any, config: Record, sample: Sample) -> Tensor:
         return_dict=False,
     )
     return together(video.transpose(1, 2), played.transpose(1, 2))
+
+
+def minimax_h3(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """MiniMax-H3: one packed sequence a clip, laid out by the reference's own pipeline, at 1 - t and the other sign."""
+    layout = import_module("diffusers.modular_pipelines.minimax_h3.before_denoise")
+    patch, found = tuple(config["patch_size"]), []
+    for clip, latents in enumerate(sample.latents):
+        sound = sample.audio
+        heard = latents.new_zeros(config["audio_in_channels"], 0, 2) if sound is None else sound.latents[clip]
+        tags = torch.ones(len(sample.text[clip]), dtype=torch.long)
+        places = (*latents.shape[1:], heard.shape[1], patch, 2, 2, 0)
+        where, tags, video, audio, text, _, _ = layout.MiniMaxH3PrepareLayoutStep.build_packed_sequence(tags, *places)
+        heard_at = (sample.timesteps if sound is None else torch.stack(list(sound.timesteps)))[clip]
+        both = [1 - time.item() for time in (sample.timesteps[clip], heard_at)]
+        times, rows = layout.MiniMaxH3SetTimestepsStep.build_row_timesteps(video, audio, 0, 0, len(text), *both, 1, 1)
+        patches = layout.patchify_video_latents(latents[None], patch)[None]
+        ears = heard.permute(2, 1, 0).reshape(1, -1, len(heard))
+        seen, played = reference(
+            patches, ears, sample.text[clip][None], times, rows, tags, where, video, audio, text, return_dict=False
+        )
+        grid = [side // size for side, size in zip(latents.shape[1:], patch, strict=True)]
+        seen = seen[0].unflatten(1, (-1, *patch)).unflatten(0, grid).permute(3, 0, 4, 1, 5, 2, 6).reshape(latents.shape)
+        found.append(-torch.cat([seen.flatten(), played[0].unflatten(0, (2, -1)).permute(2, 1, 0).flatten()]))
+    return torch.stack(found)
 
 
 def hunyuan_video(reference: Any, config: Record, sample: Sample) -> Tensor:
@@ -246,6 +278,7 @@ CALLS: dict[str, Call] = {
     "WanVACETransformer3DModel": wan_vace,
     "LTXVideoTransformer3DModel": ltx_video,
     "LTX2VideoTransformer3DModel": ltx2,
+    "MiniMaxH3Transformer3DModel": minimax_h3,
     "HunyuanVideoTransformer3DModel": hunyuan_video,
     "HunyuanVideo15Transformer3DModel": hunyuan_video_15,
     "CogVideoXTransformer3DModel": cogvideox,

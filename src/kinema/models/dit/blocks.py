@@ -33,7 +33,7 @@ WHOLE = 3  # shift, scale and gate
 READ = 2  # shift and scale of a segment that is only read
 GATED = 1
 ALONE = 0
-VIDEO, TEXT = ("video",), ("text",)
+VIDEO, TEXT, AUDIO = ("video",), ("text",), ("audio",)
 
 
 def blocks(config: DiTConfig) -> list[Block]:
@@ -74,6 +74,17 @@ def tower_blocks(config: DiTConfig) -> list[Block]:
         sublayers = [Sublayer({TEXT: WHOLE}, operation, _norm(config)) for operation in operations]
         slots = sum(sublayer.slots for sublayer in sublayers)
         made.append(Block(sublayers, LinearModulation(config.condition_width, config.width, slots)))
+    return made
+
+
+def encoder_sublayers(config: DiTConfig) -> list[Sublayer]:
+    """Attention and MLP on captions alone, one after the other, behind norms with weights and with no gate."""
+    attention = attention_of(config.attention_kernel)
+    made = []
+    for _ in range(config.refiner_depth):
+        for operation in (SegmentAttention(_shape(config), "text", TEXT, attention), _mlp(config)):
+            norm = Norm(config.norm, config.width, config.norm_eps, affine=True)
+            made.append(Sublayer({TEXT: ALONE}, operation, norm))
     return made
 
 
@@ -152,9 +163,12 @@ def _joint(config: DiTConfig, attention: Attention, spans: Sequence[Span], *, la
 
 
 def _shared(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> list[Sublayer]:
-    """The same with one set of weights and a modulation for each."""
-    mixing = JointAttention(_shape(config), VIDEO + TEXT, attention, shared=True, span=spans[0])
-    first, last = (Sublayer({VIDEO: WHOLE, TEXT: WHOLE}, each, _norm(config)) for each in (mixing, _mlp(config)))
+    """The same with one set of weights and a modulation for each, for sound too where the model has it."""
+    segments = [VIDEO, TEXT, *([AUDIO] if config.audio_channels else [])]
+    names = [name for segment in segments for name in segment]
+    mixing = JointAttention(_shape(config), names, attention, shared=True, span=spans[0])
+    slots: dict[tuple[str, ...], int] = dict.fromkeys(segments, WHOLE)
+    first, last = (Sublayer(slots, each, _norm(config)) for each in (mixing, _mlp(config)))
     return [first, *_looks(config, attention, spans[1:]), last]
 
 
@@ -169,7 +183,8 @@ def _mlp(config: DiTConfig) -> FeedForward:
 
 
 def _shape(config: DiTConfig) -> HeadShape:
-    return HeadShape(config.width, config.num_heads, config.qk_norm, config.qk_norm_eps, config.bias)
+    inner = config.num_heads * config.head_dim
+    return HeadShape(config.width, config.num_heads, config.qk_norm, config.qk_norm_eps, config.bias, inner)
 
 
 def _norm(config: DiTConfig) -> Norm:

@@ -45,14 +45,24 @@ def sinusoids(timesteps: Tensor, channels: int, scale: float) -> Tensor:
 class TimestepEmbedding(nn.Module):
     """Sinusoids and two linear layers, in float32 throughout."""
 
-    def __init__(self, channels: int, width: int, scale: float, *, bias: bool = True) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        scale: float,
+        *,
+        bias: bool = True,
+        hidden: int | None = None,
+        from_noise: bool = False,
+    ) -> None:
         super().__init__()
-        self.channels, self.scale = channels, scale
-        self.expand = ExactLinear(channels, width, bias)
-        self.project = ExactLinear(width, width, bias)
+        self.channels, self.scale, self.from_noise = channels, scale, from_noise
+        self.expand = ExactLinear(channels, hidden or width, bias)
+        self.project = ExactLinear(hidden or width, width, bias)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """timesteps (R,) in [0, 1] -> (R, D)."""
+        timesteps = 1 - timesteps if self.from_noise else timesteps
         return self.project(F.silu(self.expand(sinusoids(timesteps, self.channels, self.scale))))
 
 

@@ -95,17 +95,28 @@ class HeadShape(NamedTuple):
     qk_norm: QKNorm
     eps: float
     bias: bool
+    inner: int = 0
+    """Channels of all heads together; 0 for the width."""
+
+    @property
+    def heads_width(self) -> int:
+        """Channels of all heads together."""
+        return self.inner or self.width
 
     def linear(self, given: int | None = None) -> Linear:
-        """Width, or that of what is given, to width."""
-        return Linear(given or self.width, self.width, self.bias)
+        """Width, or that of what is given, to all heads."""
+        return Linear(given or self.width, self.heads_width, self.bias)
+
+    def back(self, asks: int | None = None) -> Linear:
+        """All heads to width, or to that of what asks."""
+        return Linear(self.heads_width, asks or self.width, self.bias)
 
     def norm(self) -> nn.Module:
         """The norm of queries or keys."""
         if self.qk_norm is QKNorm.none:
             return nn.Identity()
         kind = NormKind.layer if self.qk_norm is QKNorm.layer_head else NormKind.rms
-        channels = self.width if self.qk_norm is QKNorm.rms_all else self.width // self.num_heads
+        channels = self.heads_width if self.qk_norm is QKNorm.rms_all else self.heads_width // self.num_heads
         return Norm(kind, channels, self.eps, affine=True)
 
     def heads(self, x: Tensor) -> Tensor:
@@ -155,7 +166,7 @@ class SegmentAttention(nn.Module):
         self.query = shape.linear(ask_width)
         self.key, self.value = shape.linear(answer_width), shape.linear(answer_width)
         self.query_norm, self.key_norm = shape.norm(), shape.norm()
-        self.project = Linear(shape.width, ask_width or shape.width, shape.bias)
+        self.project = shape.back(ask_width)
         self.others = nn.ModuleDict({name: KeyValue(shape) for name in answers[1:]})
 
     def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
@@ -184,14 +195,15 @@ class SegmentAttention(nn.Module):
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip."""
-        asking, square = counts.tokens[self.asks], self.shape.width**2
+        asking, inner = counts.tokens[self.asks], self.shape.heads_width
+        square = self.shape.width * inner
         if self.answers == self.asks:
             pairs = counts.seen[self.span] if self.asks == "video" else asking**2
-            return 4 * asking * square + 2 * pairs * self.shape.width
+            return 4 * asking * square + 2 * pairs * inner
         others = sum(counts.tokens[name] for name in self.others)
         keys = 2 * counts.tokens[self.answers] * self.key.weight.numel() + 2 * others * square
         own = asking * (self.query.weight.numel() + self.project.weight.numel())
-        return own + keys + 2 * asking * (counts.tokens[self.answers] + others) * self.shape.width
+        return own + keys + 2 * asking * (counts.tokens[self.answers] + others) * inner
 
 
 class Stream(nn.Module):
@@ -204,7 +216,7 @@ class Stream(nn.Module):
         self.key, self.value = shape.linear(), shape.linear()
         self.query_norm = shape.norm() if asks else None
         self.key_norm = shape.norm()
-        self.project = shape.linear() if asks else None
+        self.project = shape.back() if asks else None
 
     def forward(self, x: Tensor, rope: Rope | None) -> tuple[Tensor | None, Tensor, Tensor]:
         """x (N, D) -> queries, keys and values (N, h, d)"""
@@ -251,7 +263,8 @@ class JointAttention(nn.Module):
         answering = sum(counts.tokens[name] for name in asks)
         unseen = counts.tokens["video"] ** 2 - counts.seen[self.span]
         pairs = asking * answering - unseen
-        return 2 * (asking + answering) * self.shape.width**2 + 2 * pairs * self.shape.width
+        inner = self.shape.heads_width
+        return 2 * (asking + answering) * self.shape.width * inner + 2 * pairs * inner
 
 
 class SingleStream(nn.Module):
@@ -269,7 +282,7 @@ class SingleStream(nn.Module):
         self.query_norm, self.key_norm = shape.norm(), shape.norm()
         self.expand = Linear(shape.width, hidden, shape.bias)
         self.gate = Linear(shape.width, hidden, shape.bias) if activation is Activation.swiglu else None
-        self.project = Linear(shape.width + hidden, shape.width, shape.bias)
+        self.project = Linear(shape.heads_width + hidden, shape.width, shape.bias)
 
     def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
         """asking (N, D) of every segment, already normalised -> updates (N, D)"""
@@ -295,11 +308,11 @@ class SingleStream(nn.Module):
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip, for these segments."""
-        count, width = sum(counts.tokens[name] for name in asks), self.shape.width
+        count, inner = sum(counts.tokens[name] for name in asks), self.shape.heads_width
         gate = 0 if self.gate is None else self.gate.weight.numel()
-        layers = 3 * width**2 + self.expand.weight.numel() + self.project.weight.numel() + gate
+        layers = 3 * self.shape.width * inner + self.expand.weight.numel() + self.project.weight.numel() + gate
         pairs = count**2 - counts.tokens["video"] ** 2 + counts.seen[self.span]
-        return count * layers + 2 * pairs * width
+        return count * layers + 2 * pairs * inner
 
 
 Triples = Mapping[str, tuple[Tensor | None, Tensor, Tensor]]
@@ -371,7 +384,7 @@ class Sublayer(nn.Module):
 
     def forward(self, tokens: Tokens, segments: Segments, modulation: Sequence[Tensor]) -> Tokens:
         """Tokens of all segments and the modulation, `slots` times (R, D) -> tokens of all segments."""
-        parts = self._parts(modulation)
+        parts = {name: part for name, part in self._parts(modulation).items() if name in tokens}
         asking = {name: self._input(tokens[name], segments[name].rows, part) for name, part in parts.items()}
         updates = self.operation(asking, tokens, segments)
         done = {name: self._sum(tokens[name], x, segments[name].rows, parts[name]) for name, x in updates.items()}

@@ -20,8 +20,10 @@ Tokens = dict[str, Tensor]
 """Tokens of each segment by its name: `video` (N, D), `text` (M, D), clip after clip."""
 
 
-Rope = tuple[Tensor, Tensor]
+Turns = tuple[Tensor, Tensor]
 """cos and sin of every token: (N, d / 2) each, or (N, h, d / 2) where heads differ."""
+
+Rope = Turns
 
 
 class Span(Enum):
