@@ -168,7 +168,7 @@ def minimax_h3(reference: Any, config: Record, sample: Sample) -> Tensor:
         grid = [side // size for side, size in zip(latents.shape[1:], patch, strict=True)]
         seen = seen[0].unflatten(1, (-1, *patch)).unflatten(0, grid).permute(3, 0, 4, 1, 5, 2, 6).reshape(latents.shape)
         found.append(-torch.cat([seen.flatten(), played[0].unflatten(0, (2, -1)).permute(2, 1, 0).flatten()]))
-    return torch.stack(found)
+    return torch.stack(found) if sample.audio else torch.stack(found).view_as(sample.latents)
 
 
 def hunyuan_video(reference: Any, config: Record, sample: Sample) -> Tensor:

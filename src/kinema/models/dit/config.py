@@ -391,8 +391,6 @@ class DiTConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be zero or more.")
-        if self.head_channels % 2:
-            raise ValueError(f"model.head_channels={self.head_channels} must be even: rotary positions turn pairs.")
         if not self.head_channels and self.width % (2 * self.num_heads):
             usable = [heads for heads in range(1, self.width + 1) if self.width % (2 * heads) == 0]
             raise ValueError(
@@ -404,9 +402,9 @@ class DiTConfig:
                 f"model.patch_size={self.patch_size} must be three numbers from 1 up (frames, rows, columns)."
                 " Type for example model.patch_size=[1,2,2]."
             )
-        for name in ("timestep_channels", "ofs_channels"):
+        for name in ("timestep_channels", "ofs_channels", "head_channels", "rope_still"):
             if getattr(self, name) % 2:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be even: half are cosines.")
+                raise ValueError(f"model.{name}={getattr(self, name)} must be even: waves and turns take pairs.")
         if self.text_activation is Activation.swiglu:
             raise ValueError("model.text_activation=swiglu needs a third layer. Type gelu, gelu_tanh or silu.")
         for name in ("rope_extent", "rope_units", "rope_scale", "position_scale"):
@@ -414,8 +412,6 @@ class DiTConfig:
             flat = name == "rope_extent" and self.rope is Rope.seconds  # rows and columns need not turn
             if len(value) != 3 or min(value[:1] if flat else value) <= 0 or min(value) < 0:
                 raise ValueError(f"model.{name}={value} must be three numbers above zero.")
-        if self.rope in (Rope.axes, Rope.packed):
-            check_rope_axes(self.rope_axes, self.head_dim, self.rope_still)
         self._check_packed()
         self._check_scaling()
         self._check_positions()
@@ -427,6 +423,8 @@ class DiTConfig:
         self._check_audio()
 
     def _check_packed(self) -> None:
+        if self.rope in (Rope.axes, Rope.packed):
+            check_rope_axes(self.rope_axes, self.head_dim, self.rope_still)
         if self.rope not in (Rope.axes, Rope.packed) and (self.rope_still or self.head_channels):
             raise ValueError(
                 f"model.rope_still={self.rope_still} and model.head_channels={self.head_channels} need heads whose "

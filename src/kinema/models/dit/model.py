@@ -495,8 +495,7 @@ class DiT(nn.Module):
                 f"extras.fps has {len(extras.fps)} entries for {len(latents)} clips and model.rope_fps="
                 f"{self.config.rope_fps}: only a model with rope_fps above zero reads rates, one a clip."
             )
-        if extras.audio is not None:
-            self._check_sound(extras.audio)
+        self._check_sound(extras.audio)
         for key, name in GIVEN.items():
             for clip, given in zip(latents, getattr(extras, name) or [], strict=getattr(extras, name) is not None):
                 expected = (getattr(self.config, key), *clip.shape[1:])
@@ -521,9 +520,11 @@ class DiT(nn.Module):
                     f"(L >= 0, {self.config.glyph_width})."
                 )
 
-    def _check_sound(self, sound: Sound) -> None:
+    def _check_sound(self, sound: Sound | None) -> None:
         """Refuse sound of another kind than the model's; the tower of model.audio looks at the rest itself."""
         channels = self.config.audio_channels
+        if sound is None:
+            return
         if (sound.text is None) is not bool(channels):
             raise ValueError(
                 f"extras.audio.text is {'missing' if sound.text is None else 'given'}: a tower (model.audio) has "
