@@ -128,7 +128,7 @@ def ltx_video(reference: Any, config: Record, sample: Sample) -> Tensor:
 
 def ltx2(reference: Any, config: Record, sample: Sample) -> Tensor:
     """LTX-2: the tokens of both streams in a row, at the reference's own frame rate."""
-    assert sample.audio is not None
+    assert sample.audio is not None and sample.audio.text is not None
     heard = torch.stack(list(sample.audio.latents))
     shape = sample.latents.shape[2:]
     video, played = reference(
