@@ -1,6 +1,6 @@
 """Samples of a published model and of its fine-tunes through diffusers' own pipeline, in one picture.
 
-python -m benchmarks.finetuning out/wan out/green_lora out/green_full --to docs/pictures/finetuning.png
+python -m benchmarks.finetuning out/wan out/brown_lora out/brown_full --to docs/pictures/finetuning.png
 """
 
 import argparse

@@ -396,16 +396,16 @@ class Job:
     pair_share: float
     bounce_share: float
     keep_frames: bool
-    background: tuple[int, int, int] | None = None
-    """Instead of the drawn one."""
+    backgrounds: tuple[tuple[int, int, int], ...] = ()
+    """In turn, instead of the drawn ones."""
 
 
 def make_clip(job: Job) -> tuple[ClipRecord, bytes, NDArray[np.uint8] | None]:
     """Record, mp4 and (for the contact sheet) captioned frames of one clip, from nothing but its job."""
     rng = np.random.default_rng([job.seed, job.number, job.split == "heldout"])
     scene = draw_scene(rng, job.sizes, job.split == "heldout", job.pair_share, job.bounce_share)
-    if job.background is not None:
-        scene = replace(scene, background=job.background)
+    if job.backgrounds:
+        scene = replace(scene, background=job.backgrounds[job.number % len(job.backgrounds)])
     seconds = scene.num_frames / scene.fps
     paths, events = simulate(scene.bodies, scene.size, seconds, scene.contact)
     times = np.arange(scene.num_frames) / scene.fps
@@ -462,14 +462,18 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     return sizes
 
 
-def parse_background(text: str | None) -> tuple[int, int, int] | None:
-    """`20,60,150` -> (20, 60, 150); None stays None."""
-    if text is None:
-        return None
-    values = [int(value) for value in text.split(",") if value.isdigit()]
-    if len(values) != 3 or max(values) > 255 or text.count(",") != 2:
-        raise ValueError(f"--background {text} must be R,G,B with numbers from 0 to 255, e.g. 20,60,150.")
-    return values[0], values[1], values[2]
+def parse_backgrounds(text: str | None) -> tuple[tuple[int, int, int], ...]:
+    """`20,20,20/20,60,150` -> ((20, 20, 20), (20, 60, 150)); None -> none. ValueError names what is no colour."""
+    found = []
+    for item in text.split("/") if text is not None else []:
+        values = [int(value) for value in item.split(",") if value.isdigit()]
+        if len(values) != 3 or max(values) > 255 or item.count(",") != 2:
+            raise ValueError(
+                f"--background {text}: {item} must be R,G,B with numbers from 0 to 255, e.g. 20,60,150; / lies between "
+                "several."
+            )
+        found.append((values[0], values[1], values[2]))
+    return tuple(found)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -494,7 +498,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.3,
         help="share of single objects that hit a wall (default %(default)s)",
     )
-    parser.add_argument("--background", help="R,G,B of every clip, e.g. 20,60,150, instead of dark greys of its own")
+    parser.add_argument(
+        "--background",
+        help="R,G,B of every clip, e.g. 20,60,150, or several in turn, 20,20,20/20,60,150; instead of dark greys",
+    )
     parser.add_argument(
         "--workers", type=int, default=2, help="processes; changes nothing but the time (default %(default)s)"
     )
@@ -515,10 +522,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def list_jobs(arguments: argparse.Namespace) -> list[Job]:
     """Train clips, then held-out clips; the first ones are kept for the contact sheet."""
     sizes = parse_sizes(arguments.sizes)
-    background = parse_background(arguments.background)
+    backgrounds = parse_backgrounds(arguments.background)
     shown = SHEET_CLIPS * 2 // 3
     return [
-        Job(number, arguments.seed, split, sizes, arguments.pairs, arguments.bounces, number < keep, background)
+        Job(number, arguments.seed, split, sizes, arguments.pairs, arguments.bounces, number < keep, backgrounds)
         for split, count, keep in (
             ("train", arguments.clips, shown),
             ("heldout", arguments.heldout, SHEET_CLIPS - shown),

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from kinema.conditioning.text import build_text_encoder
+from kinema.conditioning.text import CachedTextEncoder, TextEncoder, build_text_encoder
 from kinema.config import Config, changed_keys
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.latents import LatentCache
@@ -115,7 +115,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         )
         if told and process.is_main:
             run.outputs.event(0, "init_from", told)
-    text_encoder = build_text_encoder(config.text)
+    text_encoder = text_encoder_of(config)
     geometry = geometry_of(vae.geometry_strides, config.model)
     image_encoder = image_encoder_of(config.condition)
     check_condition(config.condition, config.model, vae.config, image_encoder)
@@ -123,6 +123,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     check_embedded_guidance(config.task.embedded_guidance, config.model, "task.embedded_guidance")
     check_training(config.condition, config.data, vae.config)
     data = build_data(config, geometry, process, run, vae_identity["hash"])
+    check_captions(text_encoder, config, data)
     line, base = start_weights(config, model, run, process)
     twin = deepcopy(model)
     engine = build_engine(config, model, data.lanes_per_rank)
@@ -176,7 +177,9 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     if process.is_main:
         carry_vae(run.folder, source, config.vae.weights)
         tqdm.write(samples.settings)
-        save_timesteps(run.folder, config.objective, config.task.samples, geometry, data.shapes)
+        save_timesteps(
+            run.folder, config.objective, config.task.samples, geometry, data.shapes, config.model.timestep_range
+        )
     describe_run(config, run, process, model, line, flops_per_step=dit_flops(config, model, data, geometry))
     trainer = assemble(
         config,
@@ -336,6 +339,20 @@ def build_data(config: Config, geometry: Geometry, process: Process, run: Run, v
         data, index, heldout, build_plan(config, index, clips), heldout_plan,
         lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept,
     )  # fmt: skip
+
+
+def text_encoder_of(config: Config) -> TextEncoder:
+    """The text encoder, or what was encoded by it before."""
+    if config.data.text is None:
+        return build_text_encoder(config.text)
+    return CachedTextEncoder.load(config.data.text, config.text)
+
+
+def check_captions(encoder: TextEncoder, config: Config, data: Data) -> None:
+    """Refuse a text cache that lacks a caption of the run, before its first step."""
+    if isinstance(encoder, CachedTextEncoder):
+        captions = [entry.record.caption for entry in (*data.index.entries, *data.heldout.entries)]
+        encoder.check_covers(captions, config.task.samples.captions(), str(data.index.folder))
 
 
 def choose_clips(config: Config, index: DatasetIndex, geometry: Geometry) -> tuple[list[PlannedClip], KeepReport]:

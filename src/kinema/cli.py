@@ -10,6 +10,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data check": ("kinema.data.check", "count and check the clips of a data set, and draw a contact sheet"),
     "data index": ("kinema.data.index", "index the tar shards of a WebDataset that Kinema did not write"),
     "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),
+    "data encode-text": ("kinema.encode_text", "encode captions with a text encoder into a text cache"),
     "import": ("kinema.interop.importing", "make a Kinema checkpoint of published weights"),
     "export": ("kinema.interop.exporting", "write weights as diffusers or ComfyUI load them, and compare them there"),
     "report": ("kinema.report.page", "write the report page of a run"),
@@ -53,7 +54,7 @@ def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int
 
 def overview() -> str:
     """What the command offers."""
-    lines = [f"  kinema {verb:<12} {summary}" for verb, (_, summary) in VERBS.items()]
+    lines = [f"  kinema {verb:<16} {summary}" for verb, (_, summary) in VERBS.items()]
     return "\n".join(["usage: kinema VERB [options]      (kinema VERB --help for the options)", "", *lines])
 
 

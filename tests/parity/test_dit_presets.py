@@ -52,6 +52,15 @@ LTX2 = {
     "caption_channels": 12,
     "rope_type": "split",
 }
+LTX2_3 = {
+    "rope_type": "split",
+    "gated_attn": True,
+    "audio_gated_attn": True,
+    "cross_attn_mod": True,
+    "audio_cross_attn_mod": True,
+    "use_prompt_embeddings": False,
+    "perturbed_attn": True,
+}
 HUNYUAN = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -135,6 +144,15 @@ LATTE = {
     "norm_eps": 1e-6,
     "caption_channels": 12,
     "video_length": 3,  # the reference takes clips of no other length
+}
+MOCHI = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "pooled_projection_dim": 15,
+    "in_channels": 4,
+    "text_embed_dim": 24,
+    "time_embed_dim": 10,
 }
 COG_ROTARY = COG | {"use_rotary_positional_embeddings": True}
 
@@ -251,6 +269,10 @@ CASES = {
     "ltx-2, a timestep for each frame": Case("ltx2", LTX2, frame_times=True, fps=12.5),
     "minimax-h3": Case("minimax_h3", MINIMAX, {"H3": {}}, frames=7),
     "minimax-h3 without sound": Case("minimax_h3", MINIMAX | {"patch_size": (1, 1, 2)}, silent=True),
+    "ltx-2.3": Case("ltx2", LTX2 | LTX2_3 | {"caption_channels": 3840}, {"2.3": LTX2_3}, padded=True),
+    "ltx-2.3, a timestep for each frame": Case(
+        "ltx2", LTX2 | LTX2_3 | {"use_prompt_embeddings": True}, frame_times=True, fps=12.5
+    ),
     "hunyuan": Case("hunyuan", HUNYUAN, {"13B": {}}, padded=True),
     "hunyuan, given channels": Case(
         "hunyuan",
@@ -274,6 +296,7 @@ CASES = {
         COG_ROTARY | {"patch_size_t": 2, "in_channels": 8, "ofs_embed_dim": 14},
         {"1.5 5B I2V": COG_15 | {"in_channels": 32, "ofs_embed_dim": 512}},
     ),
+    "mochi": Case("mochi", MOCHI, {"1 preview": {}}, words=9, padded=True),
     "wan": Case("wan", WAN, {"1.3B": WAN_1B, "14B": {}}),
     "wan, a timestep for each frame": Case("wan", WAN, {"2.2 TI2V 5B": WAN_5B}, frame_times=True),
     "wan, given channels": Case("wan", WAN | {"in_channels": 9}, {"2.2 I2V A14B": {"in_channels": 36}}),
@@ -404,10 +427,11 @@ def inputs(case, model):
 
 
 def sound(case, model, draw):
+    """Longer than the video, with timesteps of its own; a tower's captions too, the second as short as the video's."""
+    timesteps = torch.tensor([0.62, 0.113])
     if not model.config.audio:
-        return Sound(list(draw(model.config.audio_channels, 7, 2)), torch.tensor([0.62, 0.113]))
-    """Longer than the video, with timesteps and captions of its own; the second caption is as short as the video's."""
-    timesteps, text = torch.tensor([0.62, 0.113]), list(draw(9, model.text_width))
+        return Sound(list(draw(model.config.audio_channels, 7, 2)), timesteps)
+    text = list(draw(9, model.audio.text_width))
     if case.frame_times:
         timesteps = list(timesteps[:, None].repeat(1, 7).index_fill(1, torch.arange(2), 0.0))
     text[1] = text[1][: 9 - (3 if case.padded else 0)]
@@ -459,6 +483,8 @@ def run_ltx2(theirs, given):
         words,
         timesteps,
         heard,
+        timesteps.amax(1),
+        heard.amax(1),
         encoder_attention_mask=mask_of(given.captions()),
         audio_encoder_attention_mask=mask_of(audio.text),
         num_frames=t,
@@ -466,6 +492,7 @@ def run_ltx2(theirs, given):
         width=w,
         fps=24.0 if given.fps is None else given.fps[0],
         audio_num_frames=7,
+        use_cross_timestep=theirs.config.cross_attn_mod,
         return_dict=False,
     )
     video = video.unflatten(1, (t, h, w)).permute(0, 4, 1, 2, 3)
@@ -518,6 +545,12 @@ def run_minimax_h3(theirs, given):
     return minimax_h3(theirs, theirs.config, sample)
 
 
+def run_mochi(theirs, given):
+    """Its time runs from noise to data."""
+    mask = mask_of(given.captions())
+    return -theirs(given.latents, given.text, (1 - given.timesteps) * 1000, mask).sample
+
+
 def run_pixart(theirs, given):
     return theirs(given.latents[:, :, 0], given.text, given.timesteps * 1000).sample.unsqueeze(2)
 
@@ -536,6 +569,7 @@ RUN = {
     "ltx": run_ltx,
     "ltx2": run_ltx2,
     "minimax_h3": run_minimax_h3,
+    "mochi": run_mochi,
     "pixart": run_pixart,
     "wan": run_wan,
     "wan_vace": run_wan,
@@ -683,6 +717,18 @@ def test_hunyuans_own_names_and_shapes_are_those_that_diffusers_converts():
     mine = preset.key_map(whole).to_ours(tensors)
     converted = convert_hunyuan_video_transformer_to_diffusers(preset.original_key_map(whole).to_theirs(mine))
     assert {name: x.shape for name, x in converted.items()} == {name: x.shape for name, x in tensors.items()}
+
+
+def test_mochis_own_names_are_those_that_diffusers_converts():
+    """At the released depth, which that conversion has written into it."""
+    from diffusers.loaders.single_file_utils import convert_mochi_transformer_checkpoint_to_diffusers
+
+    case = Case("mochi", MOCHI | {"num_layers": 48})
+    preset, theirs = BY_NAME["mochi"], reference(case)
+    original = preset.original_key_map(record(theirs)).to_theirs(ours(case, theirs).state_dict())
+    converted = convert_mochi_transformer_checkpoint_to_diffusers(dict(original))
+    assert set(converted) == set(theirs.state_dict())
+    assert all(torch.equal(converted[key], x) for key, x in theirs.state_dict().items())
 
 
 def test_the_original_names_of_hunyuan_15_are_those_of_the_releases():

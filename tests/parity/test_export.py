@@ -251,14 +251,24 @@ FAMILIES = {
     "ltx-2": (
         "LTX2VideoTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 20, "in_channels": 6, "out_channels": 6, "num_layers": 2,
-         "cross_attention_dim": 40, "caption_channels": 12, "rope_type": "split", "audio_in_channels": 5,
-         "audio_out_channels": 5, "audio_num_attention_heads": 2, "audio_attention_head_dim": 12,
+         "cross_attention_dim": 40, "caption_channels": 12, "rope_type": "interleaved", "audio_in_channels": 5,
+         "audio_out_channels": None, "audio_sampling_rate": 32000, "audio_hop_length": 320,
+         "audio_num_attention_heads": 2, "audio_attention_head_dim": 12,
          "audio_cross_attention_dim": 24},
+    ),
+    "ltx-2.3": (
+        "LTX2VideoTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 20, "in_channels": 6, "out_channels": 6, "num_layers": 2,
+         "cross_attention_dim": 40, "rope_type": "split", "audio_in_channels": 5,
+         "audio_out_channels": 5, "audio_num_attention_heads": 2, "audio_attention_head_dim": 12,
+         "audio_cross_attention_dim": 24, "gated_attn": True, "audio_gated_attn": True, "cross_attn_mod": True,
+         "audio_cross_attn_mod": True, "use_prompt_embeddings": False, "perturbed_attn": True},
     ),
     "hunyuan 1.5": (
         "HunyuanVideo15Transformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 7, "out_channels": 3, "num_layers": 2,
-         "text_embed_dim": 10, "text_embed_2_dim": 6, "image_embed_dim": 8, "rope_axes_dim": (4, 4, 4)},
+         "text_embed_dim": 10, "text_embed_2_dim": 6, "image_embed_dim": 8, "rope_axes_dim": (4, 4, 4),
+         "target_size": 960, "task_type": "t2v"},
     ),
     "cogvideox": (
         "CogVideoXTransformer3DModel",
@@ -275,6 +285,11 @@ FAMILIES = {
         "Kandinsky5Transformer3DModel",
         {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 12, "in_text_dim2": 6, "time_dim": 10, "model_dim": 32,
          "ff_dim": 40, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (8, 4, 4), "visual_cond": True},
+    ),
+    "mochi": (
+        "MochiTransformer3DModel",
+        {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "pooled_projection_dim": 15,
+         "in_channels": 4, "text_embed_dim": 24, "time_embed_dim": 10, "max_sequence_length": 200},
     ),
     "pixart": (
         "PixArtTransformer2DModel",
@@ -316,6 +331,7 @@ def test_every_family_comes_in_and_out(tmp_path, family):
     lines = export(tmp_path / "run", tmp_path / "out")
     lines += export(tmp_path / "run", tmp_path / "single", format="single-file")
     assert_bit_equal(tensors_in(tmp_path / "out"), tensors_in(tmp_path / "published"))
+    assert public(tmp_path / "out") == public(tmp_path / "published")
     assert all(float(line.rsplit(" ", 1)[1]) < 2e-5 for line in lines)
     again = tmp_path / "again"
     export(tmp_path / "run", again, format="kinema", weights="raw")

@@ -90,8 +90,19 @@ def test_wan_with_two_transformers(tmp_path):
     whole = wan_pipeline(SCHEDULERS["unipc"], low_noise=True)
     ours = imported(whole, tmp_path)
     config = replace(ours.sampling, seed=7, num_steps=4, negative_prompt=NEGATIVE)
-    expected = published_steps(whole, our_noise(ours, config), **wan_call(4))
+    assert (config.guidance_scale, config.guidance_scale_low, ours.sampling.num_steps) == (4.0, 3.0, 40)
+    config = replace(config, guidance_scale=40.0, guidance_scale_low=8.0)  # or the two hardly differ
+    told = {"guidance_scale": 40.0, "guidance_scale_2": 8.0}
+    expected = published_steps(whole, our_noise(ours, config), **wan_call(4), **told)
     assert largest(our_steps(ours, config), expected) <= 1e-5
+    for wrong in ({"guidance_scale_low": None}, {"guidance_scale": 8.0}):
+        assert largest(ours.latents([CAPTION], SHAPE, replace(config, **wrong)), expected[-1:]) > 1e-4
+
+    typed = SampleConfig(run="a", prompt="b", guidance_scale=6.0).settings(ours.sampling)
+    assert (typed.guidance_scale, typed.guidance_scale_low) == (6.0, None)
+    alone = replace(ours, denoiser=ours.denoiser.high)
+    with pytest.raises(ValueError, match=r"guidance_scale_low=8\.0 is for the expert for low noise"):
+        alone.check(config, ours.shapes[0])
 
 
 @pytest.mark.parametrize("make", [wan_pipeline, hunyuan_pipeline])
@@ -207,6 +218,28 @@ def test_cogvideox(tmp_path, steps):
         for wrong in ({"rows_from_zero": False}, {"snr_shift": 1.0}):
             other = replace(ours, objective=replace(ours.objective, **wrong))
             assert largest(other.latents([CAPTION], SHAPE, own), expected[-1:]) > 1e-4
+
+
+@pytest.mark.parametrize("steps", [4, 50])
+def test_cogvideox_with_dynamic_guidance(tmp_path, steps):
+    whole = cogvideox_pipeline(diffusers.CogVideoXDDIMScheduler(**COGVIDEOX_SCHEDULER))
+    ours = imported(whole, tmp_path)
+    assert not ours.sampling.dynamic_guidance
+    config = replace(ours.sampling, seed=7, num_steps=steps, negative_prompt=NEGATIVE, dynamic_guidance=True)
+    expected = published_steps(
+        whole, our_noise(ours, config).transpose(0, 1), prompt=CAPTION, negative_prompt=NEGATIVE, height=32, width=48,
+        num_frames=5, num_inference_steps=steps, use_dynamic_cfg=True,
+    )  # fmt: skip
+    expected = [step.transpose(0, 1) for step in expected]
+    assert largest(our_steps(ours, config), expected) <= 1e-5
+    constant = ours.latents([CAPTION], SHAPE, replace(config, dynamic_guidance=False))
+    assert largest(constant, expected[-1:]) > 1e-3
+
+
+def test_dynamic_guidance_elsewhere_is_refused(tmp_path):
+    ours = imported(wan_pipeline(SCHEDULERS["unipc"]), tmp_path)
+    with pytest.raises(ValueError, match=r"dynamic_guidance=true is of CogVideoX"):
+        ours.check(replace(ours.sampling, dynamic_guidance=True), ours.shapes[0])
 
 
 LATTE_SCHEDULER = {"beta_schedule": "linear", "clip_sample": False, "timestep_spacing": "leading", "steps_offset": 1}

@@ -37,7 +37,7 @@ from kinema.models.dit.conditioning import (
     TableModulation,
     sinusoids,
 )
-from kinema.models.dit.layers import HeadShape, JointAttention
+from kinema.models.dit.layers import HeadShape, JointAttention, Stream
 from kinema.models.dit.modulating import gated_sum, modulated
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.patches import patchify, unpatchify
@@ -119,6 +119,22 @@ VARIANTS = {
         "modulation": ModulationSource.linear,
         "single_depth": 1,
     },
+    "joint at two widths": {
+        "text": TextEdge.joint,
+        "text_channels": 10,
+        "modulation": ModulationSource.linear,
+        "modulation_shift": False,
+        "sandwich_norm": True,
+        "tanh_gates": True,
+        "norm": NormKind.rms,
+        "activation": Activation.swiglu,
+        "qkv_bias": False,
+        "rope": Rope.learned,
+        "rope_side": 4.0,
+        "pooled_text": True,
+        "pooled_text_heads": TEXT,
+        "reversed_time": True,
+    },
     "swiglu": {"activation": Activation.swiglu, "bias": False, "qk_norm": QKNorm.layer_head},
     "sincos": {"position_embedding": PositionEmbedding.sincos},
     "factorised and linear": {
@@ -156,7 +172,7 @@ def pack(shapes=SHAPES, words=WORDS, dtype=torch.float64, seed=0):
 
 def is_inert(name, model):
     """A constant added to all keys of a query changes no softmax; norms and rotations make it no constant."""
-    if name.startswith("text_embedding.blocks"):
+    if name.startswith(("text_embedding.blocks", "pooled_text")):
         return name.endswith("key.bias")
     if model.config.qk_norm is QKNorm.layer_head:
         return name.endswith("key_norm.bias")
@@ -329,7 +345,9 @@ def test_a_frame_and_the_caption_share_a_softmax_and_the_caption_sees_all_frames
     """The same weights over whole clips, with what may not be seen masked by hand."""
     shape = HeadShape(24, 2, QKNorm.rms_head, 1e-6, bias=True)
     torch.manual_seed(0)
-    factorised = JointAttention(shape, ("video", "text"), attention, shared=shared, span=Span.frame).double()
+    streams = {name: Stream(shape, asks=True) for name in (["video"] if shared else ["video", "text"])}
+    shared_by = ["text"] if shared else []
+    factorised = JointAttention(streams, attention, shared_by=shared_by, span=Span.frame).double()
     grids, words = [(2, 3, 2), (3, 1, 4)], (3, 2)
     row = torch.zeros(2, 24, dtype=torch.float64)
     model = random_model(attention=AttentionPattern.factorised)
@@ -537,7 +555,7 @@ def test_one_block_equals_the_equations_written_out(places):
 
 def test_modulation_sources_differ_in_weights_only():
     condition = Condition(torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 8))
-    table, linear = TableModulation(4, range(2)), LinearModulation(4, 4, 2)
+    table, linear = TableModulation(4, range(2)), LinearModulation(4, [4, 4])
     nn.init.normal_(table.table)
     torch.testing.assert_close(table(condition), condition.shared + table.table)
     torch.testing.assert_close(linear(condition), condition.embedding @ linear.linear.weight.T + linear.linear.bias)
@@ -621,6 +639,12 @@ AXES = {
     "window": [[2, 2, 3]],
     "activation": list(Activation),
     "bias": [True, False],
+    "qkv_bias": [True, False],
+    "sandwich_norm": [False, True],
+    "modulation_shift": [True, False],
+    "tanh_gates": [False, True],
+    "reversed_time": [False, True],
+    "rope_side": [4.0],
     "norm": list(NormKind),
     "norm_affine": [False, True],
     "final_norm": [False, True],
@@ -649,12 +673,14 @@ AXES = {
     "patch_size": [[1, 2, 2], [2, 1, 2]],
     "text": list(TextEdge),
     "text_to_the_end": [False, True],
+    "text_queries_to_the_end": [False, True],
     "text_embedding": list(TextEmbedding),
     "text_activation": [Activation.gelu, Activation.gelu_tanh, Activation.silu],
     "single_depth": [0, 1],
     "timestep_width": [0, 10],
     "timestep_channels": [256, 6],
     "pooled_text": [False, True],
+    "pooled_text_heads": [0, TEXT],
     "pooled_width": [0, 3],
     "pooled_norm": [False, True],
     "mlp_bias": [True, False],
@@ -696,6 +722,8 @@ def unread(name, config):
     thin = (f".down.{2 + spans}.", f".up.{2 + spans}.")  # of the last sublayer's captions, with modulation=lora
     whole = ("streams.text.", f".sublayers.{1 + spans}.")
     marks = (*thin, *whole) if config.text_to_the_end else thin if config.text is TextEdge.shared else ()
+    if config.text_queries_to_the_end:
+        marks = ("streams.text.query",)
     return any(mark in name for mark in marks)
 
 
@@ -828,6 +856,17 @@ def test_a_given_first_frame_is_read_without_noise_and_guidance():
         ),
         ({"single_depth": 1}, r"model\.single_depth=1 needs model\.text=joint"),
         ({"text_to_the_end": True}, r"model\.text_to_the_end=true"),
+        ({"text_queries_to_the_end": True}, r"model\.text_queries_to_the_end=true"),
+        (
+            {"text": TextEdge.joint, "text_to_the_end": True, "text_queries_to_the_end": True},
+            r"model\.text_queries_to_the_end=false",
+        ),
+        ({"text": TextEdge.joint, "text_channels": 10}, r"model\.text_channels=10 .* model\.modulation=linear"),
+        ({"text": TextEdge.shared, "text_channels": 10}, r"model\.text_channels=10: only"),
+        ({"pooled_text_heads": 1}, r"model\.pooled_text_heads=1 .* model\.pooled_text=false"),
+        ({"sandwich_norm": True, "cross_norm": CrossNorm.plain}, r"model\.sandwich_norm=true .*cross_norm=plain"),
+        ({"reversed_time": True, "learned_variance": True}, r"model\.reversed_time=true"),
+        ({"modulation_shift": False, "modulation": ModulationSource.lora}, r"model\.modulation_shift=false"),
         ({"rope": Rope.none}, r"model\.rope=none .* no token would know its place"),
         ({"position_embedding": PositionEmbedding.sincos_quarters}, r"model\.width=24 .* multiple of 16"),
         ({"head_modulation": HeadModulation.table, "timestep_width": 10}, r"model\.timestep_width=10"),

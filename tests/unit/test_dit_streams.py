@@ -8,7 +8,18 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kinema.models.dit import DiT, DiTConfig, Extras, HeadModulation, ModulationSource, Rope, Sound, StreamConfig
+from kinema.models.dit import (
+    CrossNorm,
+    DiT,
+    DiTConfig,
+    Extras,
+    HeadModulation,
+    ModulationSource,
+    Rope,
+    Sound,
+    StreamConfig,
+    TextEdge,
+)
 
 SHAPES = [(4, 2, 4), (2, 4, 6)]  # not in the order that the model sorts them in
 SOUNDS = [5, 9]
@@ -16,9 +27,12 @@ STREAM = {"channels": 3, "width": 16, "num_heads": 2, "extent": 4.0}
 SIZES = {"width": 24, "depth": 2, "num_heads": 2, "rope": Rope.seconds, "rope_theta": 20.0, "rope_fps": 24.0}
 
 
-def streams(random=True, dtype=torch.float64, **changes):
+NEWER = {"cross_norm": CrossNorm.modulated, "modulated_captions": True, "head_gates": True}  # LTX-2.3
+
+
+def streams(random=True, dtype=torch.float64, crossed=False, **changes):
     torch.manual_seed(0)
-    model = DiT(DiTConfig(**SIZES, audio=StreamConfig(**STREAM), **changes), 5, 7).to(dtype)
+    model = DiT(DiTConfig(**SIZES, audio=StreamConfig(**STREAM, crossed=crossed), **changes), 5, 7).to(dtype)
     for parameter in model.parameters() if random else []:
         nn.init.normal_(parameter, std=0.3)
     return model
@@ -35,7 +49,11 @@ def inputs(dtype=torch.float64):
     return latents, torch.tensor([0.3, 0.8], dtype=dtype), text, Extras(audio=audio)
 
 
-@pytest.mark.parametrize("choices", [{}, {"modulation": ModulationSource.linear}], ids=["table", "linear"])
+@pytest.mark.parametrize(
+    "choices",
+    [{}, {"modulation": ModulationSource.linear}, {**NEWER, "crossed": True}],
+    ids=["table", "linear", "newer"],
+)
 def test_a_new_model_predicts_zero_for_both_and_learns_past_it(choices):
     model = streams(random=False, head_modulation=HeadModulation.table, **choices)
     latents, timesteps, text, extras = inputs()
@@ -53,8 +71,16 @@ def test_a_new_model_predicts_zero_for_both_and_learns_past_it(choices):
     assert [name for name, p in model.named_parameters() if torch.equal(p, start[name])] == []
 
 
-def test_a_pack_of_both_equals_its_clips_one_by_one():
-    model, (latents, timesteps, text, extras) = streams(), inputs()
+def test_new_head_gates_change_nothing():
+    gated, plain = streams(random=False, head_gates=True), streams()
+    gated.load_state_dict(gated.state_dict() | plain.state_dict())
+    for a, b in zip(gated(*inputs()), plain(*inputs()), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("choices", [{}, {**NEWER, "crossed": True}], ids=["plain", "newer"])
+def test_a_pack_of_both_equals_its_clips_one_by_one(choices):
+    model, (latents, timesteps, text, extras) = streams(**choices), inputs()
     together = model.predict_streams(latents, timesteps, text, extras)
     for i in range(2):
         alone = model.predict_streams([latents[i]], timesteps[i : i + 1], [text[i]], extras.take([i]))
@@ -78,8 +104,9 @@ def test_streams_that_do_not_look_at_each_other_are_two_models():
         assert not torch.allclose(a, c)
 
 
-def test_both_streams_flops_are_counted():
-    model = streams(dtype=torch.float32)
+@pytest.mark.parametrize("choices", [{}, {**NEWER, "crossed": True}], ids=["plain", "newer"])
+def test_both_streams_flops_are_counted(choices):
+    model = streams(dtype=torch.float32, **choices)
     latents, timesteps, text, extras = inputs(torch.float32)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(latents[:1], timesteps[:1], text[:1], extras.take([0]))
@@ -102,6 +129,11 @@ def test_time_is_the_middle_of_what_a_token_covers():
         ({"rope_fps": 0.0}, r"model\.rope=seconds needs a frame rate"),
         ({"control_layers": [0], "control_channels": 2}, r"model\.audio needs model\.control_layers=\[\]"),
         ({"audio": StreamConfig(width=16, num_heads=3)}, r"model\.audio\.num_heads=3 must divide"),
+        ({"audio": StreamConfig(**STREAM, text_width=-1)}, r"model\.audio\.text_width=-1 must be zero or more"),
+        (
+            {"audio": None, "text": TextEdge.joint, "head_gates": True},
+            r"model\.head_gates=true needs model\.text=cross",
+        ),
     ],
 )
 def test_choices_that_two_streams_exclude_are_named(changes, message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kinema.identity import from_plain
-from kinema.models.dit import DiT, DiTConfig
+from kinema.models.dit import DiT, DiTConfig, make_denoiser
 from kinema.training.finetune import (
     Full,
     LoRA,
@@ -46,6 +46,25 @@ def test_a_pattern_that_matches_nothing_names_what_is_near():
         Parts(["head.bias", "head.wieght"]).prepare(model())
     with pytest.raises(ValueError, match=r"finetune\.train=\[\] chooses nothing"):
         Parts([]).prepare(model())
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_what_is_trained_by_default_reaches_the_trained_expert(expert):
+    choices = {"type": "DiTConfig", **SIZES, "expert_boundary": 0.875, "expert": expert}
+    pair = make_denoiser(from_plain(choices, DiTConfig), 4, 8)
+    Parts().prepare(pair)
+    inside = [name for name, _ in model().named_parameters() if ".operation." in name]
+    assert list(trained_parameters(pair)) == [f"{expert}.{name}" for name in inside]
+
+    pair = make_denoiser(from_plain(choices, DiTConfig), 4, 8)
+    LoRA().prepare(pair)
+    alone = model()
+    LoRA().prepare(alone)
+    assert list(adapters_of(pair)) == [f"{expert}.{name}" for name in adapters_of(alone)]
+
+    pair = make_denoiser(from_plain(choices, DiTConfig), 4, 8)
+    Parts([f"{expert}.blocks.0.*", "head.bias"]).prepare(pair)
+    assert {name.split(".")[0] for name in trained_parameters(pair)} == {expert}
 
 
 # Adapters

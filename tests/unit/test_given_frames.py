@@ -17,7 +17,7 @@ from kinema.models.dit import DiT, DiTConfig, Extras
 from kinema.models.vae import CausalVAE, Norm, VAEConfig
 from kinema.sampling.conditioner import numbers_told, shown_frames
 from kinema.sampling.denoiser import Denoiser, check_condition, check_embedded_guidance, extras_of, with_given_frames
-from kinema.sampling.pipeline import Pipeline, SamplingConfig
+from kinema.sampling.pipeline import OtherVAE, Pipeline, SamplingConfig
 from kinema.training.dit_task import DiTTask, PosteriorDraw, check_training
 
 SIZES = [(4, 3, 4, 6), (4, 2, 2, 2), (4, 4, 4, 2)]
@@ -262,6 +262,16 @@ def test_a_sampled_video_starts_with_the_latent_of_its_image(vae):
 
 
 # What is dropped, and what is refused
+
+
+def test_a_vae_that_encodes_no_image_is_given_none(vae):
+    sampler = replace(pipeline(vae, FrameChannels(), tiny_dit(condition_channels=5)), vae=OtherVAE("X", (4, 8)))
+    with pytest.raises(ValueError, match=r"Kinema's VAE cannot be X, so it encodes no given image"):
+        sampler.conditions(["one", "two"], SHAPE, SamplingConfig(), [torch.empty(0, 32, 48, 3), frames()[0][:1]])
+    plain = replace(pipeline(vae, FrameCondition(), tiny_dit()), vae=OtherVAE("X", (4, 8)))
+    for nothing in (None, [torch.empty(0, 32, 48, 3)]):
+        (condition,) = plain.conditions(["one"], SHAPE, SamplingConfig(), nothing)
+        assert condition.channels is None
 
 
 def test_images_are_dropped_at_the_declared_rate_and_not_with_the_captions():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kinema.diffusion.guidance import check_guidance, guided
+from kinema.diffusion.guidance import by_noise, check_guidance, guided
 from kinema.diffusion.objective import RectifiedFlow
 from kinema.diffusion.solvers import Solver, solve
 
@@ -79,3 +79,15 @@ def test_guidance_over_a_condition_that_was_never_dropped_is_refused():
         check_guidance(-1, text_dropout=0.1)
     check_guidance(1.0, text_dropout=0.0)
     check_guidance(4.0, text_dropout=0.1)
+
+
+def test_each_clip_is_led_by_the_scale_of_its_own_timestep():
+    timesteps = torch.tensor([0.9, 0.8])
+    both = guided(Model(), text(), [NULL, NULL], by_noise(4.0, 3.0, 0.9))(clips(), timesteps)
+    for i, scale in enumerate((4.0, 3.0)):  # the boundary itself is high, in float32 as the experts have it
+        alone = guided(Model(), text()[i : i + 1], [NULL], scale)(clips()[i : i + 1], timesteps[i : i + 1])
+        assert torch.equal(both[i], alone[0])
+    model = Model()
+    guided(model, text(), [NULL, NULL], by_noise(1.0, 1.0, 0.9))(clips(), timesteps)
+    guided(model, text(), [NULL, NULL], by_noise(1.0, 3.0, 0.9))(clips(), timesteps)
+    assert model.batches == [2, 4]

@@ -8,10 +8,13 @@ import torch
 
 from kinema.models.position import (
     apply_rope,
+    centred,
     check_rope_axes,
     fractional_rope,
     grid_positions,
+    mixed_rope,
     rope_3d,
+    shared_frequencies,
     sincos_3d,
     sincos_quarters,
 )
@@ -144,3 +147,30 @@ def test_a_table_for_each_head_turns_each_head():
     for head in range(2):
         alone = apply_rope(x[:, head : head + 1], angles[:, head].cos(), angles[:, head].sin())
         torch.testing.assert_close(turned[:, head : head + 1], alone)
+
+
+def test_a_centred_frame_has_the_area_of_the_square():
+    found = centred(grid_positions(2, 2, 8), side=8.0).view(2, 2, 8, 3)  # steps of 2
+    assert found[1, :, :, 0].unique().tolist() == [1.0]
+    assert found[0, :, 0, 1].tolist() == [-1.0, 1.0]
+    assert found[0, 0, :, 2].tolist() == [-7.0, -5.0, -3.0, -1.0, 1.0, 3.0, 5.0, 7.0]
+
+
+def test_learned_frequencies_turn_each_head_by_all_axes_and_learn():
+    torch.manual_seed(0)
+    positions = grid_positions(2, 3, 2).double()
+    x, frequencies = torch.randn(12, 2, 6).double(), torch.randn(3, 2, 3).double().requires_grad_()
+    turned = apply_rope(x, *mixed_rope(positions, frequencies))
+    pairs, angles = torch.view_as_complex(x.unflatten(-1, (-1, 2))), torch.einsum("na,ahf->nhf", positions, frequencies)
+    expected = torch.view_as_real(pairs * torch.exp(1j * angles)).flatten(-2)
+    torch.testing.assert_close(turned, expected)
+    weights = torch.randn_like(x)
+    gradients = [torch.autograd.grad((each * weights).sum(), frequencies)[0] for each in (turned, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_learned_frequencies_begin_with_one_axis_for_each_pair():
+    found = shared_frequencies(num_heads=2, head_dim=8, theta=10.0)
+    assert found.shape == (3, 2, 4)
+    assert ((found != 0).sum(0) == 1).all()
+    torch.testing.assert_close(found.sum(0)[1], 10.0 ** (-torch.arange(4) / 4))

@@ -162,17 +162,25 @@ def test_asking_for_the_sampling_grid_twice_changes_nothing():
 
 
 def test_histogram_shows_the_draws_and_the_grid():
-    flow = RectifiedFlow(timestep_shift=3.0, shift_base_tokens=64)
-    picture = realised_histogram(flow, 10, num_tokens=256, training_tokens=[64, 256], num_samples=4000)
+    flow, grid = RectifiedFlow(timestep_shift=3.0, shift_base_tokens=64), torch.linspace(1, 0, 11)
+    picture = realised_histogram(flow, grid, num_tokens=256, training_tokens=[64, 256], num_samples=4000)
     assert len(picture["edges"]) == 21
     assert len(picture["counts"]) == 20
     assert sum(picture["counts"]) == 4000
-    assert picture["sampler"] == flow.sampling_timesteps(10, num_tokens=256).tolist()
-    assert picture["counts"] != realised_histogram(flow, 10, num_tokens=256, num_samples=4000)["counts"]
-    other = realised_histogram(flow, 10, num_tokens=64, shift=1.0, num_samples=4000)
-    assert other["sampler"] == RectifiedFlow().sampling_timesteps(10).tolist()
-    unshifted = realised_histogram(RectifiedFlow(), 10, num_samples=4000)
+    assert picture["sampler"] == grid.tolist()
+    assert picture["counts"] != realised_histogram(flow, grid, num_tokens=256, num_samples=4000)["counts"]
+    unshifted = realised_histogram(RectifiedFlow(), grid, num_samples=4000)
     assert sum(picture["counts"][10:]) > 1.3 * sum(unshifted["counts"][10:])
+
+
+def test_histogram_of_an_expert_shows_its_range_alone():
+    flow, grid = RectifiedFlow(timestep_shift=5.0), torch.linspace(1, 0, 11)
+    whole, high, low = (
+        realised_histogram(flow, grid, timestep_range=each)["counts"] for each in ((0.0, 1.0), (0.85, 1.0), (0.0, 0.85))
+    )
+    assert high == [0.0] * 17 + whole[17:]
+    assert low == whole[:17] + [0.0] * 3
+    assert min(sum(high), sum(low)) > 0
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from diffusers import (
 
 from kinema.diffusion.objective import DDPM, Objective, PredictionTarget, RectifiedFlow
 from kinema.diffusion.schedules import BetaSchedule
-from kinema.diffusion.solvers import FOR_TABLES, LIBRARY, STEPPERS, Solver, ignore_progress, solve
+from kinema.diffusion.solvers import FOR_TABLES, LIBRARY, STEPPERS, Solver, solve, visited_timesteps
 from kinema.diffusion.timesteps import TimestepSpacing
 
 TARGETS = PredictionTarget
@@ -186,7 +186,7 @@ def gaussian_error(objective: Objective, solver: Solver, times: torch.Tensor) ->
     first, last = objective.levels(times[[0, -1]])
     exact = last.alpha * MEAN + spread(last) / spread(first) * (x - first.alpha * MEAN)
     predict = predictor(objective, denoise_gaussian)
-    result = STEPPERS[solver](predict, [x], objective, times[:, None], ignore_progress)[0]
+    result = STEPPERS[solver](predict, [x], objective, times[:, None], lambda *_: None)[0]
     return (result - exact).abs().max().item()
 
 
@@ -296,3 +296,46 @@ def test_network_calls(solver, calls):
 
     solve(predict, clips(0), RectifiedFlow(), solver, 5)
     assert count == calls
+
+
+@pytest.mark.parametrize("solver", [Solver.euler, Solver.dpmpp_2m, Solver.unipc])
+def test_a_step_that_breaks_is_named(solver):
+    def broken(noisy, timesteps):
+        predictions = predict_with_network(noisy, timesteps)
+        if timesteps[0] < 0.7:
+            predictions[1] = predictions[1] / 0
+        return predictions
+
+    steps = []
+    with pytest.raises(ValueError, match=rf"solver={solver.value}: the latents of clips \[1\].*after step 3 of 5"):
+        solve(broken, clips(0), RectifiedFlow(), solver, 5, progress=lambda step, num_steps: steps.append(step))
+    assert steps == [1, 2]
+
+
+def test_unipc_in_one_step_by_bh1_is_refused():
+    """The library computes 0 / 0 there."""
+    options = {"solver_type": "bh1", "solver_order": 1}
+    with pytest.raises(ValueError, match=r"solver=unipc.*step 1 of 1"):
+        solve(predict_with_network, clips(0), RectifiedFlow(), Solver.unipc, 1, scheduler=options)
+
+
+@pytest.mark.parametrize(
+    ("solver", "name"),
+    [
+        *((solver, "flow-velocity") for solver in Solver if solver not in FOR_TABLES),
+        *((solver, "ddpm-velocity") for solver in FOR_TABLES),
+    ],
+)
+def test_the_record_of_visited_timesteps_is_where_the_model_is_asked(solver, name):
+    asked = []
+
+    def watched(noisy, timesteps):
+        asked.append(timesteps[0].item())
+        return predict_with_network(noisy, timesteps)
+
+    options = {"shift": 5.0} if name == "flow-velocity" else {}
+    solve(watched, clips(0)[:1], OBJECTIVES[name], solver, 4, **options)
+    visited = visited_timesteps(OBJECTIVES[name], solver, 4, **options)
+    assert visited[-1] == 0
+    assert visited.shape == (5,)
+    assert sorted(set(asked), reverse=True) == pytest.approx(visited[:-1].tolist(), abs=1e-6)

@@ -222,3 +222,9 @@ def test_an_existing_data_set_is_not_overwritten_unasked(built, tmp_path):
         run_toy(folder, "--workers", "1")
     run_toy(folder, "--workers", "1", "--seed", "1", "--overwrite")
     assert DatasetIndex.load(folder).hash != DatasetIndex.load(built).hash
+
+
+def test_grounds_come_in_turn_and_a_wrong_one_is_named():
+    assert toy.parse_backgrounds("1,2,3/40,50,60") == ((1, 2, 3), (40, 50, 60))
+    with pytest.raises(ValueError, match="1,2: 1,2 must be R,G,B"):
+        toy.parse_backgrounds("1,2")

@@ -1,5 +1,6 @@
 import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from data_prep import toy
+from kinema.data.shards import ShardWriter
+from kinema.evaluation.captions import check_toy_data
 from kinema.evaluation.toy_check import (
     COLOURS,
     DIRECTIONS,
@@ -23,6 +26,7 @@ from kinema.evaluation.toy_check import (
     parse_caption,
     pass_rates,
 )
+from tests.unit.clips import record as clip_record
 
 BACKGROUND = (20, 22, 24)
 
@@ -223,3 +227,34 @@ def test_no_rate_over_no_clips_and_no_look_at_other_layouts():
         look(np.zeros((3, 64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="uint8"):
         look(np.zeros((8, 64, 64, 3), np.float32))
+
+
+# Whose samples are judged
+
+
+def trained_on(folder, captions):
+    """A checkpoint whose data have these captions."""
+    with ShardWriter(folder / "data", name="some", command="none") as writer:
+        for number, caption in enumerate(captions):
+            writer.write(clip_record(f"clip{number}", b"mp4", caption=caption), b"mp4")
+    step = folder / "checkpoints" / "step-00000000"
+    step.mkdir(parents=True)
+    (step / "config.yaml").write_text(f"data: {{path: {folder / 'data'}, cache_folder: x, train_split: train}}\n")
+    return SimpleNamespace(folder=step)
+
+
+def test_runs_on_other_data_than_toy_ones_are_not_judged(tmp_path):
+    rng = np.random.default_rng(0)
+    made = [toy.draw_scene(rng, [(64, 64), (96, 64)], number % 4 == 0, 0.5, 0.5).caption for number in range(40)]
+    one = heldout_prompts(1)[0].prompt
+    assert {caption.count(" moves ") for caption in made} == {1, 2}
+    assert any("they collide" in caption for caption in made)
+    check_toy_data(trained_on(tmp_path / "toy", [*made, one]), "runs/toy")
+    with pytest.raises(
+        ValueError, match=r"run=runs/film.*2 captions.*such as 'a cat', 'a dog runs'\. It judges captions"
+    ):
+        check_toy_data(trained_on(tmp_path / "film", [one, "a dog runs", "a cat"]), "runs/film")
+    with pytest.raises(
+        ValueError, match=r"run=runs/wan was not trained here: kinema evaluate judges toy captions only"
+    ):
+        check_toy_data(SimpleNamespace(folder=tmp_path), "runs/wan")

@@ -105,6 +105,8 @@ class DataConfig:
     """Use only the first clips of the split, for example 1 to overfit; null uses all."""
     latents: str | None = None
     """Folder of cached VAE latents to read in place of the videos."""
+    text: str | None = None
+    """Folder of cached embeddings to read in place of loading the text encoder (`kinema data encode-text`)."""
 
     def __post_init__(self) -> None:
         for name in ("fps", "timeout_seconds"):

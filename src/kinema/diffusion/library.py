@@ -77,23 +77,28 @@ OURS = {"timestep_spacing": "trailing", "clip_sample": False}
 """What we choose for tables of noise levels where nobody says otherwise: latents have no bounds."""
 
 
+def as_ours(counted: Tensor, objective: Objective) -> Tensor:
+    """Timesteps as the library counts them -> ours, float64; its rows of a table begin at 0, and ours at 1."""
+    first_row = 1 if isinstance(objective, DDPM) else 0
+    return (counted.double() + first_row) / objective.num_trained
+
+
 def library_steps(
     predict: Callable[[Clips, Tensor], Clips],
     x: Clips,
     objective: Objective,
     schedulers: Sequence[Any],
     num_steps: int,
-    progress: Callable[[int, int], None],
+    after: Callable[[Clips, int, int], None],
 ) -> Clips:
     """Unit noise -> latents; the network is told the timesteps that the scheduler counts, which it may round."""
     for scheduler in schedulers:
         scheduler.set_timesteps(num_steps)
         if hasattr(scheduler, "set_begin_index"):  # of those that round timesteps, and could take one for another
             scheduler.set_begin_index(0)
-    first_row = 1 if isinstance(objective, DDPM) else 0  # the library counts rows from 0; ours is t = 1 / num_trained
     for step, counted in enumerate(zip(*(scheduler.timesteps for scheduler in schedulers), strict=True), start=1):
-        predictions = predict(x, (torch.stack(counted).double() + first_row) / objective.num_trained)
+        predictions = predict(x, as_ours(torch.stack(counted), objective))
         clips = zip(schedulers, predictions, counted, x, strict=True)
         x = [scheduler.step(p[None], t, clip[None]).prev_sample[0] for scheduler, p, t, clip in clips]
-        progress(step, num_steps)
+        after(x, step, num_steps)
     return x

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinema.diffusion.library import library_steps, make_scheduler
+from kinema.diffusion.library import as_ours, library_steps, make_scheduler
 from kinema.diffusion.objective import DDPM, Clips, Objective, per_clip
 from kinema.diffusion.timesteps import TimestepSpacing
 
@@ -22,6 +22,9 @@ Predict = Callable[[Clips, Tensor], Clips]
 
 Progress = Callable[[int, int], None]
 """progress(steps done, steps in all), after each step."""
+
+After = Callable[[Clips, int, int], None]
+"""after(latents, steps done, steps in all), after each step."""
 
 
 class Solver(Enum):
@@ -82,7 +85,7 @@ def solve(
 
     The timesteps are `objective.sampling_timesteps(num_steps, shift, num_tokens, spacing, terminal)` of each clip, or
     the library's own for its solvers, which alone read the options `scheduler`; the state is never kept in half
-    precision, whatever the network computes in.
+    precision, whatever the network computes in. ValueError as soon as a step leaves latents that are not finite.
     """
     state = [e if e.dtype is torch.float64 else e.float() for e in noise]
     sizes = per_clip(num_tokens, len(noise))
@@ -91,35 +94,75 @@ def solve(
         predictions = predict(x, objective.told(t).float().to(x[0].device))
         return [p.to(like.dtype) for p, like in zip(predictions, x, strict=True)]
 
-    progress = progress or ignore_progress
+    def after(x: Clips, step: int, num_steps: int) -> None:
+        check_finite(x, solver, step, num_steps)
+        if progress is not None:
+            progress(step, num_steps)
+
     if solver in LIBRARY:
-        if spacing is not TimestepSpacing.trailing or terminal is not None:
-            raise ValueError(
-                f"solver={solver.value} has timesteps of its own: timestep_spacing={spacing.value} and "
-                f"timestep_terminal={terminal} are for euler, heun, ddim and dpmpp_2m. Leave them out."
-            )
-        if solver in FOR_TABLES and not isinstance(objective, DDPM):
-            raise ValueError(f"solver={solver.value} steps over a table of noise levels (objective=ddpm): type unipc.")
-        shifts = [objective.shift_for(tokens) if shift is None else shift for tokens in sizes]
-        schedulers = [make_scheduler(LIBRARY[solver], objective, each, dict(scheduler or {})) for each in shifts]
-        return library_steps(predict_like_state, state, objective, schedulers, num_steps, progress)
+        check_library(objective, solver, spacing, terminal)
+        schedulers = [scheduler_of(objective, solver, shift, scheduler, tokens) for tokens in sizes]
+        return library_steps(predict_like_state, state, objective, schedulers, num_steps, after)
     if scheduler:
         raise ValueError(f"scheduler={dict(scheduler)}: solver={solver.value} is not of the library, and reads none.")
     grids = [objective.sampling_timesteps(num_steps, shift, tokens, spacing, terminal) for tokens in sizes]
     times = torch.stack(grids, dim=1)  # (num_steps + 1, B), float64, on the CPU: its entries are only scalars
-    return STEPPERS[solver](predict_like_state, state, objective, times, progress)
+    return STEPPERS[solver](predict_like_state, state, objective, times, after)
 
 
-def euler(predict: Predict, x: Clips, objective: Objective, times: Tensor, progress: Progress) -> Clips:
+def visited_timesteps(
+    objective: Objective,
+    solver: Solver,
+    num_steps: int,
+    *,
+    shift: float | None = None,
+    spacing: TimestepSpacing = TimestepSpacing.trailing,
+    terminal: float | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    num_tokens: int | None = None,
+) -> Tensor:
+    """The timesteps (num_steps + 1,) float64 at which `solve` asks the model about one clip, and 0 behind them."""
+    if solver not in LIBRARY:
+        return objective.sampling_timesteps(num_steps, shift, num_tokens, spacing, terminal)
+    check_library(objective, solver, spacing, terminal)
+    made = scheduler_of(objective, solver, shift, scheduler, num_tokens)
+    made.set_timesteps(num_steps)
+    return torch.cat([as_ours(made.timesteps, objective), torch.zeros(1, dtype=torch.float64)])
+
+
+def check_library(objective: Objective, solver: Solver, spacing: TimestepSpacing, terminal: float | None) -> None:
+    """Refuse what a solver of the library does not read, and a path that it does not follow."""
+    if spacing is not TimestepSpacing.trailing or terminal is not None:
+        raise ValueError(
+            f"solver={solver.value} has timesteps of its own: timestep_spacing={spacing.value} and "
+            f"timestep_terminal={terminal} are for euler, heun, ddim and dpmpp_2m. Leave them out."
+        )
+    if solver in FOR_TABLES and not isinstance(objective, DDPM):
+        raise ValueError(f"solver={solver.value} steps over a table of noise levels (objective=ddpm): type unipc.")
+
+
+def scheduler_of(
+    objective: Objective,
+    solver: Solver,
+    shift: float | None,
+    options: Mapping[str, Any] | None,
+    num_tokens: int | None,
+) -> Any:
+    """The library's scheduler of one clip."""
+    shift = objective.shift_for(num_tokens) if shift is None else shift
+    return make_scheduler(LIBRARY[solver], objective, shift, dict(options or {}))
+
+
+def euler(predict: Predict, x: Clips, objective: Objective, times: Tensor, after: After) -> Clips:
     """Follow the slope noise - data of the straightened path."""
     for step, (t, s) in enumerate(pairwise(times), start=1):
         slope = objective.velocity(x, predict(x, t), t)
         x = straight_step(x, slope, objective, t, s)
-        progress(step, len(times) - 1)
+        after(x, step, len(times) - 1)
     return x
 
 
-def heun(predict: Predict, x: Clips, objective: Objective, times: Tensor, progress: Progress) -> Clips:
+def heun(predict: Predict, x: Clips, objective: Objective, times: Tensor, after: After) -> Clips:
     """Euler, then again with the mean of the slopes at both ends; the last step asks nothing at t = 0."""
     num_steps = len(times) - 1
     for step, (t, s) in enumerate(pairwise(times), start=1):
@@ -130,21 +173,21 @@ def heun(predict: Predict, x: Clips, objective: Objective, times: Tensor, progre
             mean_slope = [(a + b) / 2 for a, b in zip(slope, slope_there, strict=True)]
             there = straight_step(x, mean_slope, objective, t, s)
         x = there
-        progress(step, num_steps)
+        after(x, step, num_steps)
     return x
 
 
-def ddim(predict: Predict, x: Clips, objective: Objective, times: Tensor, progress: Progress) -> Clips:
+def ddim(predict: Predict, x: Clips, objective: Objective, times: Tensor, after: After) -> Clips:
     """Split the state into data and noise, and mix them again at the next level."""
     for step, (t, s) in enumerate(pairwise(times), start=1):
         prediction = predict(x, t)
         data, noise = objective.to_data(x, prediction, t), objective.to_noise(x, prediction, t)
         x = objective.add_noise(data, noise, s)
-        progress(step, len(times) - 1)
+        after(x, step, len(times) - 1)
     return x
 
 
-def dpmpp_2m(predict: Predict, x: Clips, objective: Objective, times: Tensor, progress: Progress) -> Clips:
+def dpmpp_2m(predict: Predict, x: Clips, objective: Objective, times: Tensor, after: After) -> Clips:
     """Exponential integrator on the data prediction, extrapolated linearly in lambda = log(alpha / sigma).
 
     The first step has no earlier prediction and the last goes to lambda = infinity: both are first order. So
@@ -162,7 +205,7 @@ def dpmpp_2m(predict: Predict, x: Clips, objective: Objective, times: Tensor, pr
             direction = [now + share * (now - before) for now, before, share in clips]
         x = data_step(x, direction, objective, t, s)
         data_before = data
-        progress(step, num_steps)
+        after(x, step, num_steps)
     return x
 
 
@@ -192,8 +235,13 @@ def half_log_snr(objective: Objective, t: Tensor) -> Tensor:
     return level.alpha.log() - level.sigma.log()
 
 
-def ignore_progress(step: int, num_steps: int) -> None:
-    """Nobody watches."""
+def check_finite(x: Clips, solver: Solver, step: int, num_steps: int) -> None:
+    """Refuse to go on from numbers that are none; ValueError says where they came up."""
+    if broken := [i for i, clip in enumerate(x) if not clip.isfinite().all()]:
+        raise ValueError(
+            f"solver={solver.value}: the latents of clips {broken} are not finite after step {step} of {num_steps}. "
+            "Type another solver or more steps; if solver=euler has them too, the model's predictions are not finite."
+        )
 
 
 STEPPERS = {Solver.euler: euler, Solver.heun: heun, Solver.ddim: ddim, Solver.dpmpp_2m: dpmpp_2m}

@@ -72,29 +72,32 @@ def shift_timesteps(t: Tensor, shift: Tensor | float) -> Tensor:
     return shift * t / (shift * t + (1 - t))  # 1 + (shift - 1) t, written so that 1 stays exactly 1
 
 
+def in_range(t: Tensor, timestep_range: tuple[float, float]) -> Tensor:
+    """Which timesteps lie between two, the lower of them included, the upper only where it is 1."""
+    low, high = timestep_range
+    return (t >= low) & ((t < high) | ((t == 1) & (high == 1)))
+
+
 def realised_histogram(
     objective: "Objective",
-    num_steps: int,
+    grid: Tensor,
     *,
-    shift: float | None = None,
-    spacing: TimestepSpacing = TimestepSpacing.trailing,
-    terminal: float | None = None,
+    timestep_range: tuple[float, float] = (0.0, 1.0),
     num_tokens: int | None = None,
     training_tokens: Sequence[int] | None = None,
     num_samples: int = 10_000,
     bins: int = 20,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """What the objective really draws, beside what the sampler really visits, for the head of a run.
+    """What the objective really draws, beside the `grid` that the sampler really visits, for the head of a run.
 
-    `num_tokens` is the size of a sampled clip and `shift` the sampler's own shift, if it has one, with its spacing;
-    `training_tokens` are the sizes of the training clips, used in turn, where they differ from `num_tokens`.
-    Returns `edges` (bins + 1), `counts` (bins, together `num_samples`) and `sampler` (num_steps + 1 timesteps
-    from 1 to 0).
+    `num_tokens` is the size of a sampled clip; `training_tokens` are the sizes of the training clips, used in turn,
+    where they differ from it. Returns `edges` (bins + 1), `counts` (bins, together those of `num_samples` that fall
+    into `timestep_range`, where training draws again until one does) and `sampler`, the grid.
     """
-    grid = objective.sampling_timesteps(num_steps, shift, num_tokens, spacing, terminal)
     sizes = training_tokens if num_tokens is None or training_tokens is not None else [num_tokens]
     tokens = None if sizes is None else [sizes[i % len(sizes)] for i in range(num_samples)]
     drawn = objective.sample_timesteps(num_samples, Generator().manual_seed(seed), tokens)
-    counts, edges = torch.histogram(drawn.double(), bins=bins, range=(0.0, 1.0))
+    kept = drawn[in_range(drawn, timestep_range)]
+    counts, edges = torch.histogram(kept.double(), bins=bins, range=(0.0, 1.0))
     return {"edges": edges.tolist(), "counts": counts.tolist(), "sampler": grid.tolist()}

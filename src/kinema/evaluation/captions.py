@@ -4,13 +4,17 @@ import argparse
 import json
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from kinema.data.contact_sheet import contact_sheet
+from kinema.data.loading import resolve_folder
+from kinema.data.shards import DatasetIndex
 from kinema.diffusion.solvers import Solver
-from kinema.evaluation.toy_check import check_clip, heldout_prompts, pass_rates
+from kinema.evaluation.toy_check import check_clip, heldout_prompts, is_toy_caption, pass_rates
 from kinema.sampling.pipeline import SamplingConfig
 from kinema.sampling.sample import advance, load_pipeline
+from kinema.training.checkpoint import Checkpoint
 from kinema.training.run_folder import Weights, checkpoint_of
 
 
@@ -30,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Sample held-out captions, look at each clip, write `evaluation/`; the verdict is PASS or FAIL."""
-    loaded = load_pipeline(checkpoint_of(arguments.run, "run"), Weights(arguments.weights))
+    checkpoint = checkpoint_of(arguments.run, "run")
+    check_toy_data(checkpoint, arguments.run)
+    loaded = load_pipeline(checkpoint, Weights(arguments.weights))
     pipeline, shape = loaded.pipeline, loaded.pipeline.shapes[0]
     prompts = [prompt.prompt for prompt in heldout_prompts(arguments.prompts)]
     rows, verdicts = [], []
@@ -81,3 +87,18 @@ def run(arguments: argparse.Namespace) -> int:
         f"{'PASS' if passed else 'FAIL'} {folder / 'captions.png'}"
     )
     return 0 if passed else 1
+
+
+def check_toy_data(checkpoint: Checkpoint, run: str) -> None:
+    """Refuse weights that were trained on other captions than those of the toy data, or on unknown ones."""
+    stored = checkpoint.folder / "config.yaml"
+    if not stored.exists():
+        raise ValueError(f"run={run} was not trained here: kinema evaluate judges toy captions only. Type a toy run.")
+    data = OmegaConf.load(stored).data
+    index = DatasetIndex.load(resolve_folder(data.path, data.cache_folder), split=data.train_split)
+    if others := {e.record.caption for e in index.entries if not is_toy_caption(e.record.caption)}:
+        shown = ", ".join(repr(caption[:80]) for caption in sorted(others)[:3])
+        raise ValueError(
+            f"run={run} was trained on {data.path}, with {len(others)} captions that kinema evaluate cannot judge, "
+            f"such as {shown}. It judges captions of data_prep/toy.py only: look at sample.py's videos instead."
+        )

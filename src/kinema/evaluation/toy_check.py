@@ -103,6 +103,14 @@ _PHRASE = re.compile(
 )
 
 
+_CAPTION = re.compile(rf"{_PHRASE.pattern}( and {_PHRASE.pattern}( and they collide)?)?")
+
+
+def is_toy_caption(caption: str) -> bool:
+    """Whether a caption is one of `data_prep/toy.py`, of one object or two."""
+    return _CAPTION.fullmatch(caption.strip()) is not None
+
+
 def parse_caption(caption: str) -> Attributes:
     """The one object of a caption; raises ValueError for other words, and for two objects."""
     match = _PHRASE.fullmatch(caption.strip())

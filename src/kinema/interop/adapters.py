@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinema.interop.keymap import Chain, Fused, Inverse, KeyMap, Layout, PermutedRows, Place, ReorderedRows, Same
+from kinema.interop.keymap import (
+    Chain,
+    Fused,
+    Inverse,
+    KeyMap,
+    Layout,
+    MovedRows,
+    PermutedRows,
+    Place,
+    ReorderedRows,
+    Same,
+)
 from kinema.training.finetune import Adapter
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -55,7 +66,7 @@ def moves_rows(layout: Layout) -> bool:
         return all(moves_rows(each) for each in layout.layouts)
     if isinstance(layout, Inverse):
         return moves_rows(layout.layout)
-    return isinstance(layout, Same | Fused | PermutedRows | ReorderedRows)
+    return isinstance(layout, Same | Fused | MovedRows | PermutedRows | ReorderedRows)
 
 
 def spread(adapters: list[Adapter | None], rows: list[int]) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema.interop.preset import Record
-from kinema.models.dit import DiT, Extras, Sound, StreamConfig
+from kinema.models.dit import DiT, Extras, Sound
 from kinema.models.dit.segments import Grid
 from kinema.models.vae import CausalVAE
 
@@ -64,11 +64,7 @@ class Sample:
             glyphs=draw(4, config.glyph_width) if config.glyph_width else None,
             ofs=torch.tensor([2.0, 1.0]) if config.ofs_channels else None,
             control=draw(config.control_channels, *grid) if config.control_channels else None,
-            audio=_sound(config.audio, draw(words, model.text_width), draw)
-            if config.audio
-            else _both_ears(config.audio_channels, draw)
-            if config.audio_channels
-            else None,
+            audio=_heard(model, words, draw),
         )
 
     def extras(self) -> Extras:
@@ -90,12 +86,13 @@ class Sample:
         return self.latents if self.channels is None else torch.cat([self.latents, self.channels], dim=1)
 
 
-def _both_ears(channels: int, draw: Callable[..., Tensor]) -> Sound:
-    return Sound(list(draw(channels, 7, 2)), torch.tensor([0.6, 0.2]))
-
-
-def _sound(stream: StreamConfig, text: Tensor, draw: Callable[..., Tensor]) -> Sound:
-    return Sound(list(draw(stream.channels, 7)), torch.tensor([0.6, 0.2]), list(text))
+def _heard(model: DiT, words: int, draw: Callable[..., Tensor]) -> Sound | None:
+    """A little longer than the clip: of a tower with captions of its own, or of two ears in the clip's softmax."""
+    times = torch.tensor([0.6, 0.2])
+    if model.audio is not None:
+        text = draw(words, model.audio.text_width)
+        return Sound(list(draw(model.audio.latent_channels, 7)), times, list(text))
+    return Sound(list(draw(model.config.audio_channels, 7, 2)), times) if model.config.audio_channels else None
 
 
 def _rows(values: Tensor | None) -> list[Tensor] | None:
@@ -127,21 +124,26 @@ def ltx_video(reference: Any, config: Record, sample: Sample) -> Tensor:
 
 
 def ltx2(reference: Any, config: Record, sample: Sample) -> Tensor:
-    """LTX-2: the tokens of both streams in a row, at the reference's own frame rate."""
+    """LTX-2: tokens of both streams in a row at the reference's own frame rate; in 2.3 each reads the other's time."""
     assert sample.audio is not None and sample.audio.text is not None
+    assert isinstance(sample.audio.timesteps, Tensor)
     heard = torch.stack(list(sample.audio.latents))
     shape = sample.latents.shape[2:]
+    times, heard_times = sample.timesteps * 1000, sample.audio.timesteps * 1000
     video, played = reference(
         sample.latents.flatten(2).transpose(1, 2),
         heard.transpose(1, 2),
         sample.text,
         torch.stack(list(sample.audio.text)),
-        (sample.timesteps * 1000)[:, None].expand(2, shape.numel()),
-        (torch.stack(list(sample.audio.timesteps)) * 1000)[:, None].expand(2, heard.shape[2]),
+        times[:, None].expand(2, shape.numel()),
+        heard_times[:, None].expand(2, heard.shape[2]),
+        times,
+        heard_times,
         num_frames=shape[0],
         height=shape[1],
         width=shape[2],
         audio_num_frames=heard.shape[2],
+        use_cross_timestep=config["cross_attn_mod"],
         return_dict=False,
     )
     return together(video.transpose(1, 2), played.transpose(1, 2))
@@ -264,6 +266,12 @@ def kandinsky(reference: Any, config: Record, sample: Sample) -> Tensor:
     return found.movedim(-1, 1)
 
 
+def mochi(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """Mochi: time from noise to data, and the velocity of that; a mask for the caption."""
+    mask = torch.ones(sample.text.shape[:2], dtype=torch.bool)
+    return -reference(sample.latents, sample.text, (1 - sample.timesteps) * 1000, mask).sample
+
+
 def pixart(reference: Any, config: Record, sample: Sample) -> Tensor:
     """PixArt: one frame, and timesteps that count to 1000."""
     return reference(sample.latents[:, :, 0], sample.text, sample.timesteps * 1000).sample.unsqueeze(2)
@@ -271,6 +279,7 @@ def pixart(reference: Any, config: Record, sample: Sample) -> Tensor:
 
 CALLS: dict[str, Call] = {
     "Kandinsky5Transformer3DModel": kandinsky,
+    "MochiTransformer3DModel": mochi,
     "PixArtTransformer2DModel": pixart,
     "CosmosTransformer3DModel": cosmos,
     "LatteTransformer3DModel": latte,

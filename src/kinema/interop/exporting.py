@@ -150,7 +150,10 @@ class Described:
     @classmethod
     def of(cls, name: str, model: nn.Module, tensors: dict[str, Tensor], held: Held, wanted: str | None) -> "Described":
         """Find the preset; ValueError names, for each that is near, the axis that the reference lacks."""
-        preset, config = find_preset(model, wanted if name != "vae" else None, held.published_preset(name))
+        published = held.published(name)
+        preset, config = find_preset(model, wanted if name != "vae" else None, published.get("preset"))
+        if preset.name == published.get("preset"):  # also what the model does not read, and only pipelines do
+            config |= {key: value for key, value in published["config"].items() if key in config}
         skeleton = build_on_meta(preset, config, Path(name))
         assert shapes_of(skeleton.state_dict()) == shapes_of(tensors), f"{preset.name}: describe is not build's inverse"
         theirs = preset.key_map(config).to_theirs(tensors)
@@ -283,7 +286,7 @@ def write_pipeline(folder: Path, held: Held, models: dict[str, Described]) -> st
     """The scheduler and model_index.json, where the reference has a pipeline of these models; the line that says so."""
     transformer = models["transformer"]
     vae = models["vae"].preset.reference if "vae" in models else held.other_vae
-    is_given = transformer.config["in_channels"] != transformer.config["out_channels"]
+    is_given = transformer.config["out_channels"] not in (None, transformer.config["in_channels"])
     key = (transformer.preset.reference, vae, is_given)
     if key not in PIPELINES:
         return f"diffusers has no pipeline of {key[0]} with {key[1]}: its parts are in transformer/ and vae/"

@@ -156,19 +156,6 @@ class ReorderedRows:
 
 
 @dataclass(frozen=True)
-class Negated:
-    """The same numbers with the other sign, which loses no bit: a prediction that points the other way."""
-
-    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """-theirs"""
-        return [-tensor for tensor in tensors]
-
-    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """-ours"""
-        return [-tensor for tensor in tensors]
-
-
-@dataclass(frozen=True)
 class PairedHeads:
     """Rows of heads whose first `turning` channels theirs holds as two halves, ours as pairs; the rest stay."""
 
@@ -187,6 +174,24 @@ class PairedHeads:
         heads = tensor.unflatten(0, (self.heads, -1))
         turned = heads[:, : self.turning].unflatten(1, sizes).transpose(1, 2).flatten(1, 2)
         return torch.cat([turned, heads[:, self.turning :]], dim=1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class MovedRows:
+    """The first axis is cut into parts of `sizes` rows; ours holds their part `order[i]` at place i."""
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Parts in their order -> parts in ours."""
+        return [_move(tensor, self.sizes, self.order) for tensor in tensors]
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse."""
+        sizes = tuple(self.sizes[place] for place in self.order)
+        back = tuple(self.order.index(place) for place in range(len(self.order)))
+        return [_move(tensor, sizes, back) for tensor in tensors]
 
 
 @dataclass(frozen=True)
@@ -328,4 +333,9 @@ def _permute_rows(tensor: Tensor, sizes: tuple[int, ...], axes: tuple[int, ...])
 
 def _reorder(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
     parts = tensor.chunk(len(order))
+    return torch.cat([parts[place] for place in order])
+
+
+def _move(tensor: Tensor, sizes: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+    parts = tensor.split(sizes)
     return torch.cat([parts[place] for place in order])

@@ -92,10 +92,10 @@ class Held:
         """The frames that the training gave; none for a module without a manifest."""
         return condition_of(self.manifest or {})
 
-    def published_preset(self, name: str) -> str | None:
-        """The preset that a model was imported as."""
+    def published(self, name: str) -> dict[str, Any]:
+        """What a model was imported as, its preset, class, naming and config; nothing for one that was not."""
         manifest = (self.vae_manifest if name == "vae" else self.manifest) or {}
-        return manifest.get("published", {}).get("preset")
+        return manifest.get("published", {})
 
     def manifest_of(self, name: str) -> dict[str, Any]:
         """The manifest of a model; ValueError for a module that was given itself."""

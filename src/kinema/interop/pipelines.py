@@ -16,10 +16,10 @@ from kinema.interop.comparing import Sample, relative, words_of
 from kinema.interop.preset import Record
 from kinema.interop.reading import read_json
 from kinema.interop.reference import reference_class
-from kinema.interop.releases import HABITS
+from kinema.interop.releases import HABITS, habits_of
 from kinema.interop.schedulers import scheduled
 from kinema.sampling.denoiser import Denoiser
-from kinema.sampling.pipeline import SamplingConfig
+from kinema.sampling.pipeline import SamplingConfig, guidance_of
 
 STEPS = 4
 LIMIT = 1e-3
@@ -79,7 +79,7 @@ def sampled(
     """
     index = read_json(folder / "model_index.json")
     name = index["_class_name"]
-    settings = settings_of(folder, name, shift)
+    settings = settings_of(folder, shift)
     pipeline = reference_class(name)(**{**parts, **choices_in(index)}, scheduler=scheduler_in(folder))
     pipeline.set_progress_bar_config(disable=True)
     one = getattr(denoiser, "high", denoiser)
@@ -94,6 +94,8 @@ def sampled(
         "guidance_scale": settings.guidance_scale,
         "output_type": "latent",
     }
+    if settings.guidance_scale_low is not None:
+        options["guidance_scale_2"] = settings.guidance_scale_low
     expected = RUNS[name](pipeline, sample, options)
     return settings, relative(our_latents(denoiser, sample, objective, settings), expected)
 
@@ -105,13 +107,14 @@ def tokens_of(config: Record) -> tuple[int, int, int]:
     return (1, config["sample_height"] // config["patch_size"], config["sample_width"] // config["patch_size"])
 
 
-def settings_of(folder: Path, name: str, shift: float | None) -> SamplingConfig:
-    """How a pipeline of this class samples with the scheduler that lies in its folder."""
-    habits = HABITS[name]
+def settings_of(folder: Path, shift: float | None) -> SamplingConfig:
+    """How a pipeline samples with the scheduler that lies in its folder."""
+    habits = habits_of(read_json(folder / "model_index.json"))
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     return SamplingConfig(
         num_steps=STEPS,
         guidance_scale=habits.guidance_scale,
+        guidance_scale_low=habits.guidance_scale_low,
         embedded_guidance=habits.embedded_guidance,
         timestep_shift=shift,
         **scheduled(config, gives_sigmas=habits.gives_sigmas).sampling,
@@ -127,7 +130,7 @@ def our_latents(denoiser: nn.Module, sample: Sample, objective: Objective, setti
     model = Denoiser(denoiser.eval(), denoiser.config.patch_size[0])
     tokens = sample.latents[0, 0].numel() // torch.tensor(denoiser.config.patch_size).prod().item()
     return solve(
-        guided(model, told, with_words(told, words[1]), settings.guidance_scale),
+        guided(model, told, with_words(told, words[1]), guidance_of(settings, denoiser.config, objective)),
         [sample.latents[0]],
         objective,
         settings.solver,

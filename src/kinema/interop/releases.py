@@ -1,6 +1,6 @@
 """What a release says beside its weights: schedule and shift, frame rate, and the shapes that it was made for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from kinema.diffusion.objective import Objective
 from kinema.identity import to_plain
 from kinema.interop.captions import CAPTIONS
 from kinema.interop.given import published_condition
+from kinema.interop.preset import Record
 from kinema.interop.reading import read_json
 from kinema.interop.schedulers import scheduled
 from kinema.sampling.pipeline import SamplingConfig
@@ -54,6 +55,8 @@ class Habits:
     gives_sigmas: bool
     """Whether the pipeline hands the scheduler evenly spaced timesteps, or leaves them to it."""
     embedded_guidance: float | None = None
+    guidance_scale_low: float | None = None
+    """Of the second transformer, where there are two."""
     strides: tuple[int, int] | None = None
     """Frames and pixels a side of a latent, of a VAE that Kinema cannot be: its latents are sampled, no frames."""
 
@@ -65,6 +68,9 @@ WAN = Habits(
     guidance_scale=5.0,
     gives_sigmas=False,
 )
+WAN_PAIR = replace(WAN, num_steps=40, guidance_scale=4.0, guidance_scale_low=3.0)
+WAN_IMAGE_PAIR = replace(WAN, num_steps=40, guidance_scale=3.5, guidance_scale_low=3.5)
+WAN_SMALL = replace(WAN, fps=24.0, shapes=((121, 704, 1280),))
 HABITS = {
     "WanPipeline": WAN,
     "WanImageToVideoPipeline": WAN,
@@ -104,18 +110,27 @@ HABITS = {
 """Pipeline class of the reference -> its habits."""
 
 
+def habits_of(index: Record) -> Habits:
+    """The habits of a pipeline by its model_index.json: Wan 2.2 has classes in common with Wan 2.1."""
+    name = index["_class_name"]
+    if index.get("boundary_ratio") is not None:
+        return {"WanPipeline": WAN_PAIR, "WanImageToVideoPipeline": WAN_IMAGE_PAIR}[name]
+    return WAN_SMALL if index.get("expand_timesteps") else HABITS[name]
+
+
 def release_of(pipeline: Path) -> Release | None:
     """The release of a pipeline's folder: its own scheduler decides the shift. None for one that we cannot sample."""
     index = read_json(pipeline / "model_index.json")
     name = index.get("_class_name", "")
     if name not in HABITS:
         return None
-    habits = HABITS[name]
+    habits = habits_of(index)
     config = read_json(pipeline / "scheduler" / "scheduler_config.json")
     objective, sampling = scheduled(config, gives_sigmas=habits.gives_sigmas)
     settings = SamplingConfig(
         num_steps=habits.num_steps,
         guidance_scale=habits.guidance_scale,
+        guidance_scale_low=habits.guidance_scale_low,
         embedded_guidance=habits.embedded_guidance,
         **sampling,
     )

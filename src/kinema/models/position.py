@@ -53,7 +53,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     A pair is one complex number and the turn one multiplication: a single pass over memory. Computed in the
     precision of the table, returned in that of x.
     """
-    if torch.compiler.is_compiling():  # which has no complex numbers, and fuses real ones
+    if torch.compiler.is_compiling() or cos.requires_grad:
+        # The compiler has no complex numbers, and fuses real ones; a table that learns needs its gradient.
         return _turned_apart(x, cos, sin)
     return _Turned.apply(x, cos, sin)
 
@@ -112,6 +113,34 @@ def fractional_rope(
     whole = torch.nn.functional.pad(angles.transpose(1, 2).flatten(1), (width // 2 - axes * count, 0))
     heads = whole.unflatten(1, (num_heads, -1))
     return heads.cos().to(dtype), heads.sin().to(dtype)
+
+
+def centred(positions: Tensor, side: float) -> Tensor:
+    """Positions (N, 3) of a whole grid, rows and columns about its middle and its area brought to side x side.
+
+    Frames of any size and shape then cover the same area (Genmo 2024, Mochi 1). Time stays as it is.
+    """
+    last = positions.amax(0)
+    step = side / (last[1:] + 1).prod().sqrt()
+    return torch.cat([positions[:, :1], (positions[:, 1:] - last[1:] / 2) * step], dim=1)
+
+
+def shared_frequencies(num_heads: int, head_dim: int, theta: float) -> Tensor:
+    """Where learned frequencies begin, (3, heads, head_dim / 2): each pair turns with one axis, the three in turn."""
+    pairs = torch.arange(head_dim // 2)
+    waves = _frequencies(head_dim, theta, pairs.device).float() * (pairs % 3 == torch.arange(3)[:, None])
+    return waves[:, None].repeat(1, num_heads, 1)
+
+
+def mixed_rope(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary angles of all axes at once: positions (N, 3), frequencies (3, h, d / 2) -> cos, sin (N, h, d / 2).
+
+    Heo et al. 2024, RoPE-Mixed: every pair of every head has a frequency along each axis, and they are learned.
+    """
+    waves = frequencies.to(torch.promote_types(frequencies.dtype, positions.dtype))
+    time, row, column = (positions[:, axis, None, None] * wave for axis, wave in enumerate(waves))
+    angles = time + row + column
+    return angles.cos(), angles.sin()
 
 
 def middles(positions: Tensor, patch: Sequence[int], units: Sequence[float], fps: float) -> Tensor:

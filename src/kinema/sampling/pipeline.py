@@ -13,10 +13,11 @@ from kinema.conditioning.image import ImageEncoder
 from kinema.conditioning.text import NULL_CAPTION, TextEncoder
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.pixels import to_uint8
-from kinema.diffusion.guidance import check_guidance, guided
-from kinema.diffusion.objective import Objective
+from kinema.diffusion.guidance import Scales, by_noise, by_row, check_guidance, guided
+from kinema.diffusion.objective import DDPM, Objective
 from kinema.diffusion.solvers import Solver, solve
 from kinema.diffusion.timesteps import TimestepSpacing
+from kinema.models.dit import DiTConfig
 from kinema.models.vae import CausalVAE
 from kinema.sampling.conditioner import Conditioner, numbers_told
 from kinema.sampling.denoiser import Denoiser, check_embedded_guidance, with_given_frames
@@ -32,6 +33,10 @@ class SamplingConfig:
     """Steps of the solver."""
     guidance_scale: float = 4.0
     """Classifier-free guidance (Ho and Salimans 2022); 1 turns it off and halves the cost."""
+    guidance_scale_low: float | None = None
+    """guidance_scale of the expert for low noise, of two (model.expert_boundary); null is as for the other."""
+    dynamic_guidance: bool = False
+    """Guidance that changes with the step as `use_dynamic_cfg` of CogVideoX's pipelines has it."""
     timestep_shift: float | None = None
     """Shift of the sampler's timesteps; null obeys the training objective, any number overrides it visibly."""
     embedded_guidance: float | None = None
@@ -59,6 +64,8 @@ class SamplingConfig:
         """One line for people."""
         shift = "of training" if self.timestep_shift is None else f"{self.timestep_shift:g}"
         rest = [
+            f"guidance {self.guidance_scale_low or 0:g} for low noise" * (self.guidance_scale_low is not None),
+            "guidance dynamic" * self.dynamic_guidance,
             f"timesteps {self.timestep_spacing.value}" * (self.timestep_spacing is not TimestepSpacing.trailing),
             f"the last from {self.timestep_terminal}" * (self.timestep_terminal is not None),
             f"embedded guidance {self.embedded_guidance}" * (self.embedded_guidance is not None),
@@ -78,6 +85,10 @@ class OtherVAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """ValueError."""
         raise self.no_frames()
+
+    def no_images(self) -> ValueError:
+        """Why none can be given."""
+        return ValueError(f"Kinema's VAE cannot be {self.name}, so it encodes no given image. Leave image out.")
 
     def no_frames(self) -> ValueError:
         """Why there are none."""
@@ -118,7 +129,9 @@ class Pipeline:
                 f"fps={fps:g} contradicts the checkpoint, which was trained at {self.fps:g} frames per second: "
                 f"the motion would play at another speed. Leave fps out."
             )
-        check_guidance(config.guidance_scale, self.guidance_dropout)
+        for scale in (config.guidance_scale, config.guidance_scale_low):
+            check_guidance(config.guidance_scale if scale is None else scale, self.guidance_dropout)
+        guidance_of(config, self.denoiser.config, self.objective)
         self.condition.check_images(images)
         check_embedded_guidance(config.embedded_guidance, self.denoiser.config)
 
@@ -143,7 +156,7 @@ class Pipeline:
         nulls = with_words(conditions, self.null_words(config.negative_prompt))
         denoiser = Denoiser(self.denoiser, self.geometry.patch_size[0])
         latents = solve(
-            guided(denoiser, conditions, nulls, config.guidance_scale),
+            guided(denoiser, conditions, nulls, guidance_of(config, self.denoiser.config, self.objective)),
             noise,
             self.objective,
             config.solver,
@@ -166,7 +179,9 @@ class Pipeline:
     ) -> list[Condition]:
         """What the denoiser is told of each video, on its device."""
         numbers = numbers_told(self.denoiser.config, self.fps, config.embedded_guidance)
-        if isinstance(self.vae, OtherVAE):  # which encodes no image
+        if isinstance(self.vae, OtherVAE):
+            if images is not None and any(map(len, images)):
+                raise self.vae.no_images()
             return [Condition(**words, **numbers) for words in embed(self.text_encoder, captions)]
         given = images or [torch.empty(0, *shape[1:], 3, dtype=torch.uint8)] * len(captions)
         conditioner = Conditioner(self.condition, self.vae, self.geometry, self.image_encoder, numbers)
@@ -190,6 +205,24 @@ class Pipeline:
         self.vae.eval()
         device = next(self.vae.parameters()).device
         return [to_uint8(self.vae.decode(clip[None].to(device))[0]).cpu() for clip in latents]
+
+
+def guidance_of(config: SamplingConfig, model: DiTConfig, objective: Objective) -> float | Scales:
+    """How strongly clips are led at each timestep; ValueError for what this model or objective does not have."""
+    high, low = config.guidance_scale, config.guidance_scale_low
+    if low is not None and not model.expert_boundary:
+        raise ValueError(
+            f"guidance_scale_low={low} is for the expert for low noise, and this model is one alone "
+            "(model.expert_boundary=0). Type guidance_scale alone."
+        )
+    if not config.dynamic_guidance:
+        return high if low is None else by_noise(high, low, model.expert_boundary)
+    if low is not None or not isinstance(objective, DDPM) or not objective.rows_from_zero:
+        raise ValueError(
+            "dynamic_guidance=true is of CogVideoX: one model, on a table of noise levels whose rows count from 0 "
+            "(objective=ddpm, objective.rows_from_zero=true). Type dynamic_guidance=false."
+        )
+    return by_row(high, config.num_steps, objective.num_trained)
 
 
 def initial_noise(size: Sequence[int], seed: int) -> Tensor:

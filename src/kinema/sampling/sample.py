@@ -42,6 +42,10 @@ class SampleConfig:
     """Steps of the solver."""
     guidance_scale: float | None = None
     """Classifier-free guidance (Ho and Salimans 2022); 1 turns it off and halves the cost."""
+    guidance_scale_low: float | None = None
+    """Guidance of the expert for low noise, of two; where only guidance_scale is typed, it is of both."""
+    dynamic_guidance: bool | None = None
+    """Guidance that changes with the step, as CogVideoX's pipelines can."""
     embedded_guidance: float | None = None
     """Strength that a distilled model is told of."""
     timestep_shift: float | None = None
@@ -100,6 +104,8 @@ class SampleConfig:
         """The checkpoint's settings with what was typed; another solver leaves behind what only the former one read."""
         typed = {each.name: getattr(self, each.name) for each in fields(SamplingConfig)}
         changes = {name: value for name, value in typed.items() if value is not None}
+        if self.guidance_scale is not None:
+            changes = {"guidance_scale_low": None} | changes
         if self.solver in LIBRARY:
             changes = {"timestep_spacing": TimestepSpacing.trailing, "timestep_terminal": None} | changes
         if self.solver not in (None, of.solver):

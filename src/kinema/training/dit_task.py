@@ -17,6 +17,7 @@ from kinema.data.loading import DataConfig, Pack
 from kinema.data.pixels import to_model_range
 from kinema.data.plan import keyed_seed
 from kinema.diffusion.objective import Objective
+from kinema.diffusion.timesteps import in_range
 from kinema.distributed.engine import Engine
 from kinema.models.vae import CausalVAE, Posterior, VAEConfig
 from kinema.sampling.conditioner import Conditioner, Numbers, shown_frames
@@ -60,6 +61,10 @@ class SamplesConfig(SamplingConfig):
                 f"task.samples.images has {len(self.images)} pictures for {len(self.prompts)} prompts: type as many "
                 "for each of task.samples.prompts, or none."
             )
+
+    def captions(self) -> list[str]:
+        """Every caption that the samples are made with, or led away from."""
+        return [*self.prompts, *filter(None, [self.negative_prompt])]
 
     def images_of_prompts(self) -> list[list[str]]:
         """The picture files of each caption."""
@@ -160,11 +165,11 @@ class DiTTask:
 
     def timestep(self, generator: torch.Generator, tokens: int) -> Tensor:
         """The timestep (1,) of a clip: the objective's, drawn again until one falls into the range of the expert."""
-        low, high = self.timestep_range
         for _ in range(MAX_DRAWS):
             drawn = self.objective.sample_timesteps(1, generator, [tokens])
-            if low <= drawn.item() < high or drawn.item() == high == 1:
+            if in_range(drawn, self.timestep_range):
                 return drawn
+        low, high = self.timestep_range
         raise ValueError(
             f"none of {MAX_DRAWS} timesteps fell between {low} and {high}, the range of model.expert: the objective "
             "hardly draws any there. Move objective.timestep_shift or objective.timestep_mean towards it."

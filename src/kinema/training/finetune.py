@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kinema.models.dit import name_in_expert
+
 ONE = "default"
 """The name that peft gives to an only adapter."""
 OPERATIONS = "blocks.*.sublayers.*.operation.*"
@@ -119,15 +121,23 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def matching(patterns: Iterable[str], names: list[str], key: str) -> list[str]:
-    """The names that any of the patterns matches, in their order; ValueError for a pattern that matches none."""
+    """The names that any of the patterns matches, in their order; ValueError for a pattern that matches none.
+
+    Layers of two experts go by the names that they have in their expert too: `blocks.*` is those of both.
+    """
     patterns = list(patterns)
     if not patterns:
         raise ValueError(f"{key}=[] chooses nothing. Type patterns over names such as {names[0]} or {OPERATIONS}.")
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fits(name, pattern) for name in names):
             near = sorted(names, key=lambda name: likeness(name, pattern), reverse=True)[:3]
             raise ValueError(f"{key}: {pattern} matches none of {len(names)} names. Near it are {', '.join(near)}.")
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a name, or the one within its expert."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name_in_expert(name), pattern)
 
 
 def likeness(name: str, pattern: str) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.loading import Pack
 from kinema.data.pixels import to_model_range, to_uint8
 from kinema.diffusion.objective import Objective
+from kinema.diffusion.solvers import visited_timesteps
 from kinema.diffusion.timesteps import realised_histogram
 from kinema.models.vae import CausalVAE
 from kinema.sampling.conditioner import shown_frames
@@ -159,15 +160,24 @@ def psnr_per_frame(a: Tensor, b: Tensor) -> list[float]:
 
 
 def save_timesteps(
-    run_dir: Path, objective: Objective, samples: SamplesConfig, geometry: Geometry, shapes: list[ClipShape]
+    run_dir: Path,
+    objective: Objective,
+    samples: SamplesConfig,
+    geometry: Geometry,
+    shapes: list[ClipShape],
+    timestep_range: tuple[float, float],
 ) -> None:
-    """`timesteps.json`: the realised histogram of training timesteps beside the sampler's grid."""
-    histogram = realised_histogram(
+    """`timesteps.json`: the realised histogram of training timesteps in a range beside the sampler's grid."""
+    tokens = geometry.num_tokens(shapes[0])
+    grid = visited_timesteps(
         objective,
-        num_steps=samples.num_steps,
+        samples.solver,
+        samples.num_steps,
         shift=samples.timestep_shift,
         spacing=samples.timestep_spacing,
         terminal=samples.timestep_terminal,
-        num_tokens=geometry.num_tokens(shapes[0]),
+        scheduler=samples.scheduler,
+        num_tokens=tokens,
     )
+    histogram = realised_histogram(objective, grid, timestep_range=timestep_range, num_tokens=tokens)
     write_json(run_dir / "timesteps.json", histogram)

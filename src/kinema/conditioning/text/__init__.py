@@ -1,5 +1,6 @@
 """Frozen text encoders, each with a policy that the manifest carries and the sampler obeys."""
 
+from kinema.conditioning.text.cached import CachedTextEncoder, TextCache, TextCacheWriter
 from kinema.conditioning.text.cleaning import TextCleaning
 from kinema.conditioning.text.combined import CombinedText, CombinedTextEncoder, written_words
 from kinema.conditioning.text.encoder import NULL_CAPTION, TextConfig, TextEncoder, check_policy
@@ -10,12 +11,15 @@ from kinema.conditioning.text.pretrained import PretrainedTextEncoder
 __all__ = [
     "NULL_CAPTION",
     "TEXT_CONFIGS",
+    "CachedTextEncoder",
     "CombinedText",
     "CombinedTextEncoder",
     "HashText",
     "HashTextEncoder",
     "PretrainedText",
     "PretrainedTextEncoder",
+    "TextCache",
+    "TextCacheWriter",
     "TextCleaning",
     "TextConfig",
     "TextDtype",

@@ -79,8 +79,12 @@ class CombinedTextEncoder(TextEncoder):
 
     def describe(self) -> dict[str, Any]:
         """What every part describes, as `part.key`."""
-        parts = self.parts.items()
-        return {f"{name}.{key}": value for name, part in parts for key, value in part.describe().items()}
+        return of_parts({name: part.describe() for name, part in self.parts.items()})
+
+
+def of_parts(described: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What each part describes -> one dictionary, with `part.key`."""
+    return {f"{name}.{key}": value for name, part in described.items() for key, value in part.items()}
 
 
 def written_words(caption: str) -> str:

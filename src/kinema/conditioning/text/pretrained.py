@@ -34,37 +34,38 @@ class PretrainedTextEncoder(TextEncoder):
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
-        """Captions -> embeddings (L_i, width) float32; L_i is max_tokens unless the padding is cut off again."""
-        if not captions:
-            return []
-        tokens = self.tokenize(captions)
+        """Captions -> embeddings (L_i, width) float32; L_i is max_tokens unless the padding is cut off again.
+
+        Each is encoded alone: a batch rounds otherwise, and an embedding would depend on its neighbours in a pack.
+        """
+        return [self.encode_one(caption) for caption in captions]
+
+    def encode_one(self, caption: str) -> Tensor:
+        """One caption -> (L, width)."""
+        tokens = self.tokenize(caption)
         output = self.run(tokens)
         hidden = output.last_hidden_state if self.config.layer == -1 else output.hidden_states[self.config.layer]
-        lengths = tokens["attention_mask"].sum(dim=1) - self.config.crop
-        cropped = hidden[:, self.config.crop :].float()
-        return [self.pad(text, length) for text, length in zip(cropped, lengths.tolist(), strict=True)]
+        length = int(tokens["attention_mask"].sum()) - self.config.crop
+        return self.pad(hidden[0, self.config.crop :].float(), length)
 
     @torch.no_grad()
     def pool(self, captions: Sequence[str]) -> list[Tensor]:
         """Captions -> one vector (width,) float32 each, as encoders with a pooled output (CLIP) have it."""
-        if not captions:
-            return []
-        return list(self.run(self.tokenize(captions)).pooler_output.float())
+        return [self.run(self.tokenize(caption)).pooler_output[0].float() for caption in captions]
 
     def run(self, tokens: Mapping[str, Tensor]) -> Any:
-        """Tokens (B, L) and their mask -> the encoder's output."""
+        """Tokens (1, L) and their mask -> the encoder's output."""
         mask = None if self.config.padding in UNMASKED else tokens["attention_mask"].to(self.device)
         has_layers = self.config.layer != -1
         return self.model(tokens["input_ids"].to(self.device), attention_mask=mask, output_hidden_states=has_layers)
 
-    def tokenize(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
-        """Captions -> `input_ids` and `attention_mask` (B, L), padded on the right; cut ones are counted."""
-        texts = [self.read(caption) for caption in captions]
-        for caption, ids in zip(captions, self.tokenizer(texts)["input_ids"], strict=True):
-            self.count(caption, len(ids) - self.config.crop)
+    def tokenize(self, caption: str) -> Mapping[str, Tensor]:
+        """A caption -> `input_ids` and `attention_mask` (1, L), padded on the right; cut ones are counted."""
+        text = self.read(caption)
+        self.count(caption, len(self.tokenizer(text)["input_ids"]) - self.config.crop)
         return self.tokenizer(
-            texts,
-            padding="longest" if self.config.padding is TextPadding.none else "max_length",
+            [text],
+            padding=False if self.config.padding is TextPadding.none else "max_length",
             padding_side="right",
             truncation=True,
             max_length=self.config.read_tokens,
@@ -87,16 +88,21 @@ class PretrainedTextEncoder(TextEncoder):
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides an embedding, except where the weights lie."""
-        return {
-            "encoder": self.config.family.value,
-            "weights": self.weights_hash,
-            "tokenizer": hash_tokenizer(self.tokenizer),
-            "max_tokens": self.max_tokens,
-            "padding": self.config.padding.value,
-            "cleaning": self.config.cleaning.value,
-            "blank": self.config.blank,
-            "template": self.config.template,
-            "crop": self.config.crop,
-            "layer": self.config.layer,
-            "dtype": self.config.dtype.value,
-        }
+        return describe(self.config, self.tokenizer, self.weights_hash)
+
+
+def describe(config: PretrainedText, tokenizer: Any, weights: str) -> dict[str, Any]:
+    """Everything that decides an embedding; `weights` is their fingerprint."""
+    return {
+        "encoder": config.family.value,
+        "weights": weights,
+        "tokenizer": hash_tokenizer(tokenizer),
+        "max_tokens": config.max_tokens,
+        "padding": config.padding.value,
+        "cleaning": config.cleaning.value,
+        "blank": config.blank,
+        "template": config.template,
+        "crop": config.crop,
+        "layer": config.layer,
+        "dtype": config.dtype.value,
+    }

@@ -1,12 +1,14 @@
 """Reading an encoder and its tokenizer: safetensors only, nothing missing, nothing guessed."""
 
 import hashlib
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from kinema.conditioning.text.policy import PretrainedText, TextDtype, TextFamily
 
@@ -112,11 +114,44 @@ def hash_weights(model: nn.Module, max_values: int = 4096) -> str:
     """A fingerprint: names, shapes and up to twice `max_values` evenly spaced values of each tensor."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().flatten()
-        stride = max(1, values.numel() // max_values)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(values[::stride].float().cpu().numpy().tobytes())
+        digest.update(_sampled(name, tensor.detach(), max_values))
     return digest.hexdigest()
+
+
+def hash_stored(config: PretrainedText, max_values: int = 64) -> str:
+    """As `hash_weights`, of the tensors as they lie on disk: only a few pages of each are read."""
+    parts = {}
+    for path in weight_files(config):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118, it is no dictionary
+                    parts[name] = _sampled(name, file.get_tensor(name), max_values)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"text.path={config.path}: {path} cannot be read ({error}). Copy it again.") from error
+    return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()
+
+
+def weight_files(config: PretrainedText) -> list[Path]:
+    """The files that `transformers` reads an encoder from, which must lie on this machine."""
+    from transformers.utils import cached_file
+
+    found = cached_file(config.path, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    if found is not None:
+        single, index = (Path(found).with_name(name) for name in ("model.safetensors", "model.safetensors.index.json"))
+        if single.exists():
+            return [single]
+        if index.exists():
+            return [index.with_name(name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    raise ValueError(
+        f"text.path={config.path}: no *.safetensors weights are on this machine. They are not loaded, but they "
+        "tell cached embeddings apart: download them (hf download NAME --local-dir FOLDER), and type the folder."
+    )
+
+
+def _sampled(name: str, tensor: Tensor, max_values: int) -> bytes:
+    values = tensor.flatten()
+    values = values[:: max(1, values.numel() // max_values)]
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.float().cpu().numpy().tobytes()
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

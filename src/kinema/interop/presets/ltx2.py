@@ -1,10 +1,10 @@
-"""LTX-2 (HaCohen et al. 2026): a video and its sound in two towers that look at each other in every block."""
+"""LTX-2.0 and 2.3 (HaCohen et al. 2026): a video and its sound in two towers that look at each other in every block."""
 
 from typing import cast
 
 from torch import nn
 
-from kinema.interop.keymap import KeyMap, Layout, PermutedRows, ReorderedRows, Reshaped, Rule, Same
+from kinema.interop.keymap import Chain, KeyMap, Layout, PermutedRows, ReorderedRows, Reshaped, Rule, Same
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
 from kinema.models.dit import (
@@ -17,18 +17,16 @@ from kinema.models.dit import (
     QKNorm,
     Rope,
     StreamConfig,
+    TextEmbedding,
 )
 
+WHOLE = 3  # shift, scale and gate
 FPS = 24.0  # the reference's own, where nobody says another
 FIXED = {
     "patch_size": 1,
     "patch_size_t": 1,
     "audio_patch_size": 1,
     "audio_patch_size_t": 1,
-    "gated_attn": False,
-    "cross_attn_mod": False,
-    "audio_gated_attn": False,
-    "audio_cross_attn_mod": False,
     "activation_fn": "gelu-approximate",
     "qk_norm": "rms_norm_across_heads",
     "norm_elementwise_affine": False,
@@ -39,8 +37,6 @@ FIXED = {
     "causal_offset": 1,
     "timestep_scale_multiplier": 1000,
     "cross_attn_timestep_scale_multiplier": 1000,
-    "use_prompt_embeddings": True,
-    "perturbed_attn": False,
     "ff_bias": True,
     "audio_ff_bias": True,
     "use_prompt_adaln_single": True,
@@ -55,7 +51,9 @@ STREAM: list[Names] = [
     ("proj_out.{p}", "head.{p}"),
     ("time_embed.emb.timestep_embedder.linear_1.{p}", "timestep_embedding.expand.{p}"),
     ("time_embed.emb.timestep_embedder.linear_2.{p}", "timestep_embedding.project.{p}"),
-    ("time_embed.linear.{p}", "shared_modulation.{p}"),
+    ("prompt_adaln.emb.timestep_embedder.linear_1.{p}", "caption_condition.embedding.expand.{p}"),
+    ("prompt_adaln.emb.timestep_embedder.linear_2.{p}", "caption_condition.embedding.project.{p}"),
+    ("prompt_adaln.linear.{p}", "caption_condition.linear.{p}"),
     ("caption_projection.linear_1.{p}", "text_embedding.0.{p}"),
     ("caption_projection.linear_2.{p}", "text_embedding.2.{p}"),
 ]
@@ -63,7 +61,11 @@ MLP: list[Names] = [
     ("ff.net.0.proj.{p}", "sublayers.2.operation.expand.{p}"),
     ("ff.net.2.{p}", "sublayers.2.operation.project.{p}"),
 ]
-ATTENTION: list[Names] = [("to_v.{p}", "value.{p}"), ("to_out.0.{p}", "project.{p}")]
+ATTENTION: list[Names] = [
+    ("to_v.{p}", "value.{p}"),
+    ("to_out.0.{p}", "project.{p}"),
+    ("to_gate_logits.{p}", "gates.{p}"),
+]
 TURNED: list[Names] = [
     ("to_q.{p}", "query.{p}"),
     ("to_k.{p}", "key.{p}"),
@@ -82,6 +84,8 @@ ORIGINAL = {
     "audio_proj_in": "audio_patchify_proj",
     "time_embed": "adaln_single",
     "audio_time_embed": "audio_adaln_single",
+    "prompt_adaln": "prompt_adaln_single",
+    "audio_prompt_adaln": "audio_prompt_adaln_single",
     "av_cross_attn_video_scale_shift": "av_ca_video_scale_shift_adaln_single",
     "av_cross_attn_audio_scale_shift": "av_ca_audio_scale_shift_adaln_single",
     "av_cross_attn_video_a2v_gate": "av_ca_a2v_gate_adaln_single",
@@ -98,7 +102,8 @@ def build(record: Record) -> DiT:
 
     The reference takes packed tokens and timesteps from 0 to 1000 for each stream; both predict noise - latents.
     """
-    return DiT(_config(record), record["in_channels"], record["caption_channels"])
+    config, captions = _config(record), record["caption_channels"]
+    return DiT(config, record["in_channels"], captions if record["use_prompt_embeddings"] else config.width)
 
 
 def describe(module: nn.Module) -> Record:
@@ -107,6 +112,7 @@ def describe(module: nn.Module) -> Record:
     config, audio = model.config, model.config.audio
     if audio is None:
         raise ValueError("LTX2VideoTransformer3DModel cannot be model.audio=None: it has two streams.")
+    has_projection = config.text_embedding is TextEmbedding.mlp
     record = {
         **FIXED,
         "in_channels": model.latent_channels,
@@ -128,7 +134,10 @@ def describe(module: nn.Module) -> Record:
         "audio_sampling_rate": round(audio.fps * HOP),
         "audio_hop_length": HOP,
         "num_layers": config.depth,
-        "caption_channels": model.text_width,
+        "caption_channels": model.text_width if has_projection else GEMMA_WIDTH,
+        "use_prompt_embeddings": has_projection,
+        **dict.fromkeys(("gated_attn", "audio_gated_attn"), config.head_gates),
+        **dict.fromkeys(("cross_attn_mod", "audio_cross_attn_mod", "perturbed_attn"), config.modulated_captions),
         "rope_theta": config.rope_theta,
         "rope_type": "split",
     }
@@ -136,6 +145,7 @@ def describe(module: nn.Module) -> Record:
     return record
 
 
+GEMMA_WIDTH = 3840  # of LTX-2's text encoder, whose connectors bring LTX-2.3's captions to the width of each stream
 HOP = 160  # samples between frames of the spectrogram; the model knows only their rate
 
 
@@ -159,9 +169,21 @@ def _rules(record: Record) -> list[Rule]:
         rules += [Rule(there + theirs, f"{here}.{ours}") for theirs, ours in MLP]
         rules += _attention(f"{there}attn1", f"{here}.sublayers.0.operation", _turned(record, width, count))
         rules += _attention(f"{there}attn2", f"{here}.sublayers.1.operation", Same())
-        rules.append(Rule(f"{there}scale_shift_table", f"{here}.modulation.table", Reshaped((6, width), (-1,))))
+        rules += _modulation(record, prefix, tower, width)
         rules.append(Rule(f"{prefix}scale_shift_table", f"{tower}head_modulation.table", Reshaped((2, width), (-1,))))
     return rules + _exchange_rules(record, widths[1])
+
+
+def _modulation(record: Record, prefix: str, tower: str, width: int) -> list[Rule]:
+    """What modulates the reading of the caption stands last there, and here between the others."""
+    there, here = f"transformer_blocks.{{i}}.{prefix}", f"{tower}blocks.{{i}}"
+    sublayers, order = (3, (0, 2, 1)) if record["cross_attn_mod"] else (2, (0, 1))
+    table = Chain((Reshaped((WHOLE * sublayers, width), (-1,)), ReorderedRows(order)))
+    return [
+        Rule(f"{prefix}time_embed.linear.{{p}}", f"{tower}shared_modulation.{{p}}", ReorderedRows(order)),
+        Rule(f"{there}scale_shift_table", f"{here}.modulation.table", table),
+        Rule(f"{there}prompt_scale_shift_table", f"{here}.sublayers.1.operation.answer_table"),
+    ]
 
 
 def _exchange_rules(record: Record, width: int) -> list[Rule]:
@@ -209,15 +231,18 @@ def _config(record: Record) -> DiTConfig:
         activation=Activation.gelu_tanh,
         norm=NormKind.rms,
         norm_eps=record["norm_eps"],
-        cross_norm=CrossNorm.plain,
+        cross_norm=CrossNorm.modulated if record["cross_attn_mod"] else CrossNorm.plain,
+        modulated_captions=record["cross_attn_mod"],
         head_modulation=HeadModulation.table,
         qk_norm=QKNorm.rms_all,
         qk_norm_eps=record["norm_eps"],
+        head_gates=record["gated_attn"],
         rope=Rope.seconds,
         rope_theta=record["rope_theta"],
         rope_extent=[float(record[key]) for key in ("pos_embed_max_pos", "base_height", "base_width")],
         rope_units=[float(factor) for factor in record["vae_scale_factors"]],
         rope_fps=FPS,
+        text_embedding=TextEmbedding.mlp if record["use_prompt_embeddings"] else TextEmbedding.none,
         text_activation=Activation.gelu_tanh,
         audio=StreamConfig(
             channels=record["audio_in_channels"],
@@ -226,16 +251,22 @@ def _config(record: Record) -> DiTConfig:
             extent=float(record["audio_pos_embed_max_pos"]),
             stride=record["audio_scale_factor"],
             fps=record["audio_sampling_rate"] / record["audio_hop_length"],
+            text_width=0 if record["use_prompt_embeddings"] else record["audio_cross_attention_dim"],
+            crossed=record["cross_attn_mod"],
         ),
     )
 
 
 def _accepts(record: Record) -> bool:
-    """LTX-2.0; the exchange turns both streams by their own heads, which must be as many where channels lie apart."""
+    """LTX-2.0 and 2.3.
+
+    The exchange turns both streams by their own heads, which must be as many where channels lie apart.
+    """
     heads = record["num_attention_heads"], record["audio_num_attention_heads"]
     widths = heads[0] * record["attention_head_dim"], heads[1] * record["audio_attention_head_dim"]
     return (
         all(record[key] == value for key, value in FIXED.items())
+        and all(record[key] == record[f"audio_{key}"] for key in ("gated_attn", "cross_attn_mod"))
         and record["out_channels"] in (None, record["in_channels"])
         and record["audio_out_channels"] in (None, record["audio_in_channels"])
         and (record["cross_attention_dim"], record["audio_cross_attention_dim"]) == widths

@@ -4,7 +4,7 @@ from typing import cast
 
 from torch import nn
 
-from kinema.interop.keymap import Fused, KeyMap, Negated, PairedHeads, PermutedRows, Rule
+from kinema.interop.keymap import Fused, KeyMap, PairedHeads, PermutedRows, Rule
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
 from kinema.models.dit import (
@@ -77,7 +77,7 @@ def key_map(record: Record) -> KeyMap:
     """Names in `diffusers`."""
     width = record["hidden_size"]
     rules = [Rule(theirs, ours) for theirs, ours in EDGES]
-    rules += [Rule("proj_out.{p}", "head.{p}", Negated()), Rule("audio_proj_out.{p}", "audio_head.{p}", Negated())]
+    rules += [Rule("proj_out.{p}", "head.{p}"), Rule("audio_proj_out.{p}", "audio_head.{p}")]
     for block in range(record["num_layers"]):
         there, here = f"transformer_blocks.{block}", f"blocks.{block}"
         modulation = PermutedRows((3, 2, 3 * width), (1, 0, 2))  # by modality, then sublayer; ours by sublayer first
@@ -136,12 +136,13 @@ def _config(record: Record) -> DiTConfig:
         rope_axes=[turning] * 3,
         rope_still=record["attention_head_dim"] - 3 * turning,
         rope_spans=SPANS,
+        rope_side=32.0,
         rope_theta=record["rope_theta"],
         timestep_channels=record["freq_dim"],
         timestep_width=record["time_embed_dim"],
         timestep_hidden_width=record["time_embed_hidden_dim"],
         timestep_scale=1.0,
-        timestep_from_noise=True,
+        reversed_time=True,
         text_embedding=TextEmbedding.encoder,
         refiner_depth=record["num_refiner_layers"],
         audio_channels=record["audio_in_channels"],

@@ -16,7 +16,7 @@ from kinema.models.dit.config import (
     TextEdge,
     TextEmbedding,
 )
-from kinema.models.dit.experts import Experts, join_experts, make_denoiser, split_experts
+from kinema.models.dit.experts import Experts, join_experts, make_denoiser, name_in_expert, split_experts
 from kinema.models.dit.extras import Extras, Sound
 from kinema.models.dit.model import DiT
 
@@ -41,5 +41,6 @@ __all__ = [
     "TextEmbedding",
     "join_experts",
     "make_denoiser",
+    "name_in_expert",
     "split_experts",
 ]

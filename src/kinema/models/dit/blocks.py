@@ -1,6 +1,6 @@
 """From the axes of a config to its blocks: which sublayers each one lists."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -24,15 +24,16 @@ from kinema.models.dit.layers import (
     JointAttention,
     SegmentAttention,
     SingleStream,
+    Slots,
+    Stream,
     Sublayer,
 )
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import Span
 
-WHOLE = 3  # shift, scale and gate
-READ = 2  # shift and scale of a segment that is only read
-GATED = 1
-ALONE = 0
+WHOLE = ("shift", "scale", "gate")
+GATED = ("gate",)
+ALONE = ()
 VIDEO, TEXT, AUDIO = ("video",), ("text",), ("audio",)
 
 
@@ -47,21 +48,23 @@ def shared_slots(made: Sequence[Block]) -> int:
 
 
 def _rows(sublayers: Sequence[Sublayer]) -> list[int]:
-    """Which of the shared vectors these sublayers take: each group of segments has three, and may leave the last."""
+    """Which of the shared vectors these sublayers take: each group of segments has all, and may leave the last."""
     groups = [slots for sublayer in sublayers for slots in sublayer.groups.values() if slots]
-    return [WHOLE * number + slot for number, slots in enumerate(groups) for slot in range(slots)]
+    count = max(map(len, groups))
+    return [count * number + slot for number, slots in enumerate(groups) for slot in range(len(slots))]
 
 
 def refiner_blocks(config: DiTConfig) -> list[Block]:
     """Blocks on captions alone: attention and MLP behind norms with weights, and gates."""
     attention = attention_of(config.attention_kernel)
     shape = HeadShape(config.width, config.num_heads, QKNorm.none, config.qk_norm_eps, bias=True)
+    sizes = [config.width] * 2
     made = []
     for _ in range(config.refiner_depth):
         mlp = FeedForward(config.width, config.hidden_width, Activation.silu, bias=True)
         operations = SegmentAttention(shape, "text", TEXT, attention), mlp
         sublayers = [Sublayer({TEXT: GATED}, operation, _affine(config)) for operation in operations]
-        made.append(Block(sublayers, LinearModulation(config.width, config.width, len(sublayers))))
+        made.append(Block(sublayers, LinearModulation(config.width, sizes), sizes))
     return made
 
 
@@ -71,9 +74,9 @@ def tower_blocks(config: DiTConfig) -> list[Block]:
     made = []
     for _ in range(config.refiner_depth):
         operations = SegmentAttention(_shape(config), "text", TEXT, attention), _mlp(config)
-        sublayers = [Sublayer({TEXT: WHOLE}, operation, _norm(config)) for operation in operations]
-        slots = sum(sublayer.slots for sublayer in sublayers)
-        made.append(Block(sublayers, LinearModulation(config.condition_width, config.width, slots)))
+        sublayers = [_sublayer(config, {TEXT: _whole(config)}, operation) for operation in operations]
+        sizes = _sizes(config, sublayers)
+        made.append(Block(sublayers, LinearModulation(config.condition_width, sizes), sizes))
     return made
 
 
@@ -94,14 +97,30 @@ def control_blocks(config: DiTConfig) -> list[Block]:
 
 
 def _block(config: DiTConfig, sublayers: Sequence[Sublayer], index: int) -> Block:
-    slots, placed = sum(sublayer.slots for sublayer in sublayers), _is_placed(config, index)
+    sizes, placed = _sizes(config, sublayers), _is_placed(config, index)
     if config.modulation is ModulationSource.table:
-        return Block(sublayers, TableModulation(config.width, _rows(sublayers)), placed=placed)
+        return Block(sublayers, TableModulation(config.width, _rows(sublayers)), sizes, placed=placed)
     if config.modulation is ModulationSource.lora:
-        groups = [count for sublayer in sublayers for count in sublayer.groups.values() if count]
+        groups = [len(slots) for sublayer in sublayers for slots in sublayer.groups.values() if slots]
         low_rank = LowRankModulation(config.condition_width, config.width, config.modulation_rank, groups)
-        return Block(sublayers, low_rank, placed=placed)
-    return Block(sublayers, LinearModulation(config.condition_width, config.width, slots), placed=placed)
+        return Block(sublayers, low_rank, sizes, placed=placed)
+    return Block(sublayers, LinearModulation(config.condition_width, sizes), sizes, placed=placed)
+
+
+def _sizes(config: DiTConfig, sublayers: Sequence[Sublayer]) -> list[int]:
+    """Width of each vector of modulation: that of the segments which it modulates."""
+    groups = [group for sublayer in sublayers for group in sublayer.groups.items()]
+    return [config.segment_width(segments[0]) for segments, slots in groups for _ in slots]
+
+
+def _sublayer(config: DiTConfig, slots: Mapping[tuple[str, ...], Slots], operation: nn.Module) -> Sublayer:
+    """Between the block's own norms, with its kind of gate."""
+    after = _norm(config) if config.sandwich_norm else None
+    return Sublayer(slots, operation, _norm(config), after=after, tanh_gates=config.tanh_gates)
+
+
+def _whole(config: DiTConfig) -> Slots:
+    return WHOLE if config.modulation_shift else WHOLE[1:]
 
 
 def _is_placed(config: DiTConfig, index: int) -> bool:
@@ -121,27 +140,33 @@ def _sublayers(config: DiTConfig, index: int) -> list[Sublayer]:
         return _cross(config, attention, spans)
     if config.text is TextEdge.shared:
         return _shared(config, attention, spans)
-    last = index == config.depth - 1 and not config.text_to_the_end
-    return _joint(config, attention, spans, last=last)
+    return _joint(config, attention, spans, last=index == config.depth - 1)
 
 
 def _looks(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> list[Sublayer]:
     """Attention of the video to itself, over one span after the other."""
     looks = [SegmentAttention(_shape(config), "video", VIDEO, attention, span) for span in spans]
-    return [Sublayer({VIDEO: WHOLE}, look, _norm(config)) for look in looks]
+    return [_sublayer(config, {VIDEO: _whole(config)}, look) for look in looks]
 
 
 def _cross(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> list[Sublayer]:
     """Self-attention over each span, cross-attention to the caption unless the block is over time alone, the MLP."""
     shape = _shape(config)
     before = _looks(config, attention, spans)
-    after = Sublayer({VIDEO: WHOLE}, _mlp(config), _norm(config))
+    after = _sublayer(config, {VIDEO: _whole(config)}, _mlp(config))
     if spans == [Span.place]:
         return [*before, after]
     answers = ["text", "image"] if config.image_width else ["text"]
-    caption = SegmentAttention(shape, "video", answers, attention, answer_width=config.caption_width)
+    caption = SegmentAttention(
+        shape,
+        "video",
+        answers,
+        attention,
+        answer_width=config.caption_width,
+        answer_modulated=config.modulated_captions,
+    )
     if config.cross_norm is CrossNorm.modulated:
-        reading = Sublayer({VIDEO: WHOLE}, caption, _norm(config))
+        reading = _sublayer(config, {VIDEO: _whole(config)}, caption)
     else:
         norms = {CrossNorm.affine: _affine(config), CrossNorm.plain: _norm(config), CrossNorm.none: nn.Identity()}
         reading = Sublayer({VIDEO: ALONE}, caption, norms[config.cross_norm])
@@ -149,42 +174,55 @@ def _cross(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> li
 
 
 def _joint(config: DiTConfig, attention: Attention, spans: Sequence[Span], *, last: bool) -> list[Sublayer]:
-    """One softmax over video and caption, then an MLP for each; the last block only reads the caption.
+    """One softmax over video and caption, then an MLP for each; the last block only reads the caption, unless its
+    weights go on to the end.
 
     With factorised attention a frame's softmax holds that frame and the caption, the caption's all frames; then the
     video alone looks over time.
     """
-    silent = TEXT if last else ()
-    mixing = JointAttention(_shape(config), VIDEO + TEXT, attention, shared=False, silent=silent, span=spans[0])
-    first = Sublayer({VIDEO: WHOLE, TEXT: READ if last else WHOLE}, mixing, _norm(config))
-    segments = [VIDEO] if last else [VIDEO, TEXT]
-    mlps = [Sublayer({segment: WHOLE}, _mlp(config), _norm(config)) for segment in segments]
+    shape, whole, changed = _shape(config), _whole(config), not last or config.text_to_the_end
+    video = Stream(shape, asks=True)
+    text = Stream(shape, asks=changed, width=config.caption_width, idle=config.text_queries_to_the_end)
+    mixing = JointAttention({"video": video, "text": text}, attention, span=spans[0])
+    first = _sublayer(config, {VIDEO: whole, TEXT: whole if changed else whole[:-1]}, mixing)
+    mlps = [_sublayer(config, {VIDEO: whole}, _mlp(config))]
+    if changed:
+        mlps.append(_sublayer(config, {TEXT: whole}, _mlp(config, config.caption_width)))
     return [first, *_looks(config, attention, spans[1:]), *mlps]
 
 
 def _shared(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> list[Sublayer]:
     """The same with one set of weights and a modulation for each, for sound too where the model has it."""
-    segments = [VIDEO, TEXT, *([AUDIO] if config.audio_channels else [])]
-    names = [name for segment in segments for name in segment]
-    mixing = JointAttention(_shape(config), names, attention, shared=True, span=spans[0])
-    slots: dict[tuple[str, ...], int] = dict.fromkeys(segments, WHOLE)
-    first, last = (Sublayer(slots, each, _norm(config)) for each in (mixing, _mlp(config)))
+    segments, whole = [VIDEO, TEXT, *([AUDIO] if config.audio_channels else [])], _whole(config)
+    shared_by = [name for segment in segments[1:] for name in segment]
+    stream = {"video": Stream(_shape(config), asks=True)}
+    mixing = JointAttention(stream, attention, shared_by=shared_by, span=spans[0])
+    first, last = (_sublayer(config, dict.fromkeys(segments, whole), each) for each in (mixing, _mlp(config)))
     return [first, *_looks(config, attention, spans[1:]), last]
 
 
 def _single(config: DiTConfig, attention: Attention, span: Span) -> Sublayer:
     """Attention and MLP side by side on video and caption, with one modulation for both."""
     operation = SingleStream(_shape(config), config.hidden_width, config.activation, attention, span)
-    return Sublayer({VIDEO + TEXT: WHOLE}, operation, _norm(config))
+    return _sublayer(config, {VIDEO + TEXT: _whole(config)}, operation)
 
 
-def _mlp(config: DiTConfig) -> FeedForward:
-    return FeedForward(config.width, config.hidden_width, config.activation, bias=config.bias and config.mlp_bias)
+def _mlp(config: DiTConfig, given: int | None = None) -> FeedForward:
+    width = given or config.width
+    return FeedForward(width, config.hidden_of(width), config.activation, bias=config.bias and config.mlp_bias)
 
 
 def _shape(config: DiTConfig) -> HeadShape:
-    inner = config.num_heads * config.head_dim
-    return HeadShape(config.width, config.num_heads, config.qk_norm, config.qk_norm_eps, config.bias, inner)
+    return HeadShape(
+        config.width,
+        config.num_heads,
+        config.qk_norm,
+        config.qk_norm_eps,
+        config.bias,
+        inner=config.num_heads * config.head_dim,
+        qkv_bias=config.qkv_bias,
+        gated=config.head_gates,
+    )
 
 
 def _norm(config: DiTConfig) -> Norm:

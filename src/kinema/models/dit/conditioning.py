@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kinema.models.attention import Lengths
+from kinema.models.attention import Lengths, attention
 from kinema.models.dit.config import NormKind
 from kinema.models.dit.norms import Norm
+from kinema.models.dit.segments import joined, totals
 
 TIMESTEP_EPSILON = 1e-6
 SHARED_SLOTS = 3  # shift, scale and gate
@@ -53,16 +54,14 @@ class TimestepEmbedding(nn.Module):
         *,
         bias: bool = True,
         hidden: int | None = None,
-        from_noise: bool = False,
     ) -> None:
         super().__init__()
-        self.channels, self.scale, self.from_noise = channels, scale, from_noise
+        self.channels, self.scale = channels, scale
         self.expand = ExactLinear(channels, hidden or width, bias)
         self.project = ExactLinear(hidden or width, width, bias)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """timesteps (R,) in [0, 1] -> (R, D)."""
-        timesteps = 1 - timesteps if self.from_noise else timesteps
         return self.project(F.silu(self.expand(sinusoids(timesteps, self.channels, self.scale))))
 
 
@@ -82,6 +81,40 @@ class NormedTimesteps(nn.Module):
     def for_all(self, timesteps: Tensor) -> Tensor:
         """timesteps (R,) -> (R, channels), what shared modulation is made of."""
         return F.silu(self.expand(sinusoids(timesteps, self.channels, self.scale)))
+
+
+class MeanPooling(ExactLinear):
+    """The mean of a caption to the timestep's width, in float32 throughout."""
+
+    def forward(self, words: Tensor, lengths: Lengths) -> Tensor:  # type: ignore[override]  # what it pools, and how
+        """words (M, channels) -> (B, D)"""
+        return super().forward(means(words, lengths))
+
+
+class AttentionPooling(nn.Module):
+    """The mean of a caption asks its tokens and itself (Radford et al. 2021, CLIP), in float32 throughout."""
+
+    def __init__(self, channels: int, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (ExactLinear(channels, channels) for _ in range(3))
+        self.project = ExactLinear(channels, width)
+        self.num_heads = num_heads
+
+    def forward(self, words: Tensor, lengths: Lengths) -> Tensor:
+        """words (M, channels) -> (B, D)"""
+        ones, mean = (1,) * len(lengths), means(words, lengths)
+        tokens, counts = joined([mean, words], [ones, lengths]), totals([ones, lengths])
+        with torch.autocast(words.device.type, enabled=False):
+            q, k, v = self._heads(self.query(mean)), self._heads(self.key(tokens)), self._heads(self.value(tokens))
+            return self.project(attention(q, k, v, ones, counts).flatten(1))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.num_heads, -1))
+
+    def products(self, words: int) -> int:
+        """Multiplications on one caption."""
+        layers = self.query.weight.numel() + self.project.weight.numel()
+        return layers + 2 * (words + 1) * (self.key.weight.numel() + self.key.out_features)
 
 
 class PooledEmbedding(nn.Module):
@@ -149,12 +182,12 @@ class TableModulation(nn.Module):
 class LinearModulation(nn.Module):
     """A linear layer of the block's own: adaLN-Zero (Peebles and Xie 2023, section 3.2)."""
 
-    def __init__(self, condition_width: int, width: int, slots: int) -> None:
+    def __init__(self, condition_width: int, sizes: Sequence[int]) -> None:
         super().__init__()
-        self.linear = ExactLinear(condition_width, slots * width)
+        self.linear = ExactLinear(condition_width, sum(sizes))
 
     def forward(self, condition: Condition) -> Tensor:
-        """-> (R, slots * D)"""
+        """-> (R, sum of sizes)"""
         return self.linear(condition.embedding)
 
 
@@ -179,6 +212,20 @@ class LowRankModulation(nn.Module):
             for down, up, size in zip(self.down, self.up, self.sizes, strict=True)
         ]
         return torch.cat(parts, dim=-1)
+
+
+class CaptionCondition(nn.Module):
+    """A clip's timestep to the shift and scale behind which all blocks read its caption (LTX-2.3)."""
+
+    def __init__(self, channels: int, width: int, scale: float) -> None:
+        super().__init__()
+        self.embedding = TimestepEmbedding(channels, width, scale)
+        self.linear = ExactLinear(width, 2 * width)
+        self.width = width
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """timesteps (B,) -> (B, 2, D)"""
+        return self.linear(F.silu(self.embedding(timesteps))).unflatten(1, (2, self.width))
 
 
 class HeadTable(nn.Module):

@@ -63,6 +63,10 @@ class Rope(Enum):
     """Channels of each head belong to one axis and turn with the token's index along it."""
     fractional = "fractional"
     """All channels turn with the place as a fraction of `rope_extent` in seconds and pixels (LTX-Video)."""
+    learned = "learned"
+    """Every pair of channels of every head has learned frequencies along all axes (Heo et al. 2024, RoPE-Mixed), from
+    the middle of a frame whose area is brought to that of `rope_side` squared (Genmo 2024, Mochi 1).
+    """
     seconds = "seconds"
     """The same, at the middle of what a token covers and at the clip's own frame rate: a clock that sound can share
     (LTX-2). `rope_units` are then frames, rows and columns of pixels of a latent; an extent of 0 does not turn.
@@ -187,7 +191,7 @@ class Activation(Enum):
 class StreamConfig:
     """A second stream, sound: a tower of blocks like the video's at a size of its own (HaCohen et al. 2026, LTX-2).
 
-    Its latents (channels, T) are tokens as they are, its captions have the width of the video's.
+    Its latents (channels, T) are tokens as they are.
     """
 
     channels: int = 128
@@ -202,6 +206,10 @@ class StreamConfig:
     """Frames of the spectrogram in a latent; the first latent holds one."""
     fps: float = 100.0
     """Frames of the spectrogram a second."""
+    text_width: int = 0
+    """Channels of its captions; 0 for as many as the video's have."""
+    crossed: bool = False
+    """Whether the other's timestep modulates a stream where the two look at each other (LTX-2.3), not its own."""
 
 
 @dataclass
@@ -235,11 +243,15 @@ class DiTConfig:
     text: TextEdge = TextEdge.cross
     text_to_the_end: bool = False
     """Whether the last block changes captions that nobody reads any more: published models have such weights."""
+    text_queries_to_the_end: bool = False
+    """Whether captions have queries even in the last block, where nobody asks them: Mochi has such weights."""
     activation: Activation = Activation.gelu
     bias: bool = True
     """Whether attention and MLP have biases."""
     mlp_bias: bool = True
     """Whether the MLP has them where attention has; single streams have both or none."""
+    qkv_bias: bool = True
+    """Whether queries, keys and values have them where attention has."""
     edge_bias: bool = True
     """Whether the layers of patches, timesteps, shared modulation and head have them."""
     norm: NormKind = NormKind.layer
@@ -251,13 +263,29 @@ class DiTConfig:
     """The norm before the last layer."""
     final_norm: bool = False
     """One more norm between the last block and the head."""
+    sandwich_norm: bool = False
+    """The block's norm once more behind each operation, before its gate (Ding et al. 2021, CogView; Zhuo et al. 2024,
+    Lumina-Next).
+    """
     cross_norm: CrossNorm = CrossNorm.modulated
+    modulated_captions: bool = False
+    """Blocks read captions behind a shift and scale of the timestep, from an embedding of its own and a table in each
+    (LTX-2.3). With text=cross.
+    """
     modulation: ModulationSource = ModulationSource.table
     modulation_rank: int = 64
     """Width of the thin layers of modulation=lora."""
+    modulation_shift: bool = True
+    """Whether blocks shift what they norm, or only scale it (Mochi)."""
+    tanh_gates: bool = False
+    """Gates between -1 and 1 (Alayrac et al. 2022, Flamingo)."""
     head_modulation: HeadModulation = HeadModulation.linear
     qk_norm: QKNorm = QKNorm.rms_head
     qk_norm_eps: float = 1e-6
+    head_gates: bool = False
+    """Whether each token that asks also says, between 0 and 2, how much of each head it takes (Qiu et al. 2025, gated
+    attention; LTX-2.3). With text=cross.
+    """
     rope: Rope = Rope.axes
     rope_axes: list[int] = field(default_factory=lambda: [12, 10, 10])
     """Channels of a head that turn with time, height and width; even, and with `rope_still` they are the head."""
@@ -265,10 +293,12 @@ class DiTConfig:
     """Channels at the end of a head that do not turn, with rope=axes or packed."""
     rope_spans: list[float] = field(default_factory=lambda: [1.0])
     """Steps of the clock that latent frames take, over and over, with rope=packed."""
-    rope_side: float = 32.0
-    """Rows and columns that a square frame of any size is counted as, with rope=packed."""
     rope_theta: float = 10000.0
-    """Base of the wavelengths of both position embeddings: they lie between 2 pi and 2 pi * theta tokens."""
+    """Base of the wavelengths of both position embeddings: they lie between 2 pi and 2 pi * theta tokens. Those of
+    rope=learned begin there.
+    """
+    rope_side: float = 192.0
+    """Rows and columns of the square whose area every frame is brought to, with rope=learned or packed."""
     rope_scale: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     """How many times longer in time, height and width the slowest waves of rope=axes become, where the fastest stay:
     theta grows for that axis (NTK-aware scaling; bloc97 2023, Peng et al. 2023, YaRN, section 3.1).
@@ -298,8 +328,6 @@ class DiTConfig:
     """Channels of a timestep's embedding; 0 for the model's width."""
     timestep_hidden_width: int = 0
     """Channels between the two layers of the timestep's embedding; 0 for as many as it has."""
-    timestep_from_noise: bool = False
-    """Whether the sines are of 1 - t: of a time that runs from noise to data (MiniMax-H3)."""
     timestep_scale: float = 1000.0
     """What timesteps from 0 to 1 are multiplied by before their sines: DDPM counts a thousand (Ho et al. 2020)."""
     timestep_norm: bool = False
@@ -320,9 +348,17 @@ class DiTConfig:
     text_activation: Activation = Activation.gelu
     """Between the two layers that bring captions to the model's width, or after the only one."""
     text_channels: int = 0
-    """Channels of a caption's tokens in the blocks; 0 for the model's width. With text=cross."""
+    """Channels of a caption's tokens in the blocks; 0 for the model's width. With text=cross or joint, where attention
+    brings both to the model's width and back (Genmo 2024, Mochi 1).
+    """
     pooled_text: bool = False
     """Add the mean of the text embeddings to the timestep's: the caption also modulates every block."""
+    pooled_text_heads: int = 0
+    """Heads of an attention that pools them, asked by their mean (Radford et al. 2021, CLIP); 0 for the mean itself."""
+    reversed_time: bool = False
+    """Inside, time runs from noise to data: blocks are told 1 - t, and the head says latents - noise (Mochi). Outside
+    nothing changes.
+    """
     first_frame_given: bool = False
     """The first frame of tokens holds a given image: blocks read it with timestep 0 and without guidance, the caption
     and the head with the clip's own timestep (HunyuanVideo I2V, token replacement).
@@ -367,7 +403,7 @@ class DiTConfig:
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together, and choices that exclude one another."""
         above_zero = ["width", "depth", "num_heads", "mlp_ratio", "rope_theta", "norm_eps", "qk_norm_eps"]
-        above_zero += ["modulation_rank", "timestep_scale", "glyph_hidden_width"]
+        above_zero += ["modulation_rank", "timestep_scale", "glyph_hidden_width", "rope_side"]
         for name in (*above_zero, "timestep_channels"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be above zero.")
@@ -388,6 +424,7 @@ class DiTConfig:
             "rope_still",
             "timestep_hidden_width",
             "audio_channels",
+            "pooled_text_heads",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be zero or more.")
@@ -418,6 +455,7 @@ class DiTConfig:
         self._check_experts()
         self._check_attention()
         self._check_text()
+        self._check_pooled()
         self._check_modulation()
         self._check_control()
         self._check_audio()
@@ -431,17 +469,16 @@ class DiTConfig:
                 f"channels belong to axes: those of model.rope={self.rope.name} do not. Type model.rope=axes, or 0."
             )
         if self.rope is not Rope.packed:
-            for name, plain in {"rope_spans": [1.0], "rope_side": 32.0, "audio_channels": 0}.items():
+            for name, plain in {"rope_spans": [1.0], "audio_channels": 0}.items():
                 if getattr(self, name) != plain:
                     raise ValueError(
                         f"model.{name}={getattr(self, name)} needs model.rope=packed (it is {self.rope.name}). Type "
                         f"model.rope=packed or model.{name}={plain}."
                     )
             return
-        if not self.rope_spans or min(self.rope_spans) <= 0 or self.rope_side <= 0:
+        if not self.rope_spans or min(self.rope_spans) <= 0:
             raise ValueError(
-                f"model.rope_spans={self.rope_spans} must be one or more numbers above zero, and model.rope_side="
-                f"{self.rope_side} one. Type model.rope_spans=[1] model.rope_side=32."
+                f"model.rope_spans={self.rope_spans} must be one or more numbers above zero. Type model.rope_spans=[1]."
             )
         self._check_needed("rope=packed", {"text": TextEdge.shared, "attention": AttentionPattern.full})
         if self.audio_channels:
@@ -450,8 +487,7 @@ class DiTConfig:
     def _check_needed(self, what: str, needed: dict[str, Any]) -> None:
         for key, value in needed.items():
             if getattr(self, key) != value:
-                shown = value.name if isinstance(value, Enum) else str(value).lower()
-                raise ValueError(f"model.{what} needs model.{key}={shown}. Type model.{key}={shown}.")
+                raise ValueError(f"model.{what} needs model.{key}={_typed(value)}. Type model.{key}={_typed(value)}.")
 
     def _check_scaling(self) -> None:
         scaled = [size for size, scale in zip(self.rope_axes, self.rope_scale, strict=True) if scale != 1]
@@ -515,20 +551,25 @@ class DiTConfig:
             )
 
     def _check_text(self) -> None:
-        if self.text_embedding is TextEmbedding.refiner and (self.head_channels or self.timestep_from_noise):
+        if self.text_embedding is TextEmbedding.refiner and self.head_channels:
             raise ValueError(
-                f"model.text_embedding=refiner has heads and timesteps of its own: model.head_channels="
-                f"{self.head_channels} and model.timestep_from_noise={self.timestep_from_noise} do not reach it. Type "
-                "model.text_embedding=linear, or leave them out."
+                f"model.text_embedding=refiner has heads of its own: model.head_channels={self.head_channels} does not "
+                "reach them. Type model.text_embedding=linear or model.head_channels=0."
             )
-        if self.pooled_norm and not self.pooled_width:
-            raise ValueError("model.pooled_norm=true needs a vector to norm: type model.pooled_width, or leave it out.")
+        for name in ("head_gates", "modulated_captions"):
+            if getattr(self, name) and self.text is not TextEdge.cross:
+                raise ValueError(
+                    f"model.{name}=true needs model.text=cross (it is {self.text.name}): one softmax for captions and "
+                    f"video has neither. Type model.{name}=false."
+                )
         own_width = self.text_embedding in (TextEmbedding.refiner, TextEmbedding.tower, TextEmbedding.encoder)
-        if self.text_channels and (self.text is not TextEdge.cross or own_width):
+        if self.text_channels and (self.text is TextEdge.shared or own_width):
             raise ValueError(
-                f"model.text_channels={self.text_channels}: only model.text=cross without refiner or tower reads "
-                "captions of another width than the model's. Type model.text_channels=0."
+                f"model.text_channels={self.text_channels}: only model.text=cross or joint without refiner or tower "
+                "reads captions of another width than the model's. Type model.text_channels=0."
             )
+        if self.text_channels and self.text is TextEdge.joint:
+            self._check_two_widths()
         if self.glyph_width and (self.text_channels or self.text_embedding is TextEmbedding.none):
             raise ValueError(
                 f"model.glyph_width={self.glyph_width} joins captions of the model's width, which those with "
@@ -553,11 +594,41 @@ class DiTConfig:
                 f"{self.depth}: single streams follow blocks in which captions have weights of their own. Type "
                 "model.single_depth=0 or model.text=joint."
             )
-        if self.text_to_the_end and (self.text is not TextEdge.joint or self.single_depth):
+        for name in ("text_to_the_end", "text_queries_to_the_end"):
+            if getattr(self, name) and (self.text is not TextEdge.joint or self.single_depth):
+                raise ValueError(
+                    f"model.{name}=true says something only of model.text=joint without single_depth: elsewhere "
+                    "the last block has no weights for captions alone."
+                )
+        if self.text_to_the_end and self.text_queries_to_the_end:
             raise ValueError(
-                "model.text_to_the_end=true says something only of model.text=joint without single_depth: elsewhere "
-                "the last block has no weights for captions alone."
+                "model.text_to_the_end=true has the queries of model.text_queries_to_the_end=true and all else. Type "
+                "model.text_queries_to_the_end=false."
             )
+
+    def _check_pooled(self) -> None:
+        if self.pooled_norm and not self.pooled_width:
+            raise ValueError("model.pooled_norm=true needs a vector to norm: type model.pooled_width, or leave it out.")
+        if self.pooled_text_heads and not self.pooled_text:
+            raise ValueError(
+                f"model.pooled_text_heads={self.pooled_text_heads} pool what model.pooled_text=false leaves out. Type "
+                "model.pooled_text=true, or model.pooled_text_heads=0."
+            )
+
+    def _check_two_widths(self) -> None:
+        """What blocks share between captions and video has one width."""
+        needed = {
+            "modulation": ModulationSource.linear,
+            "norm_affine": False,
+            "single_depth": 0,
+            "image_width": 0,
+        }
+        for key, value in needed.items():
+            if getattr(self, key) != value:
+                raise ValueError(
+                    f"model.text_channels={self.text_channels} with model.text=joint needs model.{key}="
+                    f"{_typed(value)}: what captions and video share there has one width."
+                )
 
     def _check_experts(self) -> None:
         if not 0 <= self.expert_boundary < 1:
@@ -610,6 +681,23 @@ class DiTConfig:
                 "model.head_modulation=linear."
             )
 
+        if is_lora and not self.modulation_shift:
+            raise ValueError(
+                "model.modulation_shift=false with model.modulation=lora: what it shares begins with a shift. Type "
+                "model.modulation=linear or table."
+            )
+        if self.sandwich_norm and self.text is TextEdge.cross and self.cross_norm is not CrossNorm.modulated:
+            raise ValueError(
+                "model.sandwich_norm=true needs a gate behind every norm, which model.cross_norm="
+                f"{self.cross_norm.name} does not have: a new block could not begin as the identity. Type "
+                "model.cross_norm=modulated."
+            )
+        if self.reversed_time and self.learned_variance:
+            raise ValueError(
+                "model.reversed_time=true turns the sign of what the head says, and model.learned_variance=true has "
+                "variances there. Type model.learned_variance=false."
+            )
+
     def _check_audio(self) -> None:
         if self.audio is None:
             return
@@ -620,11 +708,15 @@ class DiTConfig:
             "position_embedding": PositionEmbedding.none,
             "control_layers": [],
             "norm_affine": False,
+            "reversed_time": False,
         }
         for key, value in needed.items():
             if getattr(self, key) != value:
-                shown = value.name if isinstance(value, Enum) else str(value).lower()
-                raise ValueError(f"model.audio needs model.{key}={shown}: two towers of blocks on a common clock.")
+                raise ValueError(
+                    f"model.audio needs model.{key}={_typed(value)}: two towers of blocks on a common clock."
+                )
+        if self.audio.text_width < 0:
+            raise ValueError(f"model.audio.text_width={self.audio.text_width} must be zero or more.")
         if self.audio.width % (2 * self.audio.num_heads):
             raise ValueError(
                 f"model.audio.num_heads={self.audio.num_heads} must divide model.audio.width={self.audio.width} into "
@@ -669,10 +761,18 @@ class DiTConfig:
         """Channels of a caption's tokens in the blocks."""
         return self.text_channels or self.width
 
+    def segment_width(self, segment: str) -> int:
+        """Channels of a segment's tokens in the blocks."""
+        return self.caption_width if segment == "text" and self.text is TextEdge.joint else self.width
+
     @property
     def hidden_width(self) -> int:
         """Channels inside the MLP."""
-        return round(self.width * self.mlp_ratio)
+        return self.hidden_of(self.width)
+
+    def hidden_of(self, width: int) -> int:
+        """The same for tokens of another width."""
+        return round(width * self.mlp_ratio)
 
     @property
     def exchange_clock(self) -> tuple[int, int, float]:
@@ -730,3 +830,8 @@ ALONE_WITH_SOUND: dict[str, Any] = {
     "audio": None,
 }
 """What sound in the video's softmax demands of the rest: nothing but timesteps modulates."""
+
+
+def _typed(value: object) -> str:
+    """As one types it on the command line."""
+    return value.name if isinstance(value, Enum) else str(value).lower()

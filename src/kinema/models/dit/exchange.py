@@ -12,8 +12,9 @@ from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import Segments, Tokens
 
 VIDEO, AUDIO = ("video",), ("audio",)
-WHOLE, READ = 3, 2
-VECTORS = WHOLE + READ
+WHOLE = ("shift", "scale", "gate")
+READ = WHOLE[:-1]
+VECTORS = len(WHOLE + READ)
 """Shift, scale and gate of a stream that asks; shift and scale where it answers the other."""
 
 
@@ -27,7 +28,15 @@ class Exchange(nn.Module):
         super().__init__()
         assert config.audio is not None
         video, audio = config.width, config.audio.width
-        shape = HeadShape(audio, config.audio.num_heads, config.qk_norm, config.qk_norm_eps, config.bias)
+        shape = HeadShape(
+            audio,
+            config.audio.num_heads,
+            config.qk_norm,
+            config.qk_norm_eps,
+            config.bias,
+            qkv_bias=config.qkv_bias,
+            gated=config.head_gates,
+        )
         attention = attention_of(config.attention_kernel)
 
         def norm() -> Norm:
@@ -44,8 +53,9 @@ class Exchange(nn.Module):
         """Tokens of both and what all exchanges share, (R, 5, D) each -> tokens of both."""
         video = (shared["video"] + self.video_table).unbind(1)
         audio = (shared["audio"] + self.audio_table).unbind(1)
-        heard = self.hear(tokens, segments, [*video[:WHOLE], *audio[WHOLE:]])
-        seen = self.see(tokens, segments, [*audio[:WHOLE], *video[WHOLE:]])
+        whole = len(WHOLE)
+        heard = self.hear(tokens, segments, [*video[:whole], *audio[whole:]])
+        seen = self.see(tokens, segments, [*audio[:whole], *video[whole:]])
         return {"video": heard["video"], "audio": seen["audio"]}
 
 
@@ -63,4 +73,4 @@ class ExchangeCondition(nn.Module):
         """timesteps (R,) -> (R, 5, D): shift, scale and gate to ask, shift and scale to answer"""
         rest = self.linear(F.silu(self.embedding(timesteps))).unflatten(1, (-1, self.width))
         gate = self.gate(F.silu(self.gate_embedding(timesteps)))[:, None]
-        return torch.cat([rest[:, : WHOLE - 1], gate, rest[:, WHOLE - 1 :]], dim=1)
+        return torch.cat([rest[:, : len(READ)], gate, rest[:, len(READ) :]], dim=1)

@@ -69,5 +69,10 @@ def split_experts(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     return _part(tensors, "high."), _part(tensors, "low.")
 
 
+def name_in_expert(name: str) -> str:
+    """A name of a tensor or layer of `Experts` as its expert has it; names of one DiT stay as they are."""
+    return name.removeprefix("high.").removeprefix("low.")
+
+
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

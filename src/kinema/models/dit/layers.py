@@ -19,9 +19,20 @@ from kinema.models.dit.conditioning import (
 )
 from kinema.models.dit.config import Activation, NormKind, QKNorm
 from kinema.models.dit.memory import made_again
-from kinema.models.dit.modulating import gated_sum
+from kinema.models.dit.modulating import gated_sum, modulated
 from kinema.models.dit.norms import Norm
-from kinema.models.dit.segments import Rope, Rows, Segments, Span, Tokens, clip_segment, joined, repeated, totals
+from kinema.models.dit.segments import (
+    Rope,
+    Rows,
+    Segment,
+    Segments,
+    Span,
+    Tokens,
+    clip_segment,
+    joined,
+    repeated,
+    totals,
+)
 from kinema.models.position import apply_rope
 
 
@@ -97,6 +108,10 @@ class HeadShape(NamedTuple):
     bias: bool
     inner: int = 0
     """Channels of all heads together; 0 for the width."""
+    qkv_bias: bool = True
+    """Whether queries, keys and values have it, too."""
+    gated: bool = False
+    """Whether tokens that ask weigh the heads; says nothing in one softmax for several segments."""
 
     @property
     def heads_width(self) -> int:
@@ -104,12 +119,12 @@ class HeadShape(NamedTuple):
         return self.inner or self.width
 
     def linear(self, given: int | None = None) -> Linear:
-        """Width, or that of what is given, to all heads."""
-        return Linear(given or self.width, self.heads_width, self.bias)
+        """Queries, keys or values: width, or that of what is given, to all heads."""
+        return Linear(given or self.width, self.heads_width, self.bias and self.qkv_bias)
 
-    def back(self, asks: int | None = None) -> Linear:
-        """All heads to width, or to that of what asks."""
-        return Linear(self.heads_width, asks or self.width, self.bias)
+    def way_back(self, given: int | None = None) -> Linear:
+        """What the heads found: all heads to width, or to that of what was given."""
+        return Linear(self.heads_width, given or self.width, self.bias)
 
     def norm(self) -> nn.Module:
         """The norm of queries or keys."""
@@ -147,7 +162,8 @@ class SegmentAttention(nn.Module):
 
     A segment that answers itself is self-attention, over the `span`, with rotary positions. Others that answer
     are cross-attention, each in a softmax of its own, and the results are summed (Ye et al. 2023, IP-Adapter). Where
-    both lie on a common clock, it turns them.
+    both lie on a common clock, it turns them. A `gated` shape weighs what each head found (Qiu et al. 2025); with
+    `answer_modulated` those who answer first do so behind a shift and scale.
     """
 
     def __init__(
@@ -159,6 +175,8 @@ class SegmentAttention(nn.Module):
         span: Span = Span.clip,
         answer_width: int | None = None,
         ask_width: int | None = None,
+        *,
+        answer_modulated: bool = False,
     ) -> None:
         super().__init__()
         self.asks, self.answers, self.span = asks, answers[0], span
@@ -166,13 +184,17 @@ class SegmentAttention(nn.Module):
         self.query = shape.linear(ask_width)
         self.key, self.value = shape.linear(answer_width), shape.linear(answer_width)
         self.query_norm, self.key_norm = shape.norm(), shape.norm()
-        self.project = shape.back(ask_width)
+        self.project = shape.way_back(ask_width)
+        self.gates = Linear(ask_width or shape.width, shape.num_heads) if shape.gated else None
+        table = torch.zeros(2, answer_width or shape.width)
+        self.answer_table = nn.Parameter(table) if answer_modulated else None
         self.others = nn.ModuleDict({name: KeyValue(shape) for name in answers[1:]})
 
     def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
         """asking (N, D), already normalised -> its update (N, D)"""
         x = asking[self.asks]
         source = asking[self.answers] if self.answers in asking else tokens[self.answers]
+        source = self._told(source, segments[self.answers])
         q = self.shape.normed_heads(self.query(x), self.query_norm)
         k = self.shape.normed_heads(self.key(source), self.key_norm)
         v = self.shape.heads(self.value(source))
@@ -187,7 +209,23 @@ class SegmentAttention(nn.Module):
         for name, other in self.others.items():
             k, v = other(tokens[name])
             mixed = mixed + self._mix(q, k, v, name, segments)
-        return {self.asks: self.project(mixed.flatten(1))}
+        return {self.asks: self.project(self._weighed(mixed, x).flatten(1))}
+
+    def _told(self, source: Tensor, segment: Segment) -> Tensor:
+        """Tokens that answer (M, D), behind the shift and scale that their segment is told and this table."""
+        if self.answer_table is None:
+            return source
+        assert segment.told is not None
+        shift, scale = (segment.told + self.answer_table).unbind(1)
+        return modulated(source.to(shift.dtype), shift, scale, segment.lengths)
+
+    def _weighed(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """mixed (N, h, d) by gates between 0 and 2 of each token and head; those of a new model are 1."""
+        if self.gates is None:
+            return mixed
+        logits = self.gates(x)
+        gates = 2 * torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        return mixed * gates.to(mixed.dtype).unsqueeze(-1)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, answers: str, segments: Segments) -> Tensor:
         q_cut, k_cut = segments[self.asks].cuts[self.span], segments[answers].cuts[self.span]
@@ -197,59 +235,66 @@ class SegmentAttention(nn.Module):
         """Multiplications on one clip."""
         asking, inner = counts.tokens[self.asks], self.shape.heads_width
         square = self.shape.width * inner
+        gates = 0 if self.gates is None else asking * self.gates.weight.numel()
         if self.answers == self.asks:
             pairs = counts.seen[self.span] if self.asks == "video" else asking**2
-            return 4 * asking * square + 2 * pairs * inner
+            return 4 * asking * square + 2 * pairs * inner + gates
         others = sum(counts.tokens[name] for name in self.others)
         keys = 2 * counts.tokens[self.answers] * self.key.weight.numel() + 2 * others * square
         own = asking * (self.query.weight.numel() + self.project.weight.numel())
-        return own + keys + 2 * asking * (counts.tokens[self.answers] + others) * inner
+        return own + gates + keys + 2 * asking * (counts.tokens[self.answers] + others) * inner
 
 
 class Stream(nn.Module):
-    """Queries, keys and values of tokens that share weights; without `asks` they only answer."""
+    """Queries, keys and values of tokens that share weights; without `asks` they only answer.
 
-    def __init__(self, shape: HeadShape, *, asks: bool) -> None:
+    The tokens may have a `width` of their own. `idle` queries are weights that nothing computes with.
+    """
+
+    def __init__(self, shape: HeadShape, *, asks: bool, width: int | None = None, idle: bool = False) -> None:
         super().__init__()
         self.shape = shape
-        self.query = shape.linear() if asks else None
-        self.key, self.value = shape.linear(), shape.linear()
-        self.query_norm = shape.norm() if asks else None
+        self.query = shape.linear(width) if asks or idle else None
+        self.key, self.value = shape.linear(width), shape.linear(width)
+        self.query_norm = shape.norm() if asks or idle else None
         self.key_norm = shape.norm()
-        self.project = shape.back() if asks else None
+        self.project = shape.way_back(width) if asks else None
 
     def forward(self, x: Tensor, rope: Rope | None) -> tuple[Tensor | None, Tensor, Tensor]:
         """x (N, D) -> queries, keys and values (N, h, d)"""
         k, v = self.shape.normed_heads(self.key(x), self.key_norm), self.shape.heads(self.value(x))
         k = k if rope is None else apply_rope(k, *rope)
-        if self.query is None or self.query_norm is None:
+        if self.project is None or self.query is None or self.query_norm is None:
             return None, k.to(v.dtype), v
         q = self.shape.normed_heads(self.query(x), self.query_norm)
         return (q if rope is None else apply_rope(q, *rope)).to(v.dtype), k.to(v.dtype), v
+
+    def products(self) -> int:
+        """Multiplications on one token, attention apart."""
+        layers = [self.key, self.value, *([] if self.project is None else [self.query, self.project])]
+        return sum(layer.weight.numel() for layer in layers if layer is not None)
 
 
 class JointAttention(nn.Module):
     """One softmax over the tokens of several segments of a clip: MMDiT (Esser et al. 2024).
 
-    Each segment has weights of its own, or all share those of the first; the `silent` ones answer but do not ask. The
-    video sees of itself its `span`, and the other segments see all of it.
+    Each segment has a stream, its weights, or all share one. Streams that do not ask answer the others. The video sees
+    of itself its `span`, and the other segments see all of it.
     """
 
     def __init__(
         self,
-        shape: HeadShape,
-        names: Sequence[str],
+        streams: Mapping[str, Stream],
         attention: Attention,
         *,
-        shared: bool,
-        silent: Sequence[str] = (),
+        shared_by: Sequence[str] = (),
         span: Span = Span.clip,
     ) -> None:
         super().__init__()
-        self.shape, self.attention, self.silent, self.span = shape, attention, tuple(silent), span
-        own = names[:1] if shared else names
-        self.streams = nn.ModuleDict({name: Stream(shape, asks=name not in silent) for name in own})
-        self.stream_of = {name: names[0] if shared else name for name in names}
+        self.attention, self.span = attention, span
+        self.streams = nn.ModuleDict(streams)
+        (first, *_) = streams
+        self.stream_of = {name: name for name in streams} | dict.fromkeys(shared_by, first)
 
     def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
         """asking (N, D) of every segment, already normalised -> updates (N, D) of those not silent"""
@@ -259,12 +304,12 @@ class JointAttention(nn.Module):
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip, for these segments."""
-        asking = sum(counts.tokens[name] for name in asks if name not in self.silent)
+        streams = {name: self.streams[self.stream_of[name]] for name in asks}
+        asking = sum(counts.tokens[name] for name, stream in streams.items() if stream.project is not None)
         answering = sum(counts.tokens[name] for name in asks)
         unseen = counts.tokens["video"] ** 2 - counts.seen[self.span]
-        pairs = asking * answering - unseen
-        inner = self.shape.heads_width
-        return 2 * (asking + answering) * self.shape.width * inner + 2 * pairs * inner
+        layers = sum(counts.tokens[name] * stream.products() for name, stream in streams.items())
+        return layers + 2 * (asking * answering - unseen) * self.streams["video"].shape.heads_width
 
 
 class SingleStream(nn.Module):
@@ -359,23 +404,36 @@ def _repeat(x: Tensor, lengths: Lengths, copies: Sequence[int]) -> Tensor:
     return torch.cat([clip for clip, count in zip(x.split(list(lengths)), copies, strict=True) for _ in range(count)])
 
 
+Slots = tuple[str, ...]
+"""Some of `shift`, `scale` and `gate`."""
+
+
 class Sublayer(nn.Module):
     """tokens + gate * operation(modulated norm of tokens), for some segments; the others pass through.
 
-    `slots` says how many vectors of the condition modulate a group of segments: shift, scale and gate (3), shift
-    and scale of segments that are only read (2), a gate (1), or none (0).
+    `slots` names the vectors of the condition that modulate a group of segments: shift, scale and gate, no gate where
+    they are only read, a gate alone, or none. `after` is a second norm, behind the operation.
     """
 
-    def __init__(self, slots: Mapping[tuple[str, ...], int], operation: nn.Module, norm: nn.Module) -> None:
+    def __init__(
+        self,
+        slots: Mapping[tuple[str, ...], Slots],
+        operation: nn.Module,
+        norm: nn.Module,
+        *,
+        after: nn.Module | None = None,
+        tanh_gates: bool = False,
+    ) -> None:
         super().__init__()
         self.groups = dict(slots)
         self.norm = norm
         self.operation = operation
+        self.after, self.tanh_gates = after, tanh_gates
 
     @property
     def slots(self) -> int:
         """Vectors of modulation that it takes."""
-        return sum(self.groups.values())
+        return sum(map(len, self.groups.values()))
 
     @property
     def asks(self) -> list[str]:
@@ -390,20 +448,28 @@ class Sublayer(nn.Module):
         done = {name: self._sum(tokens[name], x, segments[name].rows, parts[name]) for name, x in updates.items()}
         return {**tokens, **done}
 
-    def _parts(self, modulation: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
-        parts, start = dict[str, Sequence[Tensor]](), 0
-        for group, slots in self.groups.items():
-            parts |= dict.fromkeys(group, modulation[start : start + slots])
-            start += slots
-        return parts
+    def _parts(self, modulation: Sequence[Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Segment -> slot -> its vectors."""
+        vectors = iter(modulation)
+        return {
+            name: part
+            for group, slots in self.groups.items()
+            for part in [{slot: next(vectors) for slot in slots}]
+            for name in group
+        }
 
-    def _input(self, x: Tensor, rows: Rows, part: Sequence[Tensor]) -> Tensor:
-        if len(part) <= 1:
+    def _input(self, x: Tensor, rows: Rows, part: Mapping[str, Tensor]) -> Tensor:
+        if "scale" not in part:
             return self.norm(x)
-        return self.norm.modulated(x, rows.of(part[0]), rows.of(part[1]), rows.lengths)
+        shift = rows.of(part["shift"]) if "shift" in part else None
+        return self.norm.modulated(x, shift, rows.of(part["scale"]), rows.lengths)
 
-    def _sum(self, x: Tensor, update: Tensor, rows: Rows, part: Sequence[Tensor]) -> Tensor:
-        return gated_sum(x, rows.of(part[-1]), update, rows.lengths) if part else x + update
+    def _sum(self, x: Tensor, update: Tensor, rows: Rows, part: Mapping[str, Tensor]) -> Tensor:
+        update = update if self.after is None else self.after(update)
+        if "gate" not in part:
+            return x + update
+        gate = rows.of(part["gate"])
+        return gated_sum(x, gate.tanh() if self.tanh_gates else gate, update, rows.lengths)
 
     def products(self, counts: Counts) -> int:
         """Multiplications on one clip."""
@@ -413,25 +479,27 @@ class Sublayer(nn.Module):
 class Block(nn.Module):
     """A list of sublayers and the source of their modulation; an architecture is a choice of that list.
 
-    A `placed` block first adds the positions of the video's segment to its tokens.
+    `sizes` are the widths of its vectors of modulation, one for each slot. A `placed` block first adds the positions
+    of the video's segment to its tokens.
     """
 
     def __init__(
         self,
         sublayers: Sequence[Sublayer],
         modulation: TableModulation | LinearModulation | LowRankModulation,
+        sizes: Sequence[int],
         *,
         placed: bool = False,
     ) -> None:
         super().__init__()
         self.sublayers = nn.ModuleList(sublayers)
-        self.modulation = modulation
+        self.modulation, self.sizes = modulation, list(sizes)
         self.placed = placed
 
     def forward(self, tokens: Tokens, segments: Segments, condition: Condition, some: slice = slice(None)) -> Tokens:
         """Tokens of all segments -> tokens of all segments, of the same shapes; by all its sublayers, or some."""
         slots = [sublayer.slots for sublayer in self.sublayers]
-        vectors = self.modulation(condition).chunk(sum(slots), dim=-1)
+        vectors = self.modulation(condition).split(self.sizes, dim=-1)
         if self.placed and not some.start:
             tokens = {**tokens, "video": tokens["video"] + segments["video"].places}
         ends = list(accumulate(slots))

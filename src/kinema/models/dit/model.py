@@ -14,16 +14,18 @@ from kinema.models.attention import Attention, Lengths
 from kinema.models.dit.blocks import blocks, shared_slots
 from kinema.models.dit.conditioning import (
     SHARED_SLOTS,
+    AttentionPooling,
+    CaptionCondition,
     Condition,
     ExactLinear,
     HeadTable,
     LinearModulation,
     LowRankModulation,
+    MeanPooling,
     NormedPooled,
     NormedTimesteps,
     PooledEmbedding,
     TimestepEmbedding,
-    means,
 )
 from kinema.models.dit.config import (
     DiTConfig,
@@ -66,7 +68,15 @@ from kinema.models.dit.segments import (
     totals,
     video_segment,
 )
-from kinema.models.position import fractional_rope, grid_positions, middles, rope_3d
+from kinema.models.position import (
+    centred,
+    fractional_rope,
+    grid_positions,
+    middles,
+    mixed_rope,
+    rope_3d,
+    shared_frequencies,
+)
 
 Timesteps: TypeAlias = Tensor | Sequence[Tensor]
 """(B,), or for each clip one of every frame of tokens (T / patch_size[0],); in [0, 1].
@@ -106,6 +116,11 @@ class Entered(NamedTuple):
     dtype: torch.dtype
     """Of the latents."""
 
+    @property
+    def clip_timesteps(self) -> Tensor:
+        """(B,), of the clips: the last rows."""
+        return self.timesteps[-len(self.grids) :]
+
 
 class DiT(nn.Module):
     """Diffusion transformer over packs: clips of any size in one call, each with its timestep and caption.
@@ -127,6 +142,7 @@ class DiT(nn.Module):
         channels = latent_channels + config.condition_channels + config.padding_channel
         self.patch_embedding = Linear(channels * patch, width, bias)
         self.places = Places(config)
+        self.rope_frequencies = _frequencies(config) if config.rope is Rope.learned else None
         self.text_embedding = _text_embedding(config, text_width)
         places = (config.image_positions, config.image_width)
         self.image_positions = nn.Parameter(torch.zeros(places)) if config.image_positions else None
@@ -135,7 +151,7 @@ class DiT(nn.Module):
         sources = len(config.caption_sources)
         self.source_types = nn.Parameter(torch.zeros(sources, width)) if sources > 1 else None
         self.timestep_embedding = _timestep_embedding(config)
-        self.pooled_text = ExactLinear(text_width, config.condition_width) if config.pooled_text else None
+        self.pooled_text = _pooled_text(config, text_width) if config.pooled_text else None
         self.pooled_embedding = _pooled_embedding(config) if config.pooled_width else None
         self.guidance_embedding = (
             TimestepEmbedding(config.timestep_channels, config.condition_width, config.timestep_scale)
@@ -147,6 +163,12 @@ class DiT(nn.Module):
             TimestepEmbedding(config.ofs_channels, config.condition_width, 1.0) if config.ofs_channels else None
         )
 
+        self.caption_condition = (
+            CaptionCondition(config.timestep_channels, config.caption_width, config.timestep_scale)
+            if config.modulated_captions
+            else None
+        )
+
         made = blocks(config)
         shared = SHARED_SLOTS if config.modulation is ModulationSource.lora else shared_slots(made)
         has_own = config.modulation is ModulationSource.linear
@@ -155,7 +177,11 @@ class DiT(nn.Module):
         self.control = ControlTower(config) if config.control_layers else None
         self.packed = PackedClock(config) if config.rope is Rope.packed else None
         self.audio_embedding = Linear(config.audio_channels, width, bias) if config.audio_channels else None
-        self.audio = DiT(config.audio_tower, config.audio.channels, text_width) if config.audio else None
+        self.audio = (
+            DiT(config.audio_tower, config.audio.channels, config.audio.text_width or text_width)
+            if config.audio
+            else None
+        )
         self.exchanges = nn.ModuleList(Exchange(config) for _ in made if config.audio)
         widths = {"video": width, "audio": config.audio.width} if config.audio else {}
         self.exchange_conditions = nn.ModuleDict(
@@ -237,12 +263,13 @@ class DiT(nn.Module):
     def _through_both(self, video: Entered, audio: Entered) -> tuple[Tokens, Tokens]:
         """Through the blocks of both streams, which look at each other before the MLP of each."""
         assert self.audio is not None
-        shared = {
-            "video": self.exchange_conditions["video"](video.timesteps),
-            "audio": self.exchange_conditions["audio"](audio.timesteps),
-        }
         clock = self.config.exchange_clock
         segments = {"video": self._on_clock(video, *clock), "audio": self.audio._on_clock(audio, *clock)}
+        times = {"video": video.timesteps, "audio": audio.timesteps}
+        if self.config.audio is not None and self.config.audio.crossed:
+            times = {"video": audio.clip_timesteps, "audio": video.clip_timesteps}
+            segments = {name: replace(each, rows=Rows(each.lengths)) for name, each in segments.items()}
+        shared = {name: self.exchange_conditions[name](rows) for name, rows in times.items()}
         seen, heard = video.tokens, audio.tokens
         for block, other, exchange in zip(self.blocks, self.audio.blocks, self.exchanges, strict=True):
             seen = block(seen, video.segments, video.condition, slice(-1))
@@ -258,10 +285,15 @@ class DiT(nn.Module):
         grids = [token_grid(clip.shape, self.config.patch_size) for clip in latents]
         if self.config.first_frame_given and isinstance(timesteps, Tensor):
             timesteps = [_first_given(time, frames) for time, (frames, _, _) in zip(timesteps, grids, strict=True)]
+        heard = extras.audio if self.config.audio_channels else None
         condition = self._condition(timesteps, text, extras)
         sources = self._sources(text, timesteps, condition, extras)
         told = {name: source.lengths for name, source in sources.items()}
-        segments = self._segments(grids, told, condition, extras)
+        segments = self._segments(grids, told, condition, extras.fps, heard)
+        if self.caption_condition is not None:
+            segments["text"] = replace(
+                segments["text"], told=self.caption_condition(self._inside(_of_clips(timesteps)))
+            )
 
         given = self._with_given(latents, extras)
         video = self.patch_embedding(patchify(given, self.config.patch_size)).to(condition.embedding.dtype)
@@ -269,8 +301,8 @@ class DiT(nn.Module):
         if places is not None:
             video = video + places
         tokens: Tokens = {"video": video, **{name: source.tokens for name, source in sources.items()}}
-        if self.audio_embedding is not None and extras.audio is not None:
-            tokens["audio"] = self.audio_embedding(torch.cat(_both_ears(extras.audio))).to(video.dtype)
+        if self.audio_embedding is not None and heard is not None:
+            tokens["audio"] = self.audio_embedding(torch.cat(_both_ears(heard))).to(video.dtype)
         return Entered(tokens, segments, condition, grids, _of_rows(timesteps), extras.fps, latents[0].dtype)
 
     def _leave(self, entered: Entered, tokens: Tokens) -> list[Tensor]:
@@ -279,7 +311,7 @@ class DiT(nn.Module):
         if self.final_norm is not None:
             tokens = {**tokens, "video": self.final_norm(tokens["video"])}
         rows = _clip_rows(grids, condition) if self.config.first_frame_given else segments["video"].rows
-        patches = self.head(self._last(tokens["video"], rows, condition))
+        patches = self._signed(self.head(self._last(tokens["video"], rows, condition)))
         return unpatchify(patches.to(entered.dtype), grids, self.config.patch_size)
 
     def _with_given(self, latents: Sequence[Tensor], extras: Extras) -> list[Tensor]:
@@ -296,8 +328,9 @@ class DiT(nn.Module):
         if self.audio_head is None or sound is None:
             return None
         segment = entered.segments["audio"]
-        rows = self.audio_head(self._last(tokens["audio"], segment.rows, entered.condition)).to(entered.dtype)
-        return [clip.unflatten(0, (-1, EARS)).movedim(-1, 0) for clip in rows.split(list(segment.lengths))]
+        ears = self._signed(self.audio_head(self._last(tokens["audio"], segment.rows, entered.condition)))
+        clips = ears.to(entered.dtype).split(list(segment.lengths))
+        return [clip.unflatten(0, (-1, EARS)).movedim(-1, 0) for clip in clips]
 
     def _last(self, tokens: Tensor, rows: Rows, condition: Condition) -> Tensor:
         linear = self.config.head_modulation is HeadModulation.linear
@@ -345,7 +378,7 @@ class DiT(nn.Module):
         if isinstance(self.text_embedding, TextTower):
             return self.text_embedding(words, lengths, condition)
         if isinstance(self.text_embedding, TextRefiner):
-            return self.text_embedding(words, lengths, _of_clips(timesteps))
+            return self.text_embedding(words, lengths, self._inside(_of_clips(timesteps)))
         if isinstance(self.text_embedding, TextEncoder):
             return self.text_embedding(words, lengths)
         return self.text_embedding(words)
@@ -359,10 +392,11 @@ class DiT(nn.Module):
         if self.audio_embedding is not None and extras.audio is not None:
             assert isinstance(extras.audio.timesteps, Tensor)
             rows = torch.cat([extras.audio.timesteps, rows])
-        embedding = self.timestep_embedding(rows)
+        times = self._inside(rows)
+        embedding = self.timestep_embedding(times)
         clips = []  # what is the same for all frames of a clip
         if self.pooled_text is not None:
-            clips.append(self.pooled_text(means(torch.cat(list(text)).to(embedding.dtype), lengths_of(text))))
+            clips.append(self.pooled_text(torch.cat(list(text)).to(embedding.dtype), lengths_of(text)))
         if self.pooled_embedding is not None and extras.pooled is not None:
             clips.append(self.pooled_embedding(torch.stack(list(extras.pooled))))
         if self.ofs_embedding is not None and extras.ofs is not None:
@@ -375,18 +409,30 @@ class DiT(nn.Module):
             embedding = torch.where(given[:, None], embedding, embedding + guidance)
         active = F.silu(embedding)
         source = (
-            self.timestep_embedding.for_all(rows) if isinstance(self.timestep_embedding, NormedTimesteps) else active
+            self.timestep_embedding.for_all(times) if isinstance(self.timestep_embedding, NormedTimesteps) else active
         )
         shared = None if self.shared_modulation is None else self.shared_modulation(source)
         return Condition(embedding, active, shared)
 
+    def _inside(self, timesteps: Tensor) -> Tensor:
+        """Timesteps as the network counts them."""
+        return 1 - timesteps if self.config.reversed_time else timesteps
+
+    def _signed(self, predicted: Tensor) -> Tensor:
+        """What a head says, pointing from data to noise."""
+        return -predicted if self.config.reversed_time else predicted
+
     def _segments(
-        self, grids: Sequence[Grid], told: Mapping[str, Lengths], condition: Condition, extras: Extras
+        self,
+        grids: Sequence[Grid],
+        told: Mapping[str, Lengths],
+        condition: Condition,
+        fps: Sequence[float] | None,
+        sound: Sound | None = None,
     ) -> Segments:
         """Angles (dtype and device of the condition), cuts and orders, made once; blocks only read them."""
         like = condition.embedding
-        sound = None if self.audio_embedding is None else extras.audio
-        rope, places = self._rope(grids, extras.fps, told["text"], like), self.places.in_blocks(grids, like)
+        rope, places = self._rope(grids, fps, told["text"], like), self.places.in_blocks(grids, like)
         rows = _rows(grids, condition, 0 if sound is None else len(sound))
         video = video_segment(grids, rows, rope, places, self._spans, self.config.window, like.device)
         own = len(like) - len(grids)
@@ -434,6 +480,9 @@ class DiT(nn.Module):
 
     def _angles(self, positions: Tensor, rate: float, dtype: torch.dtype) -> Turns:
         config = self.config
+        if self.rope_frequencies is not None:
+            cos, sin = mixed_rope(centred(positions, config.rope_side), self.rope_frequencies)
+            return cos.to(dtype), sin.to(dtype)
         if config.rope is Rope.seconds:
             fractions = self._middles(positions, rate) / positions.new_tensor(config.rope_extent)
             turning = fractions[:, [axis for axis, extent in enumerate(config.rope_extent) if extent]]
@@ -557,6 +606,8 @@ class DiT(nn.Module):
         zero += [hint for tower in self.modules() if isinstance(tower, ControlTower) for hint in tower.hints]
         # Without a gate the last layer of the operation is what makes a new block the identity.
         zero += [m.operation.project for m in self.modules() if isinstance(m, Sublayer) and m.slots == 0]
+        zero += [m.gates for m in self.modules() if isinstance(m, SegmentAttention) and m.gates is not None]
+        zero += [m.linear for m in self.modules() if isinstance(m, CaptionCondition)]
         zero += [each for made in self.exchange_conditions.values() for each in (made.linear, made.gate)]
         for linear in zero:
             nn.init.zeros_(linear.weight)
@@ -593,8 +644,10 @@ class DiT(nn.Module):
         blocks = Counts({**counts.tokens, "text": caption}, counts.seen)
         products = 0
         for name, module in self.named_modules():
-            if name.startswith("audio."):  # a DiT that counts its own
+            if name.startswith(("audio.", "pooled_text.")):  # which count their own
                 continue
+            if isinstance(module, AttentionPooling):
+                products += module.products(text_tokens)
             if isinstance(module, Sublayer):
                 products += module.products(counts if name.startswith("text_embedding.") else blocks)
             if isinstance(module, nn.Linear) and ".operation." not in name:  # they see each token, or each clip, once
@@ -632,6 +685,19 @@ EXTRAS = {
 """Key of the config -> what it makes the model demand."""
 
 
+def _pooled_text(config: DiTConfig, text_width: int) -> MeanPooling | AttentionPooling:
+    heads = config.pooled_text_heads
+    if not heads:
+        return MeanPooling(text_width, config.condition_width)
+    if text_width % heads:
+        raise ValueError(f"model.pooled_text_heads={heads} must divide the captions' text.width={text_width}.")
+    return AttentionPooling(text_width, config.condition_width, heads)
+
+
+def _frequencies(config: DiTConfig) -> nn.Parameter:
+    return nn.Parameter(shared_frequencies(config.num_heads, config.head_dim, config.rope_theta))
+
+
 def _pooled_embedding(config: DiTConfig) -> PooledEmbedding | NormedPooled:
     if config.pooled_norm:
         return NormedPooled(config.pooled_width, config.condition_width, config.norm_eps)
@@ -665,8 +731,9 @@ def _timestep_embedding(config: DiTConfig) -> TimestepEmbedding | NormedTimestep
     channels, scale, bias = config.timestep_channels, config.timestep_scale, config.edge_bias
     if config.timestep_norm:
         return NormedTimesteps(channels, scale, bias=bias)
-    hidden, from_noise = config.timestep_hidden_width, config.timestep_from_noise
-    return TimestepEmbedding(channels, config.condition_width, scale, bias=bias, hidden=hidden, from_noise=from_noise)
+    return TimestepEmbedding(
+        channels, config.condition_width, scale, bias=bias, hidden=config.timestep_hidden_width or None
+    )
 
 
 def _head_modulation(config: DiTConfig) -> HeadTable | LowRankModulation | ExactLinear:

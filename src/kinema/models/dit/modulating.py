@@ -9,8 +9,10 @@ from torch.autograd.function import once_differentiable
 from kinema.models.attention import Lengths, runs
 
 
-def modulated(normed: Tensor, shift: Tensor, scale: Tensor, lengths: Lengths) -> Tensor:
+def modulated(normed: Tensor, shift: Tensor | None, scale: Tensor, lengths: Lengths) -> Tensor:
     """normed * (1 + scale) + shift with one row for each length: normed (N, D), rows (R, D) -> (N, D)."""
+    if shift is None:
+        return _by_rows(torch.mul, lengths, [normed], [1 + scale])
     return _by_rows(lambda x, a, b: torch.addcmul(a, x, b), lengths, [normed], [shift, 1 + scale])
 
 

@@ -1,5 +1,7 @@
 """Norms over channels, in float32 whatever the dtype of tokens and weights."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class Norm(nn.Module):
         weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
         return self._normalised(x.to(dtype), weight, bias)
 
-    def modulated(self, x: Tensor, shift: Tensor, scale: Tensor, lengths: Lengths) -> Tensor:
+    def modulated(self, x: Tensor, shift: Tensor | None, scale: Tensor, lengths: Lengths) -> Tensor:
         """forward(x) * (1 + scale) + shift, one row for each length: x (N, D), rows (R, D) -> (N, D), at least float32.
 
         A row is then the weight and bias of a norm, and a norm needs only its input for the backward. Many rows are
@@ -35,16 +37,19 @@ class Norm(nn.Module):
         """
         if len(lengths) > FEW_ROWS:
             return modulated(self(x), shift, scale, lengths)
-        parts = x.to(shift.dtype).split(lengths)
+        parts = x.to(scale.dtype).split(lengths)
         weights, biases = self._composed(shift, scale)
         rows = [self._normalised(*row) for row in zip(parts, weights, biases, strict=True)]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _composed(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _composed(self, shift: Tensor | None, scale: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Weights and biases of this norm with the modulation behind it, (R, D) each."""
-        weight = 1 + scale
-        bias = shift if self.bias is None else torch.addcmul(shift, weight, self.bias.to(weight.dtype))
-        return (weight if self.weight is None else weight * self.weight.to(weight.dtype)), bias
+        weight, bias = 1 + scale, shift
+        if self.bias is not None:
+            own = self.bias.to(weight.dtype)
+            bias = weight * own if shift is None else torch.addcmul(shift, weight, own)
+        composed = weight if self.weight is None else weight * self.weight.to(weight.dtype)
+        return composed, [None] * len(scale) if bias is None else list(bias)
 
     def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.kind is NormKind.layer:

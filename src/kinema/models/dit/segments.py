@@ -77,6 +77,8 @@ class Segment:
     """(N, D), what blocks add to the tokens that are `placed`."""
     clock: Rope | None = None
     """Where a token lies in time alone, for a stream that another one looks at."""
+    told: Tensor | None = None
+    """(B, 2, D), of each clip the shift and scale behind which all blocks read its tokens."""
 
     def pieces(self, span: Span) -> list[int]:
         """Number of pieces that a span cuts each clip into."""
