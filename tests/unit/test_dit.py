@@ -28,6 +28,7 @@ from kinema.models.dit import (
     PositionEmbedding,
     QKNorm,
     Rope,
+    Sound,
     TextEdge,
     TextEmbedding,
 )
@@ -634,6 +635,19 @@ def test_inputs_that_do_not_fit_are_refused():
 
 LEARNED = (PositionEmbedding.learned_axes, PositionEmbedding.learned)
 NOT_LEARNED = [kind for kind in PositionEmbedding if kind not in LEARNED]
+PACKED = {"rope": Rope.packed, "text": TextEdge.shared, "attention": AttentionPattern.full, "rope_fps": 0.0}
+SILENT_ELSEWHERE = {
+    "modulation": ModulationSource.linear,
+    "head_modulation": HeadModulation.linear,
+    "timestep_norm": False,
+    "first_frame_given": False,
+    "guidance": False,
+    "pooled_text": False,
+    "pooled_text_heads": 0,
+    "pooled_width": 0,
+    "pooled_norm": False,
+    "ofs_channels": 0,
+}
 AXES = {
     "attention": list(AttentionPattern),
     "window": [[2, 2, 3]],
@@ -652,7 +666,12 @@ AXES = {
     "modulation": list(ModulationSource),
     "head_modulation": list(HeadModulation),
     "qk_norm": list(QKNorm),
-    "rope": list(Rope),
+    "rope": [*(kind for kind in Rope if kind is not Rope.packed), PACKED],
+    "rope_spans": [[1.0], [1.5, 0.5]],
+    "sound": [{"audio_channels": 0}, PACKED | SILENT_ELSEWHERE | {"audio_channels": 3}],
+    "heads": [{"head_channels": 0, "rope_still": 0}, {"head_channels": 20, "rope_still": 4}],
+    "head_norm": list(NormKind),
+    "timestep_hidden_width": [0, 6],
     "places": [
         *({"position_embedding": kind, "position_grid": [0, 0, 0], "position_words": 0} for kind in NOT_LEARNED),
         {"position_embedding": PositionEmbedding.learned_axes, "position_grid": [4, 6, 4], "position_words": 0},
@@ -711,6 +730,9 @@ def extras_for(config, latents):
         guidance=[1.0 + i for i in range(len(latents))] if config.guidance else None,
         ofs=[2.0 - i for i in range(len(latents))] if config.ofs_channels else None,
         control=[draw(config.control_channels, *x.shape[1:]) for x in latents] if config.control_channels else None,
+        audio=Sound([draw(config.audio_channels, 3 + i, 2) for i in range(len(latents))], draw(len(latents)).sigmoid())
+        if config.audio_channels
+        else None,
     )
 
 
@@ -770,8 +792,8 @@ def test_random_points_of_the_product_of_the_axes_train():
             nn.init.normal_(parameter, std=0.2)  # 0.3 saturates a softmax whose queries have no norm
         grid = [side * patch for side, patch in zip(config.position_grid, config.patch_size, strict=True)]
         latents, timesteps, text = pack([grid] * 2 if config.position_words else [(4, 6, 8), (2, 4, 4)], [3, 2])
-        predictions = model.predict(latents, timesteps, text, extras_for(config, latents))
-        sum(out.square().mean() for out in predictions).backward()
+        found = model.predict_streams(latents, timesteps, text, extras_for(config, latents))
+        sum(out.square().mean() for out in [*found.video, *(found.audio or [])]).backward()
         for name, parameter in model.named_parameters():
             if is_inert(name, model) or unread(name, config):
                 continue

@@ -125,7 +125,8 @@ def ltx_video(reference: Any, config: Record, sample: Sample) -> Tensor:
 
 def ltx2(reference: Any, config: Record, sample: Sample) -> Tensor:
     """LTX-2: tokens of both streams in a row at the reference's own frame rate; in 2.3 each reads the other's time."""
-    assert sample.audio is not None and sample.audio.text is not None
+    assert sample.audio is not None
+    assert sample.audio.text is not None
     assert isinstance(sample.audio.timesteps, Tensor)
     heard = torch.stack(list(sample.audio.latents))
     shape = sample.latents.shape[2:]

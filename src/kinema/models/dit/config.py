@@ -292,7 +292,7 @@ class DiTConfig:
     rope_still: int = 0
     """Channels at the end of a head that do not turn, with rope=axes or packed."""
     rope_spans: list[float] = field(default_factory=lambda: [1.0])
-    """Steps of the clock that latent frames take, over and over, with rope=packed."""
+    """Steps of the clock that frames of tokens take, over and over, with rope=packed."""
     rope_theta: float = 10000.0
     """Base of the wavelengths of both position embeddings: they lie between 2 pi and 2 pi * theta tokens. Those of
     rope=learned begin there.
@@ -668,6 +668,11 @@ class DiTConfig:
             raise ValueError(
                 f"model.timestep_norm=true needs model.modulation=lora (it is {self.modulation.name}), "
                 f"and has model.timestep_channels itself: type model.timestep_width=0 (it is {self.timestep_width})."
+            )
+        if self.timestep_norm and self.timestep_hidden_width:
+            raise ValueError(
+                f"model.timestep_hidden_width={self.timestep_hidden_width} lies between two layers, which "
+                "model.timestep_norm=true does not have. Type model.timestep_hidden_width=0."
             )
         if self.modulation is ModulationSource.table and self.single_depth:
             raise ValueError(

@@ -635,7 +635,8 @@ class DiT(nn.Module):
     ) -> float:
         """Floating-point operations of the forward pass on one clip of this token grid; a multiply and an add are two.
 
-        Matrix products only; backward takes twice as many. `audio` are tokens of the second stream and of its caption.
+        Matrix products only; backward takes twice as many. `audio` are tokens of the sound and, with model.audio, of
+        its caption.
         """
         told = {"text": text_tokens, "image": image_tokens, "glyph": glyph_tokens, "audio": audio[0]}
         seen_pairs = {span: seen(span, grid, self.config.window) for span in self._spans}
