@@ -635,7 +635,14 @@ def test_inputs_that_do_not_fit_are_refused():
 
 LEARNED = (PositionEmbedding.learned_axes, PositionEmbedding.learned)
 NOT_LEARNED = [kind for kind in PositionEmbedding if kind not in LEARNED]
-PACKED = {"rope": Rope.packed, "text": TextEdge.shared, "attention": AttentionPattern.full, "rope_fps": 0.0}
+PACKED = {
+    "rope": Rope.packed,
+    "rope_spans": [1.5, 0.5],
+    "rope_fps": 0.0,
+    "text": TextEdge.shared,
+    "attention": AttentionPattern.full,
+}
+UNPACKED = [{"rope": kind, "rope_spans": [1.0], "audio_channels": 0} for kind in Rope if kind is not Rope.packed]
 SILENT_ELSEWHERE = {
     "modulation": ModulationSource.linear,
     "head_modulation": HeadModulation.linear,
@@ -666,9 +673,8 @@ AXES = {
     "modulation": list(ModulationSource),
     "head_modulation": list(HeadModulation),
     "qk_norm": list(QKNorm),
-    "rope": [*(kind for kind in Rope if kind is not Rope.packed), PACKED],
-    "rope_spans": [[1.0], [1.5, 0.5]],
-    "sound": [{"audio_channels": 0}, PACKED | SILENT_ELSEWHERE | {"audio_channels": 3}],
+    "rope": [*UNPACKED, PACKED, PACKED | {"rope_spans": [1.0]}],
+    "sound": [UNPACKED[0], PACKED | SILENT_ELSEWHERE | {"audio_channels": 3}],
     "heads": [{"head_channels": 0, "rope_still": 0}, {"head_channels": 20, "rope_still": 4}],
     "head_norm": list(NormKind),
     "timestep_hidden_width": [0, 6],

@@ -240,15 +240,15 @@ class DiT(nn.Module):
     ) -> Predictions:
         video = self._enter(latents, timesteps, text, extras)
         if self.audio is None or extras.audio is None:
-            tokens = self._through(video, extras)
-            return Predictions(self._leave(video, tokens), self._heard(video, tokens, extras.audio))
+            return self._leave(video, self._through(video, extras))
         sound, heard = self.audio, extras.audio
         columns = [x[..., None, None] for x in heard.latents]
         assert heard.text is not None
         sound._check(columns, heard.timesteps, heard.text)
         audio = sound._enter(columns, heard.timesteps, heard.text, NO_EXTRAS)
         seen, played = self._through_both(video, audio)
-        return Predictions(self._leave(video, seen), [x[..., 0, 0] for x in sound._leave(audio, played)])
+        sounds = sound._leave(audio, played).video
+        return Predictions(self._leave(video, seen).video, [x[..., 0, 0] for x in sounds])
 
     def _through(self, entered: Entered, extras: Extras) -> Tokens:
         """Through all blocks."""
@@ -305,14 +305,19 @@ class DiT(nn.Module):
             tokens["audio"] = self.audio_embedding(torch.cat(_both_ears(heard))).to(video.dtype)
         return Entered(tokens, segments, condition, grids, _of_rows(timesteps), extras.fps, latents[0].dtype)
 
-    def _leave(self, entered: Entered, tokens: Tokens) -> list[Tensor]:
-        """What the head makes of the tokens behind the last block."""
+    def _leave(self, entered: Entered, tokens: Tokens) -> Predictions:
+        """What the heads make of the tokens behind the last block."""
         grids, segments, condition = entered.grids, entered.segments, entered.condition
-        if self.final_norm is not None:
-            tokens = {**tokens, "video": self.final_norm(tokens["video"])}
+        linear = self.config.head_modulation is HeadModulation.linear
+        modulation = self.head_modulation(condition.embedding if linear else condition)
         rows = _clip_rows(grids, condition) if self.config.first_frame_given else segments["video"].rows
-        patches = self._signed(self.head(self._last(tokens["video"], rows, condition)))
-        return unpatchify(patches.to(entered.dtype), grids, self.config.patch_size)
+        patches = self._signed(self.head(self._last(tokens["video"], rows, modulation))).to(entered.dtype)
+        video = unpatchify(patches, grids, self.config.patch_size)
+        if self.audio_head is None or "audio" not in tokens:
+            return Predictions(video, None)
+        heard = segments["audio"]
+        ears = self._signed(self.audio_head(self._last(tokens["audio"], heard.rows, modulation))).to(entered.dtype)
+        return Predictions(video, [clip.unflatten(0, (-1, EARS)).movedim(-1, 0) for clip in ears.split(heard.lengths)])
 
     def _with_given(self, latents: Sequence[Tensor], extras: Extras) -> list[Tensor]:
         """Noisy latents with the channels that are given beside them."""
@@ -323,19 +328,10 @@ class DiT(nn.Module):
             beside = [[*clip, torch.zeros_like(clip[0][:1])] for clip in beside]
         return [torch.cat(clip) if len(clip) > 1 else clip[0] for clip in beside]
 
-    def _heard(self, entered: Entered, tokens: Tokens, sound: Sound | None) -> list[Tensor] | None:
-        """What the sound's head makes of its tokens; the norm and modulation before it are the video's."""
-        if self.audio_head is None or sound is None:
-            return None
-        segment = entered.segments["audio"]
-        ears = self._signed(self.audio_head(self._last(tokens["audio"], segment.rows, entered.condition)))
-        clips = ears.to(entered.dtype).split(list(segment.lengths))
-        return [clip.unflatten(0, (-1, EARS)).movedim(-1, 0) for clip in clips]
-
-    def _last(self, tokens: Tensor, rows: Rows, condition: Condition) -> Tensor:
-        linear = self.config.head_modulation is HeadModulation.linear
-        both = self.head_modulation(condition.embedding if linear else condition)
-        shift, scale = both.chunk(2, dim=-1)
+    def _last(self, tokens: Tensor, rows: Rows, modulation: Tensor) -> Tensor:
+        """What a head reads: tokens (N, D) behind the last norms, with these rows of the modulation (R, 2 D)."""
+        tokens = tokens if self.final_norm is None else self.final_norm(tokens)
+        shift, scale = modulation.chunk(2, dim=-1)
         return self.head_norm.modulated(tokens, rows.of(shift), rows.of(scale), rows.lengths)
 
     def _hints(self, tokens: Tokens, segments: Segments, condition: Condition, extras: Extras) -> dict[int, Tensor]:
@@ -643,6 +639,7 @@ class DiT(nn.Module):
         counts = Counts({"video": math.prod(grid), **told}, seen_pairs)
         caption = sum(told[source] for source in self.config.caption_sources)
         blocks = Counts({**counts.tokens, "text": caption}, counts.seen)
+        rows = 2 if self.config.audio_channels and audio[0] else 1  # sound in the same softmax has its own timestep
         products = 0
         for name, module in self.named_modules():
             if name.startswith(("audio.", "pooled_text.")):  # which count their own
@@ -654,7 +651,7 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear) and ".operation." not in name:  # they see each token, or each clip, once
                 part = name.split(".")[0]
                 kind = None if isinstance(module, ExactLinear) else EDGES.get(part)
-                products += module.weight.numel() * (counts.tokens[kind] if kind else 1)
+                products += module.weight.numel() * (counts.tokens[kind] if kind else rows)
         sound = 0.0 if self.audio is None else self.audio.flops((audio[0], 1, 1), audio[1])
         return 2.0 * products + sound
 
