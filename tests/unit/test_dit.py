@@ -642,7 +642,14 @@ PACKED = {
     "text": TextEdge.shared,
     "attention": AttentionPattern.full,
 }
-UNPACKED = [{"rope": kind, "rope_spans": [1.0], "audio_channels": 0} for kind in Rope if kind is not Rope.packed]
+ALONE = {"rope_spans": [1.0], "audio_channels": 0}
+PLAIN_HEADS = {"head_channels": 0, "rope_still": 0}
+OTHER_ROPES = [kind for kind in Rope if kind not in (Rope.axes, Rope.packed, Rope.seconds)]
+UNPACKED = [
+    {"rope": Rope.axes, **ALONE},
+    {"rope": Rope.seconds, "rope_fps": 24.0, **ALONE, **PLAIN_HEADS},
+    *({"rope": kind, "rope_fps": 0.0, **ALONE, **PLAIN_HEADS} for kind in OTHER_ROPES),
+]
 SILENT_ELSEWHERE = {
     "modulation": ModulationSource.linear,
     "head_modulation": HeadModulation.linear,
@@ -675,7 +682,7 @@ AXES = {
     "qk_norm": list(QKNorm),
     "rope": [*UNPACKED, PACKED, PACKED | {"rope_spans": [1.0]}],
     "sound": [UNPACKED[0], PACKED | SILENT_ELSEWHERE | {"audio_channels": 3}],
-    "heads": [{"head_channels": 0, "rope_still": 0}, {"head_channels": 20, "rope_still": 4}],
+    "heads": [PLAIN_HEADS, {"head_channels": 20, "rope_still": 4}],
     "head_norm": list(NormKind),
     "timestep_hidden_width": [0, 6],
     "places": [
