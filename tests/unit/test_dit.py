@@ -722,8 +722,7 @@ AXES = {
     "image_width": [0, 3],
     "glyph_width": [0, 4],
     "glyph_hidden_width": [6],
-    "control_layers": [[], [0], [1]],
-    "control_channels": [0, 2],
+    "control": [{"control_layers": layers, "control_channels": 2 if layers else 0} for layers in ([], [0], [1])],
 }
 
 
