@@ -1,6 +1,7 @@
 """Published weights in, out again, and through `diffusers`: bit-equal tensors and the same outputs."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
@@ -8,7 +9,7 @@ import safetensors.torch
 import torch
 
 import kinema
-from kinema.interop import comparing
+from kinema.interop import comparing, exporting
 from kinema.interop.exporting import export, split_shards
 from kinema.interop.importing import import_model
 from kinema.interop.recognising import recognise
@@ -90,6 +91,40 @@ def test_a_single_file_comes_back(tmp_path, published):
     assert "largest difference" in lines[-1]
     names = safetensors.torch.load_file(tmp_path / "out" / "transformer.safetensors").keys()
     assert "model.diffusion_model.blocks.0.self_attn.q.weight" in names
+    back = kinema.load(tmp_path / "out" / "transformer.safetensors")
+    assert back.config == module.config
+    assert_bit_equal(back.state_dict(), module.state_dict())
+
+
+def test_the_check_of_a_single_file_reads_it_as_an_import_does(tmp_path, monkeypatch):
+    config = WAN | {"num_attention_heads": 8, "attention_head_dim": 32}
+    randomise(diffusers.WanTransformer3DModel(**config)).save_pretrained(tmp_path / "published")
+    module = kinema.load(tmp_path / "published")
+    monkeypatch.setattr(exporting, "HEADER_CONFIG", "unread")
+    with pytest.raises(ValueError, match=r"is above 1e-04: nothing was written"):
+        kinema.export(module, tmp_path / "out", format="single-file")
+
+
+@pytest.mark.parametrize("name", ["", "wan.safetensors"])
+def test_a_prefixed_file_in_half_precision_takes_the_config_beside_it(tmp_path, name):
+    config = WAN | {"num_attention_heads": 7, "attention_head_dim": 12}
+    reference = randomise(diffusers.WanTransformer3DModel(**config)).half().float()
+    reference.save_pretrained(tmp_path / "published")
+    kinema.export(kinema.load(tmp_path / "published"), tmp_path / "single", format="single-file")
+    tensors = safetensors.torch.load_file(tmp_path / "single" / "transformer.safetensors")
+    (tmp_path / "comfy").mkdir()
+    safetensors.torch.save_file({n: t.half() for n, t in tensors.items()}, tmp_path / "comfy" / "wan.safetensors")
+    shutil.copy(tmp_path / "published" / "config.json", tmp_path / "comfy")
+    module = kinema.load(tmp_path / "comfy" / name)
+    assert comparing.difference(module, reference, dict(reference.config)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "choices"), [({"format": "onnx"}, "diffusers, single-file, kinema"), ({"weights": "best"}, "raw")]
+)
+def test_a_choice_that_is_none_names_the_choices(tmp_path, published, wrong, choices):
+    with pytest.raises(ValueError, match=f"=(onnx|best): type one of .*{choices}"):
+        kinema.export(kinema.load(published), tmp_path / "out", **wrong)
 
 
 def test_what_diffusers_computes_otherwise_is_not_written(tmp_path, published, monkeypatch):
@@ -114,8 +149,6 @@ def test_a_model_that_nobody_published_is_refused_by_the_axis(tmp_path, publishe
 
 
 def test_shards_are_read_back_and_by_diffusers(tmp_path, published, monkeypatch):
-    import kinema.interop.exporting as exporting
-
     monkeypatch.setattr(exporting, "MAX_SHARD_BYTES", 50_000)
     module = kinema.load(published)
     kinema.export(module, tmp_path / "out")

@@ -10,6 +10,7 @@ import torch
 import kinema
 from kinema.interop import importing
 from kinema.interop.importing import import_model
+from kinema.interop.inferring import assumed, wan_heads
 from kinema.interop.presets import PRESETS
 from kinema.interop.reading import read_published
 from kinema.training.run_folder import Weights, checkpoint_of, load_weights
@@ -92,6 +93,84 @@ def test_a_single_file_shows_that_its_model_reads_images(tmp_path):
     found = kinema.load(tmp_path / "wan.safetensors")
     assert (found.config.image_width, found.config.condition_channels) == (10, 5)
     assert_same(found, model)
+
+
+def wan_file(path, config, **more):
+    """A single file in the maker's names with random weights; returns its model."""
+    model = WAN.build(config)
+    original = WAN.original_key_map(config).to_theirs(model.state_dict())
+    safetensors.torch.save_file({f"model.diffusion_model.{n}": t for n, t in original.items()}, path, **more)
+    return model
+
+
+def test_heads_that_no_tensor_tells_are_assumed_aloud_or_taken_from_beside(tmp_path, capsys):
+    path, config = tmp_path / "wan.safetensors", CONFIG | {"num_attention_heads": 8, "attention_head_dim": 32}
+    model = wan_file(path, config)
+    assert kinema.load(path).config.num_heads == 2
+    assert "ASSUMED 2 heads, 128 channels each, for a Wan of width 256" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanModel", "num_heads": 8}))
+    assert kinema.load(path).config == model.config
+    (tmp_path / "config.json").unlink()
+    manifest = {"model": {"config": {"num_heads": 8, "norm_eps": 1e-5}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    found = kinema.load(path).config
+    assert (found.num_heads, found.norm_eps) == (8, 1e-5)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("width", [1536, 3072, 5120])
+def test_heads_of_released_widths_are_known(width):
+    shapes = {"blocks.0.self_attn.q.weight": (width, width), "patch_embedding.weight": (width, 4, 1, 2, 2)}
+    assert assumed(shapes, None) is None
+    assert wan_heads(width, {}) == width // 128
+
+
+@pytest.mark.parametrize("heads", [7, 2])
+def test_a_width_whose_heads_nobody_knows_is_refused(tmp_path, heads):
+    path = tmp_path / "wan.safetensors"
+    wan_file(path, CONFIG | {"num_attention_heads": heads, "attention_head_dim": 12})
+    message = rf"wan\.safetensors: this Wan is {heads * 12} wide, no multiple of 128.*Put the config\.json of the"
+    refuse(path, tmp_path / "to", message)
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 5}))
+    refuse(path, tmp_path / "to", f"num_heads=5 does not divide the width {heads * 12}")
+
+
+def test_a_header_that_holds_no_config_is_refused(tmp_path):
+    wan_file(tmp_path / "wan.safetensors", CONFIG, metadata={"kinema.config": "{"})
+    refuse(tmp_path / "wan.safetensors", tmp_path / "to", r"wan\.safetensors: kinema\.config in its header is no JSON")
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_tensors_that_a_single_file_lacks_are_listed(tmp_path, beside):
+    path = tmp_path / "wan.safetensors"
+    wan_file(path, CONFIG)
+    tensors = safetensors.torch.load_file(path)
+    for name in ("head.head.weight", "text_embedding.0.weight"):
+        del tensors[f"model.diffusion_model.{name}"]
+    safetensors.torch.save_file(tensors, path)
+    if beside:
+        (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel", **CONFIG}))
+    known = r"2 missing: text_embedding\.0\.weight.*head\.head\.weight"
+    refuse(path, tmp_path / "to", known if beside else r"lacks head\.head\.weight, text_embedding\.0\.weight")
+
+
+def test_a_folder_of_several_models_names_their_files(tmp_path):
+    folder = tmp_path / "single"
+    folder.mkdir()
+    for name in ("transformer", "vae"):
+        safetensors.torch.save_file({"x": torch.zeros(1)}, folder / f"{name}.safetensors")
+    refuse(folder, tmp_path / "to", f"name {folder}/transformer.safetensors or {folder}/vae.safetensors")
+
+
+def test_a_key_that_the_reference_does_not_have_is_refused_unless_it_is_off(tmp_path, model, tensors, capsys):
+    pytest.importorskip("diffusers")
+    folder = write_folder(tmp_path / "from", tensors, CONFIG | {"use_magic": True, "_mine": 1})
+    refuse(folder, tmp_path / "to", "use_magic=True, which WanTransformer3DModel of diffusers does not have")
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": "WanTransformer3DModel", **CONFIG, "use_magic": False, "old": None})
+    )
+    assert_same(kinema.load(folder), model)
+    assert "does not have use_magic, old, which is off" in capsys.readouterr().err
 
 
 def test_a_file_of_several_models_asks_which(tmp_path, model):
@@ -204,6 +283,8 @@ def test_a_config_that_no_preset_makes_is_refused(tmp_path, tensors):
 def test_a_config_that_is_no_json_is_refused(tmp_path, tensors, text):
     folder = write_folder(tmp_path / "from", tensors)
     (folder / "config.json").write_text(text)
+    refuse(folder, tmp_path / "to", r"config\.json")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
     refuse(folder, tmp_path / "to", r"config\.json")
 
 

@@ -2,7 +2,8 @@
 
 import argparse
 import enum
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,8 +26,8 @@ from kinema.interop.pipelines import LIMIT as SAMPLING_LIMIT
 from kinema.interop.pipelines import RUNS, sampled
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets import PRESETS
-from kinema.interop.reading import read_json, read_published
-from kinema.interop.recognising import build_on_meta, shapes_of
+from kinema.interop.reading import HEADER_CONFIG, read_json, read_published
+from kinema.interop.recognising import build_on_meta, recognise, shapes_of
 from kinema.interop.reference import is_installed, reference_class
 from kinema.interop.schedulers import published_scheduler
 from kinema.models.vae import CausalVAE
@@ -115,6 +116,7 @@ def export(
 
     Nothing is left of a model that no preset describes, or that the target library computes otherwise.
     """
+    check_choices(format=(format, Format), weights=(weights, Weights), part=(part, Part))
     held = held_of(source, Weights(weights)).only(part)
     kind = weights if isinstance(source, str | Path) else "as given"
     if Format(format) is Format.kinema:
@@ -132,6 +134,14 @@ def export(
             write_json(aside / "manifest.json", {**held.manifest, "exported": exported})
         (aside / "README.md").write_text(model_card(held, {n: d.preset for n, d in chosen.items()}, kind, lines))
     return lines
+
+
+def check_choices(**choices: tuple[str, type[enum.Enum]]) -> None:
+    """ValueError with the choices, for a value that is none of them."""
+    for name, (value, kind) in choices.items():
+        known = [choice.value for choice in kind]
+        if value not in known:
+            raise ValueError(f"{name}={value}: type one of {', '.join(known)}.")
 
 
 @dataclass(frozen=True)
@@ -225,8 +235,13 @@ def write_component(folder: Path, model: Described) -> None:
 
 def write_config(folder: Path, model: Described) -> None:
     """The reference's config.json."""
+    write_json(folder / "config.json", published_config(model))
+
+
+def published_config(model: Described) -> Record:
+    """The reference's config, with the name of its class."""
     header = {"_class_name": model.preset.reference, "_diffusers_version": version("diffusers")}
-    write_json(folder / "config.json", {**header, **{k: v for k, v in model.config.items() if not k.startswith("_")}})
+    return {**header, **{k: v for k, v in model.config.items() if not k.startswith("_")}}
 
 
 def split_shards(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
@@ -242,10 +257,10 @@ def split_shards(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tenso
     return shards
 
 
-def save(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file that other libraries read."""
+def save(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
+    """A safetensors file that other libraries read; `header` is what it says beside its tensors."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
+    safetensors.torch.save_file(plain, path, metadata={"format": "pt", **(header or {})})
 
 
 def reload(folder: Path, model: Described) -> Any:
@@ -324,22 +339,22 @@ def write_single_file(folder: Path, held: Held, models: dict[str, Described]) ->
     for name, model in models.items():
         prefix = "" if name == "vae" else COMFY_PREFIX
         path = folder / f"{name}.safetensors"
-        save({f"{prefix}{key}": tensor for key, tensor in model.original.items()}, path)
+        header = {HEADER_CONFIG: json.dumps(published_config(model))}
+        save({f"{prefix}{key}": tensor for key, tensor in model.original.items()}, path, header)
         lines.append(check_difference(name, model, reload_single_file(path, model)))
     return lines
 
 
 def reload_single_file(path: Path, model: Described) -> Any:
-    """The file through the reference library: by its own table of the maker's names where that fits any size."""
+    """The file as an import reads it, in the reference library: by its own table of names where that fits any size."""
+    found = recognise(path)
     target = reference_class(model.preset.reference)
     if model.preset.reference in SINGLE_FILE:
         with TemporaryDirectory() as folder:
-            write_config(Path(folder), model)
+            write_config(Path(folder), replace(model, config=found.config))
             return target.from_single_file(str(path), config=folder)
-    table = model.preset.original_key_map or model.preset.key_map
-    ours = table(model.config).to_ours(read_published(path).tensors())
-    reference = target(**model.config)
-    reference.load_state_dict(model.preset.key_map(model.config).to_theirs(ours))
+    reference = target(**found.config)
+    reference.load_state_dict(found.preset.key_map(found.config).to_theirs(found.tensors()))
     return reference
 
 

@@ -19,6 +19,9 @@ PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 PREFIXES = ("model.diffusion_model.", "first_stage_model.", "text_encoders.", "conditioner.", "cond_stage_model.",
             "diffusion_model.", "vae.")  # fmt: skip
 """What single files put before the names of a part; the longer ones first."""
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+HEADER_CONFIG = "kinema.config"
+"""Key of a safetensors header under which Kinema's own single files hold their config, class name included."""
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
@@ -39,7 +42,7 @@ class Published:
     path: Path
     """The folder or file that was named."""
     config: Record | None
-    """The content of config.json; None for files that come without one."""
+    """What the file's header, config.json or Kinema's manifest beside it says; None where nothing does."""
     stored: dict[str, Stored] = field(repr=False)
     """Tensor name, without the prefix of a single file -> where it lies."""
     prefix: str = ""
@@ -89,6 +92,8 @@ def read_published(path: Path, prefix: str | None = None) -> Published:
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist.")
+    folder = path if path.is_dir() else path.parent
+    beside = _config_beside(folder)
     files = [path] if path.is_file() else _weight_files(path)
     for file in files:
         _refuse_pickle(file)
@@ -100,11 +105,42 @@ def read_published(path: Path, prefix: str | None = None) -> Published:
         stored |= headers
     if path.is_dir():
         _check_index(path, stored)
-    folder = path if path.is_dir() else path.parent
     chosen, used = _part(path, stored, prefix)
-    has_config = not used and (folder / "config.json").is_file()  # a part of a single file never shares one
-    config = read_json(folder / "config.json") if has_config else None
+    config = _header_config(files[0]) if len(files) == 1 else None
+    if config is None and _may_describe(beside, used):
+        config = beside
     return Published(path, config, chosen, used, len(stored) - len(chosen))
+
+
+def _config_beside(folder: Path) -> Record | None:
+    """The config.json of a folder, else what a manifest of Kinema there says of the maker's config."""
+    if (folder / "config.json").is_file():
+        return read_json(folder / "config.json")
+    if not (folder / "manifest.json").is_file():
+        return None
+    model = read_json(folder / "manifest.json").get("model")
+    config = model.get("config") if isinstance(model, dict) else None
+    if not isinstance(config, dict) or not config.keys() >= {"num_heads", "norm_eps"}:
+        return None  # somebody else's manifest, or that of a VAE
+    return {"num_heads": config["num_heads"], "eps": config["norm_eps"]}
+
+
+def _may_describe(config: Record | None, prefix: str) -> bool:
+    """Whether a config beside a file can be of this part of it: a VAE's of no transformer, and the reverse."""
+    is_vaes = str((config or {}).get("_class_name")).startswith("Autoencoder")
+    return not prefix or is_vaes is (prefix in VAE_PREFIXES)
+
+
+def _header_config(file: Path) -> Record | None:
+    """The config that Kinema writes into the header of a single file."""
+    with _opened(file) as handle:
+        text = (handle.metadata() or {}).get(HEADER_CONFIG)
+    if text is None:
+        return None
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {HEADER_CONFIG} in its header is no JSON object ({error}).") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -121,7 +157,8 @@ def _weight_files(folder: Path) -> list[Path]:
             raise ValueError(f"{folder} holds {len(files)} of {count} shards: {_names(files)}. Download the others.")
         return files
     if len(files) > 1:
-        raise ValueError(f"{folder} holds several models, {_names(files)}: name the file instead of the folder.")
+        paths = " or ".join(str(file) for file in files[:5])
+        raise ValueError(f"{folder} holds several models, {_names(files)}: instead of the folder, name {paths}.")
     if not files:
         _refuse_folder(folder)
     return files

@@ -1,5 +1,6 @@
 """Which preset a set of tensors is, and whether every one of them fits: decided on shapes, before a number is read."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kinema.interop.inferring import infer_config
+from kinema.interop.inferring import assumed, infer_config
 from kinema.interop.keymap import KeyMap
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets import PRESETS
 from kinema.interop.reading import Published, Shape, dtype_of, read_json, read_published
-from kinema.interop.reference import with_defaults
+from kinema.interop.reference import unknown_keys, with_defaults
 from kinema.models.dit import DiT, Experts, join_experts
 
 LISTED = 8
@@ -127,6 +128,7 @@ def recognise(path: Path, prefix: str | None = None) -> Recognised:
     published = read_published(path, prefix)
     class_name, config = _described(published)
     check_known(class_name)
+    config = _without_unknown(published.path, class_name, config)
     config = with_defaults(class_name, config)
     preset = preset_of(class_name, config)
     skeleton = build_on_meta(preset, config, published.path)
@@ -197,7 +199,23 @@ def _described(published: Published) -> tuple[str, Record]:
             f"{published.path} is a model of another kind ({', '.join(config['architectures'])} of transformers); "
             "Kinema imports diffusion transformers and video VAEs."
         )
-    return infer_config(published.path, published.shapes, config)
+    found = infer_config(published.path, published.shapes, config)
+    if (assumption := assumed(published.shapes, config)) is not None:
+        print(f"{published.path}: {assumption}", file=sys.stderr)
+    return found
+
+
+def _without_unknown(path: Path, class_name: str, config: Record) -> Record:
+    """The config without keys that the reference's class does not have; ValueError where one of them is set."""
+    unknown = unknown_keys(class_name, config)
+    if wrong := [f"{key}={config[key]!r}" for key in unknown if config[key] is not None and config[key] is not False]:
+        raise ValueError(
+            f"{path}: its config has {', '.join(wrong)}, which {class_name} of diffusers does not have, so that nobody "
+            "knows what it means. Take the key out if the weights do not need it, or install a newer diffusers."
+        )
+    if unknown:
+        print(f"{path}: {class_name} does not have {', '.join(unknown)}, which is off and left out", file=sys.stderr)
+    return {key: value for key, value in config.items() if key not in unknown}
 
 
 def _is_vendors(published: Published) -> bool:

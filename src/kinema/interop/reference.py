@@ -30,6 +30,17 @@ def with_defaults(class_name: str, config: Record) -> Record:
     """
     if not is_installed():
         return dict(config)
-    parameters = list(inspect.signature(reference_class(class_name).__init__).parameters.values())[1:]
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    defaults = {p.name: p.default for p in _parameters(class_name) if p.default is not inspect.Parameter.empty}
     return {**defaults, **config}
+
+
+def unknown_keys(class_name: str, config: Record) -> list[str]:
+    """Keys that the class is not made from; none where the library is not installed. Those with `_` are its own."""
+    if not is_installed():
+        return []
+    known = {parameter.name for parameter in _parameters(class_name)}
+    return [key for key in config if key not in known and not key.startswith("_")]
+
+
+def _parameters(class_name: str) -> list[inspect.Parameter]:
+    return list(inspect.signature(reference_class(class_name).__init__).parameters.values())[1:]
