@@ -449,6 +449,7 @@ class DiTConfig:
             flat = name == "rope_extent" and self.rope is Rope.seconds  # rows and columns need not turn
             if len(value) != 3 or min(value[:1] if flat else value) <= 0 or min(value) < 0:
                 raise ValueError(f"model.{name}={value} must be three numbers above zero.")
+        self._check_heads()
         self._check_packed()
         self._check_scaling()
         self._check_positions()
@@ -460,14 +461,17 @@ class DiTConfig:
         self._check_control()
         self._check_audio()
 
-    def _check_packed(self) -> None:
+    def _check_heads(self) -> None:
         if self.rope in (Rope.axes, Rope.packed):
             check_rope_axes(self.rope_axes, self.head_dim, self.rope_still)
-        if self.rope not in (Rope.axes, Rope.packed) and (self.rope_still or self.head_channels):
+        elif self.rope_still or self.head_channels:
             raise ValueError(
                 f"model.rope_still={self.rope_still} and model.head_channels={self.head_channels} need heads whose "
-                f"channels belong to axes: those of model.rope={self.rope.name} do not. Type model.rope=axes, or 0."
+                f"channels belong to axes: those of model.rope={self.rope.name} do not. Type model.rope=axes, or "
+                "model.rope_still=0 model.head_channels=0."
             )
+
+    def _check_packed(self) -> None:
         if self.rope is not Rope.packed:
             for name, plain in {"rope_spans": [1.0], "audio_channels": 0}.items():
                 if getattr(self, name) != plain:
@@ -494,8 +498,8 @@ class DiTConfig:
         if scaled and (self.rope not in (Rope.axes, Rope.packed) or min(scaled) <= 2):
             raise ValueError(
                 f"model.rope_scale={self.rope_scale} stretches waves of model.rope_axes={self.rope_axes} with "
-                f"model.rope={self.rope.name}: it needs rope=axes and, for a scale, more than one wave (two channels). "
-                "Type model.rope_scale=[1,1,1]."
+                f"model.rope={self.rope.name}: it needs rope=axes or packed and, for a scale, more "
+                "than one wave (two channels). Type model.rope_scale=[1,1,1]."
             )
         if self.rope_fps and self.rope not in (Rope.axes, Rope.seconds):
             raise ValueError(f"model.rope_fps={self.rope_fps} needs model.rope=axes or seconds. Type model.rope_fps=0.")
@@ -565,8 +569,8 @@ class DiTConfig:
         own_width = self.text_embedding in (TextEmbedding.refiner, TextEmbedding.tower, TextEmbedding.encoder)
         if self.text_channels and (self.text is TextEdge.shared or own_width):
             raise ValueError(
-                f"model.text_channels={self.text_channels}: only model.text=cross or joint without refiner or tower "
-                "reads captions of another width than the model's. Type model.text_channels=0."
+                f"model.text_channels={self.text_channels}: only model.text=cross or joint without refiner, tower "
+                "or encoder reads captions of another width than the model's. Type model.text_channels=0."
             )
         if self.text_channels and self.text is TextEdge.joint:
             self._check_two_widths()

@@ -22,12 +22,12 @@ from kinema.models.dit.memory import made_again
 from kinema.models.dit.modulating import gated_sum, modulated
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import (
-    Rope,
     Rows,
     Segment,
     Segments,
     Span,
     Tokens,
+    Turns,
     clip_segment,
     joined,
     repeated,
@@ -260,7 +260,7 @@ class Stream(nn.Module):
         self.key_norm = shape.norm()
         self.project = shape.way_back(width) if asks else None
 
-    def forward(self, x: Tensor, rope: Rope | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    def forward(self, x: Tensor, rope: Turns | None) -> tuple[Tensor | None, Tensor, Tensor]:
         """x (N, D) -> queries, keys and values (N, h, d)"""
         k, v = self.shape.normed_heads(self.key(x), self.key_norm), self.shape.heads(self.value(x))
         k = k if rope is None else apply_rope(k, *rope)
@@ -335,7 +335,7 @@ class SingleStream(nn.Module):
         mixed = attend_jointly(triples, segments, self.attention, self.span)
         return {name: made_again(self._way_back, mixed[name], *self._hidden(x)) for name, x in asking.items()}
 
-    def _heads(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x: Tensor, rope: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
         q = self.shape.normed_heads(self.query(x), self.query_norm)
         k = self.shape.normed_heads(self.key(x), self.key_norm)
         v = self.shape.heads(self.value(x))
