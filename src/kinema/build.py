@@ -51,6 +51,7 @@ from kinema.training.run_folder import (
     load_weights,
     open_base,
     open_run_folder,
+    remove_refused,
     unadapted,
     write_config,
 )
@@ -74,11 +75,13 @@ class Run:
 
 @contextmanager
 def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Run]:
-    """Open the run folder on the main rank, check it against the configuration, start the trackers."""
+    """Open the run folder on the main rank, check it against the configuration.
+
+    Of a run that is refused while it is built, no folder is left.
+    """
     seed_everything(config.seed)
     run_dir = Path(config.run_root) / config.name
     outputs = Outputs(run_dir, process.is_main, tracker=None)
-    logging = config.logging
     problem, lock = None, None
     if process.is_main:
         try:
@@ -88,13 +91,16 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
             differences = changed_keys(stored.read_text(), config_yaml) if began else []
             for line in write_config(run_dir, config_yaml, differences, config.allow_config_change):
                 outputs.event(0, "configuration changed", line)
-            outputs.tracker = WandbTracker(logging, run_dir, {"config": config_yaml})
         except ValueError as error:
             problem = str(error)
     if problem := from_main(problem):
         raise ValueError(problem)
     try:
         yield Run(outputs, CheckpointStore(run_dir, config.checkpoint.keep), config_yaml)
+    except ValueError:
+        if lock:
+            remove_refused(run_dir)
+        raise
     finally:
         if lock:
             lock.close()
@@ -499,7 +505,7 @@ def dit_flops(config: Config, model: DiT | Experts, data: Data, geometry: Geomet
 def describe_run(
     config: Config, run: Run, process: Process, model: nn.Module, trained: str, flops_per_step: float
 ) -> None:
-    """Write `run.json` and print the header: what runs, on what, with which identity."""
+    """Write `run.json`, print the header (what runs, on what, with which identity), and start the tracker."""
     if not process.is_main:
         return
     parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters())
@@ -529,6 +535,7 @@ def describe_run(
         f"{process.world_size} rank(s) on {process.device}, ZeRO {parallel.zero_stage}, {parallel.precision.value}"
     )
     tqdm.write(trained)
+    run.outputs.tracker = WandbTracker(config.logging, run.folder, {"config": run.config_yaml})
     rate, checkpoint, logging = config.optim.learning_rate, config.checkpoint, config.logging
     rates = [rate * config.schedule.factor(step, config.steps) for step in (0, config.steps // 2, config.steps - 1)]
     tqdm.write(

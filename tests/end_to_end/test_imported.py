@@ -1,11 +1,14 @@
 """A published model comes in, is trained further by the real command, and goes out to `diffusers` again."""
 
 import json
+from pathlib import Path
 
 import diffusers
 import safetensors.torch
 import torch
 
+from kinema.interop.importing import import_model
+from kinema.training.run_folder import checkpoint_of
 from tests.end_to_end.commands import run
 
 WAN = {
@@ -50,6 +53,33 @@ def test_an_imported_wan_is_trained_and_exported(tmp_path):
     kept = safetensors.torch.load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
     published = safetensors.torch.load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(kept[name], tensor) for name, tensor in published.items())
+
+
+def test_a_trained_release_is_sampled_as_the_release(tmp_path, monkeypatch):
+    release = tmp_path / "release"
+    randomise(diffusers.WanTransformer3DModel(**WAN)).save_pretrained(release / "transformer")
+    randomise(diffusers.AutoencoderKLWan(**VAE)).save_pretrained(release / "vae")
+    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, "solver_order": 3}
+    diffusers.UniPCMultistepScheduler(**options).save_pretrained(release / "scheduler")
+    (release / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    monkeypatch.chdir(tmp_path)
+    import_model(Path("release"), Path("imported"))  # the training runs in another folder
+    run("data_prep/toy.py", "--out", f"{tmp_path}/toy", "--clips", "4", "--heldout", "2", "--sizes", "64x64")
+    command = (
+        f"train.py --config-dir {tmp_path}/imported/configs experiment=imported name=tuned run_root={tmp_path}/runs "
+        f"steps=1 data.path={tmp_path}/toy data.shapes=[[5,32,32]] text.width=12 data.clips_per_step=2 data.lanes=1 "
+        "data.num_workers=0 logging=file validation.clips=2 task.samples.every_steps=0 schedule.warmup_steps=0"
+    )
+    run(*command.split())
+    imported, tuned = (
+        checkpoint_of(f"{tmp_path}/{folder}", "run").document("manifest") for folder in ("imported", "runs/tuned")
+    )
+    assert tuned["sampling"] == imported["sampling"]
+    assert (tuned["sampling"]["solver"], tuned["sampling"]["guidance_scale"]) == ("unipc", 5.0)
+    run("-m", "kinema.cli", *f"export {tmp_path}/runs/tuned --weights raw --to {tmp_path}/out".split())
+    scheduler = diffusers.UniPCMultistepScheduler.load_config(tmp_path / "out" / "scheduler")
+    assert scheduler["_class_name"] == "UniPCMultistepScheduler"
+    assert {key: scheduler[key] for key in options} == options
 
 
 def test_one_expert_of_an_imported_pair_is_trained(tmp_path):

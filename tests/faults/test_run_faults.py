@@ -34,6 +34,8 @@ def test_a_mistake_is_named_with_what_to_type(folder, override, message):
     answer = run(*dit_command(folder, "mistake", 2, *override.split()), expect=None)
     assert answer.returncode != 0
     assert message in answer.stderr, answer.stderr[-1500:]
+    assert "built successfully" not in answer.stdout
+    assert not (folder / "runs" / "mistake").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_unharmed(folder):

@@ -83,6 +83,9 @@ def test_the_card_and_the_manifest_go_with_the_weights(tmp_path, published):
     assert lines[-1] in card
     assert manifest["exported"] == {"weights": "ema", "format": "diffusers", "compared": lines}
     assert "| weights | ema |" in card
+    assert "Imported from wan (`WanTransformer3DModel`) and exported with Kinema, not trained." in card
+    for unknown in ("None", "| steps |", "| data |", "dropped", "not known"):
+        assert unknown.lower() not in card.lower()
 
 
 def test_a_single_file_comes_back(tmp_path, published):

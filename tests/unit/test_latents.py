@@ -63,8 +63,10 @@ def test_each_field_of_the_key_is_refused_by_name(tmp_path, name, value):
     with LatentWriter(tmp_path / "cache", **IDENTITY) as writer:
         writer.write("clip", SHAPES[0], 0.0, torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4))
     LatentCache.load(tmp_path / "cache", **IDENTITY)
-    with pytest.raises(ValueError, match=rf"was made with {name}=.*this run has {name}="):
+    with pytest.raises(ValueError, match=rf"was made with {name}=.*this run has {name}=") as refused:
         LatentCache.load(tmp_path / "cache", **{**IDENTITY, name: value})
+    as_made = {"shapes": "type 'data.shapes=[[5,32,32],[9,32,32]]', or", "fps": "type 'data.fps=8.0', or"}
+    assert as_made.get(name, "or type data.latents=null") in str(refused.value)
 
 
 def test_another_format_version_is_refused(tmp_path, monkeypatch):

@@ -172,10 +172,12 @@ class LatentCache:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         for name, wanted in _identity(vae_hash, data_hash, shapes, fps).items():
             if manifest.get(name) != wanted:
+                as_made = f"data.{name}={manifest.get(name)}".replace(" ", "")
+                narrow = f"type '{as_made}', " * (name in ("shapes", "fps"))
                 raise ValueError(
                     f"data.latents={folder} was made with {name}={manifest.get(name)}, and this run has "
-                    f"{name}={wanted}. Encode the latents again, or type data.latents=null to encode anew "
-                    "in every step."
+                    f"{name}={wanted}. Encode the latents again, {narrow}or type data.latents=null to encode "
+                    "anew in every step."
                 )
         return cls(folder, manifest, _load_places(folder, manifest))
 

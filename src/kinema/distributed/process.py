@@ -1,6 +1,7 @@
 """Starting one rank: devices, the process group, and DeepSpeed's compiled communication op."""
 
 import fcntl
+import io
 import logging
 import os
 import random
@@ -8,7 +9,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -64,12 +65,13 @@ def start_process(timeout_seconds: float) -> Process:
     else:
         device = torch.device("cpu")
         load_cpu_communication_op()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
-        verbose=False,
-        auto_mpi_discovery=False,
-    )
+    with redirect_stdout(io.StringIO()):  # it prints that its op was built, which is no news to anybody
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            verbose=False,
+            auto_mpi_discovery=False,
+        )
     return Process(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 

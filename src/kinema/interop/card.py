@@ -13,13 +13,19 @@ def model_card(held: Held, presets: dict[str, Preset], weights: str, lines: list
     sections = [
         _header(manifest, presets),
         f"# {manifest.get('name', 'model')}",
-        "Trained and exported with Kinema. `manifest.json` holds all of this for programs.",
+        f"{_origin(manifest)} `manifest.json` holds all of this for programs.",
         _table({"weights": weights, **_facts(manifest, presets)}),
         "## Compared after loading\n\n" + "\n".join(f"- {line}" for line in lines),
         _licences(manifest),
         _text(manifest),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _origin(manifest: dict[str, Any]) -> str:
+    if (published := manifest.get("published")) is None:
+        return "Trained and exported with Kinema."
+    return f"Imported from {published['preset']} (`{published['class']}`) and exported with Kinema, not trained."
 
 
 def _header(manifest: dict[str, Any], presets: dict[str, Preset]) -> str:
@@ -33,23 +39,21 @@ def _header(manifest: dict[str, Any], presets: dict[str, Preset]) -> str:
 
 def _facts(manifest: dict[str, Any], presets: dict[str, Preset]) -> dict[str, str]:
     data, objective = manifest.get("data", {}), manifest.get("objective", {})
+    is_trained = "published" not in manifest
     facts = {name: f"{preset.name}: `{preset.reference}`" for name, preset in presets.items()}
-    facts |= {
-        "steps": str(manifest["step"]) if "step" in manifest else "not known",
-        "fingerprints": ", ".join(f"{k} `{v}`" for k, v in manifest.get("fingerprints", {}).items()) or "none",
-        "data": f"hash `{data['hash']}`, {data['kept']}" if data else "not known",
-    }
+    if is_trained:
+        facts["steps"] = str(manifest["step"]) if "step" in manifest else "not known"
+        facts["data"] = f"hash `{data['hash']}`, {data['kept']}" if data else "not known"
+    facts["fingerprints"] = ", ".join(f"{k} `{v}`" for k, v in manifest.get("fingerprints", {}).items()) or "none"
     if objective:
         facts["objective"] = ", ".join(f"{key} {value}" for key, value in objective.items() if value is not None)
     if "fps" in manifest:
         facts["frames per second"] = f"{manifest['fps']:g}"
         facts["shapes (frames, height, width)"] = ", ".join(map(str, manifest["shapes"])) or "not known"
-    if "guidance_dropout" in manifest:
+    if is_trained and "guidance_dropout" in manifest:
         facts["captions dropped for guidance"] = f"{manifest['guidance_dropout']:.0%}"
     for part, reason in manifest.get("vae", {}).get("looks_ahead", {}).items():
         facts[f"not causal: the VAE's {part}"] = reason
-    if "published" in manifest:
-        facts["imported from"] = f"{manifest['published']['preset']}, {manifest['published']['class']}"
     return facts
 
 
@@ -58,6 +62,8 @@ def _table(facts: dict[str, str]) -> str:
 
 
 def _licences(manifest: dict[str, Any]) -> str:
+    if "published" in manifest:
+        return ""
     seen = manifest.get("data", {}).get("licenses", {})
     rows = [f"- {licence}: {clips} clips" for licence, clips in sorted(seen.items())]
     return "## Licences of the data seen\n\n" + ("\n".join(rows) or "Not known.")

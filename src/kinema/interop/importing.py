@@ -69,8 +69,9 @@ def import_model(
     found = recognise_all(path, vae, prefix)
     if inflate is not None:
         found = replace(found, dit=_inflated(found, inflate))
+    place = to.absolute()  # what its files name must be found from any working directory
     with published_folder(to) as aside:
-        lines = [line for part in (_import_vae(found, aside, to), _import_dit(found, aside, to)) for line in part]
+        lines = [*_import_vae(found, aside, place), *_import_dit(found, aside, place)]
     return [*lines, *found.pipeline_lines(), f"READY {to}"]
 
 
@@ -249,6 +250,7 @@ def _write_configs(found: Found, aside: Path, to: Path, manifest: dict[str, Any]
         condition = manifest["condition"]
         choices.append({"override /condition": "imported"})
         write_group(aside, "condition", found.release.condition.name, condition, "The frames that the release gives.")
+        experiment["task"] = {"samples": _samples(found.release)}
     if (text := manifest.get("text")) is not None:
         choices.append({"override /text": "imported"})
         schema = "pretrained" if text["config"]["type"] == "PretrainedText" else "combined"
@@ -256,6 +258,11 @@ def _write_configs(found: Found, aside: Path, to: Path, manifest: dict[str, Any]
     if found.vae is not None:
         experiment["vae"] = {"path": str(to / "vae")}
     write_experiment(aside, experiment)
+
+
+def _samples(release: Release) -> dict[str, Any]:
+    """`task.samples` of a training that samples as the release does; the seed is the training's own."""
+    return {name: value for name, value in to_plain(release.sampling).items() if name not in ("type", "seed")}
 
 
 def write_group(aside: Path, group: str, schema: str, plain: dict[str, Any], comment: str) -> None:

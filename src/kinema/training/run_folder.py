@@ -2,6 +2,7 @@
 
 import enum
 import fcntl
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -65,6 +66,13 @@ def write_config(run_dir: Path, config_yaml: str, differences: list[str], allowe
         )
     replace_text(run_dir / "config.yaml", config_yaml)
     return differences
+
+
+def remove_refused(run_dir: Path) -> None:
+    """Take away the folder of a run that was refused before it wrote anything of its own."""
+    written = {path.name for path in run_dir.iterdir()}
+    if written <= {".lock", "config.yaml"}:
+        shutil.rmtree(run_dir)
 
 
 def checkpoint_of(path: str, key: str) -> Checkpoint:
