@@ -8,7 +8,7 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.transformers import transformer_cosmos
 
-from kinema.interop.comparing import NearestResize, Sample, kandinsky
+from kinema.interop.comparing import NearestResize, Sample, kandinsky, minimax_h3
 from kinema.interop.presets import PRESETS
 from kinema.models.dit import Extras, Sound
 from tests.parity.published import LATTE
@@ -72,6 +72,20 @@ HUNYUAN = {
     "text_embed_dim": 10,
     "pooled_projection_dim": 6,
     "rope_axes_dim": (4, 4, 4),
+}
+MINIMAX = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 16,
+    "hidden_size": 20,
+    "num_layers": 2,
+    "ffn_dim": 28,
+    "in_channels": 4,
+    "audio_in_channels": 5,
+    "text_dim": 12,
+    "freq_dim": 16,
+    "time_embed_hidden_dim": 14,
+    "time_embed_dim": 10,
+    "rope_freq_dim": 2,
 }
 HUNYUAN_15 = {
     "in_channels": 7,
@@ -139,6 +153,8 @@ class Case:
     words: int = 7
     """Tokens of a caption; some references know one number only."""
     image_tokens: int = 6
+    silent: bool = False
+    """No sound, for a model that may do without."""
     fps: float | None = None
     frames: int = 3
     padded: bool = False
@@ -234,6 +250,8 @@ CASES = {
     "ltx, a timestep for each frame": Case("ltx", LTX, frame_times=True),
     "ltx-2": Case("ltx2", LTX2, {"2.0": {"rope_type": "split"}}, padded=True),
     "ltx-2, a timestep for each frame": Case("ltx2", LTX2, frame_times=True, fps=12.5),
+    "minimax-h3": Case("minimax_h3", MINIMAX, {"H3": {}}, frames=7),
+    "minimax-h3 without sound": Case("minimax_h3", MINIMAX | {"patch_size": (1, 1, 2)}, silent=True),
     "ltx-2.3": Case("ltx2", LTX2 | LTX2_3 | {"caption_channels": 3840}, {"2.3": LTX2_3}, padded=True),
     "ltx-2.3, a timestep for each frame": Case(
         "ltx2", LTX2 | LTX2_3 | {"use_prompt_embeddings": True}, frame_times=True, fps=12.5
@@ -385,15 +403,18 @@ def inputs(case, model):
         draw(config.control_channels, *grid) if config.control_channels else None,
         draw(5, config.glyph_width) if config.glyph_width else None,
         None if case.fps is None else [case.fps] * 2,
-        sound(case, model, draw) if config.audio else None,
+        sound(case, model, draw) if config.audio or (config.audio_channels and not case.silent) else None,
         [2.0, 0.5] if config.ofs_channels else None,
         3 if case.padded else 0,
     )
 
 
 def sound(case, model, draw):
-    """Longer than the video, with timesteps and captions of its own; the second caption is as short as the video's."""
-    timesteps, text = torch.tensor([0.62, 0.113]), list(draw(9, model.audio.text_width))
+    """Longer than the video, with timesteps of its own; a tower's captions too, the second as short as the video's."""
+    timesteps = torch.tensor([0.62, 0.113])
+    if not model.config.audio:
+        return Sound(list(draw(model.config.audio_channels, 7, 2)), timesteps)
+    text = list(draw(9, model.audio.text_width))
     if case.frame_times:
         timesteps = list(timesteps[:, None].repeat(1, 7).index_fill(1, torch.arange(2), 0.0))
     text[1] = text[1][: 9 - (3 if case.padded else 0)]
@@ -502,6 +523,11 @@ def run_kandinsky(theirs, given):
     return kandinsky(theirs, theirs.config, sample)
 
 
+def run_minimax_h3(theirs, given):
+    sample = Sample(given.latents, given.timesteps, given.text, audio=given.audio)
+    return minimax_h3(theirs, theirs.config, sample)
+
+
 def run_mochi(theirs, given):
     """Its time runs from noise to data."""
     mask = mask_of(given.captions())
@@ -525,6 +551,7 @@ RUN = {
     "latte": run_latte,
     "ltx": run_ltx,
     "ltx2": run_ltx2,
+    "minimax_h3": run_minimax_h3,
     "mochi": run_mochi,
     "pixart": run_pixart,
     "wan": run_wan,

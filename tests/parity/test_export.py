@@ -322,6 +322,12 @@ FAMILIES = {
         {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 12, "in_text_dim2": 6, "time_dim": 10, "model_dim": 32,
          "ff_dim": 40, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (8, 4, 4), "visual_cond": True},
     ),
+    "minimax h3": (
+        "MiniMaxH3Transformer3DModel",
+        {"num_attention_heads": 3, "attention_head_dim": 16, "hidden_size": 20, "num_layers": 2, "ffn_dim": 28,
+         "in_channels": 4, "audio_in_channels": 5, "text_dim": 12, "freq_dim": 16, "time_embed_hidden_dim": 14,
+         "time_embed_dim": 10, "rope_freq_dim": 2},
+    ),
     "mochi": (
         "MochiTransformer3DModel",
         {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "pooled_projection_dim": 15,

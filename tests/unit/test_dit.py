@@ -28,6 +28,7 @@ from kinema.models.dit import (
     PositionEmbedding,
     QKNorm,
     Rope,
+    Sound,
     TextEdge,
     TextEmbedding,
 )
@@ -634,6 +635,33 @@ def test_inputs_that_do_not_fit_are_refused():
 
 LEARNED = (PositionEmbedding.learned_axes, PositionEmbedding.learned)
 NOT_LEARNED = [kind for kind in PositionEmbedding if kind not in LEARNED]
+PACKED = {
+    "rope": Rope.packed,
+    "rope_spans": [1.5, 0.5],
+    "rope_fps": 0.0,
+    "text": TextEdge.shared,
+    "attention": AttentionPattern.full,
+}
+ALONE = {"rope_spans": [1.0], "audio_channels": 0}
+PLAIN_HEADS = {"head_channels": 0, "rope_still": 0}
+OTHER_ROPES = [kind for kind in Rope if kind not in (Rope.axes, Rope.packed, Rope.seconds)]
+UNPACKED = [
+    {"rope": Rope.axes, **ALONE},
+    {"rope": Rope.seconds, "rope_fps": 24.0, **ALONE, **PLAIN_HEADS},
+    *({"rope": kind, "rope_fps": 0.0, **ALONE, **PLAIN_HEADS} for kind in OTHER_ROPES),
+]
+SILENT_ELSEWHERE = {
+    "modulation": ModulationSource.linear,
+    "head_modulation": HeadModulation.linear,
+    "timestep_norm": False,
+    "first_frame_given": False,
+    "guidance": False,
+    "pooled_text": False,
+    "pooled_text_heads": 0,
+    "pooled_width": 0,
+    "pooled_norm": False,
+    "ofs_channels": 0,
+}
 AXES = {
     "attention": list(AttentionPattern),
     "window": [[2, 2, 3]],
@@ -652,7 +680,11 @@ AXES = {
     "modulation": list(ModulationSource),
     "head_modulation": list(HeadModulation),
     "qk_norm": list(QKNorm),
-    "rope": list(Rope),
+    "rope": [*UNPACKED, PACKED, PACKED | {"rope_spans": [1.0]}],
+    "sound": [UNPACKED[0], PACKED | SILENT_ELSEWHERE | {"audio_channels": 3}],
+    "heads": [PLAIN_HEADS, {"head_channels": 20, "rope_still": 4}],
+    "head_norm": list(NormKind),
+    "timestep_hidden_width": [0, 6],
     "places": [
         *({"position_embedding": kind, "position_grid": [0, 0, 0], "position_words": 0} for kind in NOT_LEARNED),
         {"position_embedding": PositionEmbedding.learned_axes, "position_grid": [4, 6, 4], "position_words": 0},
@@ -690,8 +722,7 @@ AXES = {
     "image_width": [0, 3],
     "glyph_width": [0, 4],
     "glyph_hidden_width": [6],
-    "control_layers": [[], [0], [1]],
-    "control_channels": [0, 2],
+    "control": [{"control_layers": layers, "control_channels": 2 if layers else 0} for layers in ([], [0], [1])],
 }
 
 
@@ -711,6 +742,9 @@ def extras_for(config, latents):
         guidance=[1.0 + i for i in range(len(latents))] if config.guidance else None,
         ofs=[2.0 - i for i in range(len(latents))] if config.ofs_channels else None,
         control=[draw(config.control_channels, *x.shape[1:]) for x in latents] if config.control_channels else None,
+        audio=Sound([draw(config.audio_channels, 3 + i, 2) for i in range(len(latents))], draw(len(latents)).sigmoid())
+        if config.audio_channels
+        else None,
     )
 
 
@@ -770,8 +804,8 @@ def test_random_points_of_the_product_of_the_axes_train():
             nn.init.normal_(parameter, std=0.2)  # 0.3 saturates a softmax whose queries have no norm
         grid = [side * patch for side, patch in zip(config.position_grid, config.patch_size, strict=True)]
         latents, timesteps, text = pack([grid] * 2 if config.position_words else [(4, 6, 8), (2, 4, 4)], [3, 2])
-        predictions = model.predict(latents, timesteps, text, extras_for(config, latents))
-        sum(out.square().mean() for out in predictions).backward()
+        found = model.predict_streams(latents, timesteps, text, extras_for(config, latents))
+        sum(out.square().mean() for out in [*found.video, *(found.audio or [])]).backward()
         for name, parameter in model.named_parameters():
             if is_inert(name, model) or unread(name, config):
                 continue

@@ -64,7 +64,7 @@ class Sample:
             glyphs=draw(4, config.glyph_width) if config.glyph_width else None,
             ofs=torch.tensor([2.0, 1.0]) if config.ofs_channels else None,
             control=draw(config.control_channels, *grid) if config.control_channels else None,
-            audio=_sound(model.audio, draw(words, model.audio.text_width), draw) if model.audio else None,
+            audio=_heard(model, words, draw),
         )
 
     def extras(self) -> Extras:
@@ -86,8 +86,13 @@ class Sample:
         return self.latents if self.channels is None else torch.cat([self.latents, self.channels], dim=1)
 
 
-def _sound(tower: DiT, text: Tensor, draw: Callable[..., Tensor]) -> Sound:
-    return Sound(list(draw(tower.latent_channels, 7)), torch.tensor([0.6, 0.2]), list(text))
+def _heard(model: DiT, words: int, draw: Callable[..., Tensor]) -> Sound | None:
+    """A little longer than the clip: of a tower with captions of its own, or of two ears in the clip's softmax."""
+    times = torch.tensor([0.6, 0.2])
+    if model.audio is not None:
+        text = draw(words, model.audio.text_width)
+        return Sound(list(draw(model.audio.latent_channels, 7)), times, list(text))
+    return Sound(list(draw(model.config.audio_channels, 7, 2)), times) if model.config.audio_channels else None
 
 
 def _rows(values: Tensor | None) -> list[Tensor] | None:
@@ -121,6 +126,7 @@ def ltx_video(reference: Any, config: Record, sample: Sample) -> Tensor:
 def ltx2(reference: Any, config: Record, sample: Sample) -> Tensor:
     """LTX-2: tokens of both streams in a row at the reference's own frame rate; in 2.3 each reads the other's time."""
     assert sample.audio is not None
+    assert sample.audio.text is not None
     assert isinstance(sample.audio.timesteps, Tensor)
     heard = torch.stack(list(sample.audio.latents))
     shape = sample.latents.shape[2:]
@@ -142,6 +148,30 @@ def ltx2(reference: Any, config: Record, sample: Sample) -> Tensor:
         return_dict=False,
     )
     return together(video.transpose(1, 2), played.transpose(1, 2))
+
+
+def minimax_h3(reference: Any, config: Record, sample: Sample) -> Tensor:
+    """MiniMax-H3: one packed sequence a clip, laid out by the reference's own pipeline, at 1 - t and the other sign."""
+    layout = import_module("diffusers.modular_pipelines.minimax_h3.before_denoise")
+    patch, found = tuple(config["patch_size"]), []
+    for clip, latents in enumerate(sample.latents):
+        sound = sample.audio
+        heard = latents.new_zeros(config["audio_in_channels"], 0, 2) if sound is None else sound.latents[clip]
+        tags = torch.ones(len(sample.text[clip]), dtype=torch.long)
+        places = (*latents.shape[1:], heard.shape[1], patch, 2, 2, 0)
+        where, tags, video, audio, text, _, _ = layout.MiniMaxH3PrepareLayoutStep.build_packed_sequence(tags, *places)
+        heard_at = (sample.timesteps if sound is None else torch.stack(list(sound.timesteps)))[clip]
+        both = [1 - time.item() for time in (sample.timesteps[clip], heard_at)]
+        times, rows = layout.MiniMaxH3SetTimestepsStep.build_row_timesteps(video, audio, 0, 0, len(text), *both, 1, 1)
+        patches = layout.patchify_video_latents(latents[None], patch)[None]
+        ears = heard.permute(2, 1, 0).reshape(1, -1, len(heard))
+        seen, played = reference(
+            patches, ears, sample.text[clip][None], times, rows, tags, where, video, audio, text, return_dict=False
+        )
+        grid = [side // size for side, size in zip(latents.shape[1:], patch, strict=True)]
+        seen = seen[0].unflatten(1, (-1, *patch)).unflatten(0, grid).permute(3, 0, 4, 1, 5, 2, 6).reshape(latents.shape)
+        found.append(-torch.cat([seen.flatten(), played[0].unflatten(0, (2, -1)).permute(2, 1, 0).flatten()]))
+    return torch.stack(found) if sample.audio else torch.stack(found).view_as(sample.latents)
 
 
 def hunyuan_video(reference: Any, config: Record, sample: Sample) -> Tensor:
@@ -258,6 +288,7 @@ CALLS: dict[str, Call] = {
     "WanVACETransformer3DModel": wan_vace,
     "LTXVideoTransformer3DModel": ltx_video,
     "LTX2VideoTransformer3DModel": ltx2,
+    "MiniMaxH3Transformer3DModel": minimax_h3,
     "HunyuanVideoTransformer3DModel": hunyuan_video,
     "HunyuanVideo15Transformer3DModel": hunyuan_video_15,
     "CogVideoXTransformer3DModel": cogvideox,

@@ -156,6 +156,27 @@ class ReorderedRows:
 
 
 @dataclass(frozen=True)
+class PairedHeads:
+    """Rows of heads whose first `turning` channels theirs holds as two halves, ours as pairs; the rest stay."""
+
+    heads: int
+    turning: int
+
+    def to_ours(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """(x0, x1, .., y0, y1, .., rest) -> (x0, y0, x1, y1, .., rest) in each head."""
+        return [self._permuted(tensor, (2, -1)) for tensor in tensors]
+
+    def to_theirs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse."""
+        return [self._permuted(tensor, (-1, 2)) for tensor in tensors]
+
+    def _permuted(self, tensor: Tensor, sizes: tuple[int, int]) -> Tensor:
+        heads = tensor.unflatten(0, (self.heads, -1))
+        turned = heads[:, : self.turning].unflatten(1, sizes).transpose(1, 2).flatten(1, 2)
+        return torch.cat([turned, heads[:, self.turning :]], dim=1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
 class MovedRows:
     """The first axis is cut into parts of `sizes` rows; ours holds their part `order[i]` at place i."""
 

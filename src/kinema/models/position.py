@@ -13,6 +13,12 @@ def grid_positions(frames: int, height: int, width: int, device: torch.device | 
     return torch.cartesian_prod(*axes).view(-1, 3)
 
 
+def word_positions(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Positions (i, 0, 0) of the words of captions of these lengths, one after the other -> float32 (M, 3)."""
+    places = torch.cat([torch.arange(length, device=device) for length in lengths])
+    return torch.nn.functional.pad(places[:, None].float(), (0, 2))
+
+
 def rope_3d(
     positions: Tensor,
     head_dim: int,
@@ -20,21 +26,22 @@ def rope_3d(
     theta: float,
     dtype: torch.dtype = torch.float32,
     scale: Sequence[float] = (1.0, 1.0, 1.0),
+    still: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Rotary angles of tokens in space and time: positions (N, 3) -> cos, sin (N, head_dim / 2).
 
     Su et al. 2021 (RoFormer), section 3.2.2, once for each axis: the first `axes[0]` channels of a head turn
     with t, the next `axes[1]` with h, the last with w. Angles are float64 inside: at position 1000 a float32
     angle can be off by 3e-5. Positions need not be whole. A `scale` makes the slowest wave of its axis that much
-    longer and leaves the fastest (NTK-aware scaling; bloc97 2023).
+    longer and leaves the fastest (NTK-aware scaling; bloc97 2023). The last `still` channels do not turn.
     """
-    check_rope_axes(axes, head_dim)
+    check_rope_axes(axes, head_dim, still)
     bases = [theta if s == 1 else theta * s ** (size / (size - 2)) for size, s in zip(axes, scale, strict=True)]
     angles = [
         positions[:, axis, None] * _frequencies(size, base, positions.device)
         for axis, (size, base) in enumerate(zip(axes, bases, strict=True))
     ]
-    whole = torch.cat(angles, dim=1)
+    whole = torch.nn.functional.pad(torch.cat(angles, dim=1), (0, still // 2))
     return whole.cos().to(dtype), whole.sin().to(dtype)
 
 
@@ -185,15 +192,17 @@ def sincos(positions: Tensor, axes: Sequence[tuple[int, int]], width: int, theta
     return torch.nn.functional.pad(whole, (0, width - whole.shape[1])).to(dtype)
 
 
-def check_rope_axes(axes: Sequence[int], head_dim: int) -> None:
-    """Refuse a split of the head that is not three even, non-negative sizes that sum to it."""
-    if len(axes) == 3 and sum(axes) == head_dim and all(size >= 0 and size % 2 == 0 for size in axes):
+def check_rope_axes(axes: Sequence[int], head_dim: int, still: int = 0) -> None:
+    """Refuse a split of the head that is not three even, non-negative sizes that sum to it, but for what is still."""
+    turning = head_dim - still
+    if len(axes) == 3 and sum(axes) == turning and all(size >= 0 and size % 2 == 0 for size in axes):
         return
-    side = head_dim // 6 * 2
+    side = turning // 6 * 2
+    rest = f", less model.rope_still={still}" if still else ""
     raise ValueError(
         f"model.rope_axes={list(axes)} must be three even numbers (time, height, width) that sum to the head "
-        f"width {head_dim} (model.width / model.num_heads): each pair of channels turns with one axis. "
-        f"Type model.rope_axes=[{head_dim - 2 * side},{side},{side}]."
+        f"width {head_dim} (model.width / model.num_heads){rest}: each pair of channels turns with one axis. "
+        f"Type model.rope_axes=[{turning - 2 * side},{side},{side}]."
     )
 
 

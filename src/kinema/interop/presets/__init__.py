@@ -11,6 +11,7 @@ from kinema.interop.presets.latte import LATTE
 from kinema.interop.presets.ltx import LTX
 from kinema.interop.presets.ltx2 import LTX2
 from kinema.interop.presets.ltx_vae import LTX2_VAE
+from kinema.interop.presets.minimax import MINIMAX_H3
 from kinema.interop.presets.mochi import MOCHI
 from kinema.interop.presets.pixart import PIXART
 from kinema.interop.presets.wan import WAN, WAN_VACE
@@ -25,6 +26,7 @@ PRESETS: list[Preset] = [
     LATTE,
     LTX,
     LTX2,
+    MINIMAX_H3,
     MOCHI,
     PIXART,
     WAN,

@@ -34,7 +34,7 @@ from kinema.models.dit.segments import Span
 WHOLE = ("shift", "scale", "gate")
 GATED = ("gate",)
 ALONE = ()
-VIDEO, TEXT = ("video",), ("text",)
+VIDEO, TEXT, AUDIO = ("video",), ("text",), ("audio",)
 
 
 def blocks(config: DiTConfig) -> list[Block]:
@@ -81,6 +81,17 @@ def tower_blocks(config: DiTConfig) -> list[Block]:
         sublayers = [_sublayer(config, {TEXT: _whole(config)}, operation) for operation in operations]
         sizes = _sizes(config, sublayers)
         made.append(Block(sublayers, LinearModulation(config.condition_width, sizes), sizes))
+    return made
+
+
+def encoder_sublayers(config: DiTConfig) -> list[Sublayer]:
+    """Attention and MLP on captions alone, one after the other, behind norms with weights and with no gate."""
+    attention = attention_of(config.attention_kernel)
+    made = []
+    for _ in range(config.refiner_depth):
+        for operation in (SegmentAttention(_shape(config), "text", TEXT, attention), _mlp(config)):
+            norm = Norm(config.norm, config.width, config.norm_eps, affine=True)
+            made.append(Sublayer({TEXT: ALONE}, operation, norm))
     return made
 
 
@@ -185,10 +196,12 @@ def _joint(config: DiTConfig, attention: Attention, spans: Sequence[Span], *, la
 
 
 def _shared(config: DiTConfig, attention: Attention, spans: Sequence[Span]) -> list[Sublayer]:
-    """The same with one set of weights and a modulation for each."""
-    mixing = JointAttention({"video": Stream(_shape(config), asks=True)}, attention, shared_by=["text"], span=spans[0])
-    whole = _whole(config)
-    first, last = (_sublayer(config, {VIDEO: whole, TEXT: whole}, each) for each in (mixing, _mlp(config)))
+    """The same with one set of weights and a modulation for each, for sound too where the model has it."""
+    segments, whole = [VIDEO, TEXT, *([AUDIO] if config.audio_channels else [])], _whole(config)
+    shared_by = [name for segment in segments[1:] for name in segment]
+    stream = {"video": Stream(_shape(config), asks=True)}
+    mixing = JointAttention(stream, attention, shared_by=shared_by, span=spans[0])
+    first, last = (_sublayer(config, dict.fromkeys(segments, whole), each) for each in (mixing, _mlp(config)))
     return [first, *_looks(config, attention, spans[1:]), last]
 
 
@@ -210,6 +223,7 @@ def _shape(config: DiTConfig) -> HeadShape:
         config.qk_norm,
         config.qk_norm_eps,
         config.bias,
+        inner=config.num_heads * config.head_dim,
         qkv_bias=config.qkv_bias,
         gated=config.head_gates,
     )

@@ -46,11 +46,19 @@ def sinusoids(timesteps: Tensor, channels: int, scale: float) -> Tensor:
 class TimestepEmbedding(nn.Module):
     """Sinusoids and two linear layers, in float32 throughout."""
 
-    def __init__(self, channels: int, width: int, scale: float, *, bias: bool = True) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        scale: float,
+        *,
+        bias: bool = True,
+        hidden: int | None = None,
+    ) -> None:
         super().__init__()
         self.channels, self.scale = channels, scale
-        self.expand = ExactLinear(channels, width, bias)
-        self.project = ExactLinear(width, width, bias)
+        self.expand = ExactLinear(channels, hidden or width, bias)
+        self.project = ExactLinear(hidden or width, width, bias)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """timesteps (R,) in [0, 1] -> (R, D)."""

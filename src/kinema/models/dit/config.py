@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 from kinema.models.attention import AttentionKernel
 from kinema.models.dit.segments import Span
@@ -70,6 +71,10 @@ class Rope(Enum):
     """The same, at the middle of what a token covers and at the clip's own frame rate: a clock that sound can share
     (LTX-2). `rope_units` are then frames, rows and columns of pixels of a latent; an extent of 0 does not turn.
     """
+    packed = "packed"
+    """As axes, on one clock for all that shares a softmax: captions turn with their words, the clip begins behind the
+    last of them, sound runs beside it (MiniMax-H3). With text=shared.
+    """
 
 
 class TextEdge(Enum):
@@ -92,6 +97,8 @@ class TextEmbedding(Enum):
     """A small transformer that knows the timestep (HunyuanVideo)."""
     tower = "tower"
     """A norm and `refiner_depth` blocks like the model's own, with rotary positions along the words (Kandinsky 5)."""
+    encoder = "encoder"
+    """`refiner_depth` blocks like the model's own without timestep and positions, and a norm (MiniMax-H3)."""
     activated = "activated"
     """One layer and `text_activation` (Cosmos-Predict 2.5)."""
     none = "none"
@@ -218,7 +225,9 @@ class DiTConfig:
     run side by side (Dehghani et al. 2023; FLUX, HunyuanVideo). With text=joint.
     """
     num_heads: int = 6
-    """Attention heads; each is width / num_heads channels wide."""
+    """Attention heads; each is width / num_heads channels wide, or `head_channels`."""
+    head_channels: int = 0
+    """Channels of a head where all heads together are wider or narrower than a token; 0 for width / num_heads."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over width."""
     patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])
@@ -250,6 +259,8 @@ class DiTConfig:
     """Added to the variance before the root."""
     norm_affine: bool = False
     """Whether norms have weights of their own before they are modulated."""
+    head_norm: NormKind = NormKind.layer
+    """The norm before the last layer."""
     final_norm: bool = False
     """One more norm between the last block and the head."""
     sandwich_norm: bool = False
@@ -277,13 +288,17 @@ class DiTConfig:
     """
     rope: Rope = Rope.axes
     rope_axes: list[int] = field(default_factory=lambda: [12, 10, 10])
-    """Channels of a head that turn with time, height and width; even, and their sum is the head width."""
+    """Channels of a head that turn with time, height and width; even, and with `rope_still` they are the head."""
+    rope_still: int = 0
+    """Channels at the end of a head that do not turn, with rope=axes or packed."""
+    rope_spans: list[float] = field(default_factory=lambda: [1.0])
+    """Steps of the clock that frames of tokens take, over and over, with rope=packed."""
     rope_theta: float = 10000.0
     """Base of the wavelengths of both position embeddings: they lie between 2 pi and 2 pi * theta tokens. Those of
     rope=learned begin there.
     """
     rope_side: float = 192.0
-    """Rows and columns of the square whose area every frame is brought to, with rope=learned."""
+    """Rows and columns of the square whose area every frame is brought to, with rope=learned or packed."""
     rope_scale: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
     """How many times longer in time, height and width the slowest waves of rope=axes become, where the fastest stay:
     theta grows for that axis (NTK-aware scaling; bloc97 2023, Peng et al. 2023, YaRN, section 3.1).
@@ -311,6 +326,8 @@ class DiTConfig:
     """Sines and cosines of a timestep."""
     timestep_width: int = 0
     """Channels of a timestep's embedding; 0 for the model's width."""
+    timestep_hidden_width: int = 0
+    """Channels between the two layers of the timestep's embedding; 0 for as many as it has."""
     timestep_scale: float = 1000.0
     """What timesteps from 0 to 1 are multiplied by before their sines: DDPM counts a thousand (Ho et al. 2020)."""
     timestep_norm: bool = False
@@ -372,6 +389,10 @@ class DiTConfig:
     """Channels inside the MLP that brings it to the model's width."""
     audio: StreamConfig | None = None
     """A second stream, which looks at the video and is looked at in every block before the MLP (LTX-2)."""
+    audio_channels: int = 0
+    """Channels of the latents of sound that shares the video's softmax and weights (MiniMax-H3); 0 for none. A clip may
+    come without. With rope=packed.
+    """
     control_layers: list[int] = field(default_factory=list)
     """Blocks to whose video a second tower adds what it makes of `control_channels`, one block of its own for each
     (Zhang et al. 2023, ControlNet; Jiang et al. 2025, VACE). Its ways back start at zero. With text=cross.
@@ -399,11 +420,15 @@ class DiTConfig:
             "image_positions",
             "control_channels",
             "glyph_width",
+            "head_channels",
+            "rope_still",
+            "timestep_hidden_width",
+            "audio_channels",
             "pooled_text_heads",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be zero or more.")
-        if self.width % (2 * self.num_heads):
+        if not self.head_channels and self.width % (2 * self.num_heads):
             usable = [heads for heads in range(1, self.width + 1) if self.width % (2 * heads) == 0]
             raise ValueError(
                 f"model.num_heads={self.num_heads} must divide model.width={self.width} into heads of an "
@@ -414,9 +439,9 @@ class DiTConfig:
                 f"model.patch_size={self.patch_size} must be three numbers from 1 up (frames, rows, columns)."
                 " Type for example model.patch_size=[1,2,2]."
             )
-        for name in ("timestep_channels", "ofs_channels"):
+        for name in ("timestep_channels", "ofs_channels", "head_channels", "rope_still"):
             if getattr(self, name) % 2:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be even: half are cosines.")
+                raise ValueError(f"model.{name}={getattr(self, name)} must be even: waves and turns take pairs.")
         if self.text_activation is Activation.swiglu:
             raise ValueError("model.text_activation=swiglu needs a third layer. Type gelu, gelu_tanh or silu.")
         for name in ("rope_extent", "rope_units", "rope_scale", "position_scale"):
@@ -424,8 +449,8 @@ class DiTConfig:
             flat = name == "rope_extent" and self.rope is Rope.seconds  # rows and columns need not turn
             if len(value) != 3 or min(value[:1] if flat else value) <= 0 or min(value) < 0:
                 raise ValueError(f"model.{name}={value} must be three numbers above zero.")
-        if self.rope is Rope.axes:
-            check_rope_axes(self.rope_axes, self.head_dim)
+        self._check_heads()
+        self._check_packed()
         self._check_scaling()
         self._check_positions()
         self._check_experts()
@@ -436,13 +461,45 @@ class DiTConfig:
         self._check_control()
         self._check_audio()
 
+    def _check_heads(self) -> None:
+        if self.rope in (Rope.axes, Rope.packed):
+            check_rope_axes(self.rope_axes, self.head_dim, self.rope_still)
+        elif self.rope_still or self.head_channels:
+            raise ValueError(
+                f"model.rope_still={self.rope_still} and model.head_channels={self.head_channels} need heads whose "
+                f"channels belong to axes: those of model.rope={self.rope.name} do not. Type model.rope=axes, or "
+                "model.rope_still=0 model.head_channels=0."
+            )
+
+    def _check_packed(self) -> None:
+        if self.rope is not Rope.packed:
+            for name, plain in {"rope_spans": [1.0], "audio_channels": 0}.items():
+                if getattr(self, name) != plain:
+                    raise ValueError(
+                        f"model.{name}={getattr(self, name)} needs model.rope=packed (it is {self.rope.name}). Type "
+                        f"model.rope=packed or model.{name}={plain}."
+                    )
+            return
+        if not self.rope_spans or min(self.rope_spans) <= 0:
+            raise ValueError(
+                f"model.rope_spans={self.rope_spans} must be one or more numbers above zero. Type model.rope_spans=[1]."
+            )
+        self._check_needed("rope=packed", {"text": TextEdge.shared, "attention": AttentionPattern.full})
+        if self.audio_channels:
+            self._check_needed(f"audio_channels={self.audio_channels}", ALONE_WITH_SOUND)
+
+    def _check_needed(self, what: str, needed: dict[str, Any]) -> None:
+        for key, value in needed.items():
+            if getattr(self, key) != value:
+                raise ValueError(f"model.{what} needs model.{key}={_typed(value)}. Type model.{key}={_typed(value)}.")
+
     def _check_scaling(self) -> None:
         scaled = [size for size, scale in zip(self.rope_axes, self.rope_scale, strict=True) if scale != 1]
-        if scaled and (self.rope is not Rope.axes or min(scaled) <= 2):
+        if scaled and (self.rope not in (Rope.axes, Rope.packed) or min(scaled) <= 2):
             raise ValueError(
                 f"model.rope_scale={self.rope_scale} stretches waves of model.rope_axes={self.rope_axes} with "
-                f"model.rope={self.rope.name}: it needs rope=axes and, for a scale, more than one wave (two channels). "
-                "Type model.rope_scale=[1,1,1]."
+                f"model.rope={self.rope.name}: it needs rope=axes or packed and, for a scale, more "
+                "than one wave (two channels). Type model.rope_scale=[1,1,1]."
             )
         if self.rope_fps and self.rope not in (Rope.axes, Rope.seconds):
             raise ValueError(f"model.rope_fps={self.rope_fps} needs model.rope=axes or seconds. Type model.rope_fps=0.")
@@ -498,17 +555,22 @@ class DiTConfig:
             )
 
     def _check_text(self) -> None:
+        if self.text_embedding is TextEmbedding.refiner and self.head_channels:
+            raise ValueError(
+                f"model.text_embedding=refiner has heads of its own: model.head_channels={self.head_channels} does not "
+                "reach them. Type model.text_embedding=linear or model.head_channels=0."
+            )
         for name in ("head_gates", "modulated_captions"):
             if getattr(self, name) and self.text is not TextEdge.cross:
                 raise ValueError(
                     f"model.{name}=true needs model.text=cross (it is {self.text.name}): one softmax for captions and "
                     f"video has neither. Type model.{name}=false."
                 )
-        own_width = self.text_embedding in (TextEmbedding.refiner, TextEmbedding.tower)
+        own_width = self.text_embedding in (TextEmbedding.refiner, TextEmbedding.tower, TextEmbedding.encoder)
         if self.text_channels and (self.text is TextEdge.shared or own_width):
             raise ValueError(
-                f"model.text_channels={self.text_channels}: only model.text=cross or joint without refiner or tower "
-                "reads captions of another width than the model's. Type model.text_channels=0."
+                f"model.text_channels={self.text_channels}: only model.text=cross or joint without refiner, tower "
+                "or encoder reads captions of another width than the model's. Type model.text_channels=0."
             )
         if self.text_channels and self.text is TextEdge.joint:
             self._check_two_widths()
@@ -611,6 +673,11 @@ class DiTConfig:
                 f"model.timestep_norm=true needs model.modulation=lora (it is {self.modulation.name}), "
                 f"and has model.timestep_channels itself: type model.timestep_width=0 (it is {self.timestep_width})."
             )
+        if self.timestep_norm and self.timestep_hidden_width:
+            raise ValueError(
+                f"model.timestep_hidden_width={self.timestep_hidden_width} lies between two layers, which "
+                "model.timestep_norm=true does not have. Type model.timestep_hidden_width=0."
+            )
         if self.modulation is ModulationSource.table and self.single_depth:
             raise ValueError(
                 "model.modulation=table is shared by all blocks, but those of model.single_depth="
@@ -685,7 +752,7 @@ class DiTConfig:
     @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
-        return self.width // self.num_heads
+        return self.head_channels or self.width // self.num_heads
 
     @property
     def timestep_range(self) -> tuple[float, float]:
@@ -759,6 +826,19 @@ class DiTConfig:
             return [[Span.window, Span.shifted][block % 2]]
         both = [Span.frame, Span.place]
         return both if self.attention is AttentionPattern.factorised else [both[block % 2]]
+
+
+ALONE_WITH_SOUND: dict[str, Any] = {
+    "modulation": ModulationSource.linear,
+    "head_modulation": HeadModulation.linear,
+    "first_frame_given": False,
+    "guidance": False,
+    "pooled_text": False,
+    "pooled_width": 0,
+    "ofs_channels": 0,
+    "audio": None,
+}
+"""What sound in the video's softmax demands of the rest: nothing but timesteps modulates."""
 
 
 def _typed(value: object) -> str:

@@ -12,11 +12,11 @@ class Sound:
     """The second stream of a pack: one entry for each clip, as the model takes the video."""
 
     latents: Sequence[Tensor]
-    """(channels, T) each."""
+    """(channels, T) each; (audio_channels, T, 2), left and right, with model.audio_channels."""
     timesteps: Tensor | Sequence[Tensor]
     """(B,), or (T,) for each clip."""
-    text: Sequence[Tensor]
-    """What the sound is told, (L, text_width) each."""
+    text: Sequence[Tensor] | None = None
+    """What the sound is told, (L, text_width) each; None with model.audio_channels, which reads the clip's caption."""
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -24,7 +24,7 @@ class Sound:
     def take(self, clips: Sequence[int]) -> "Sound":
         """The same for these clips, in this order."""
         times = self.timesteps[list(clips)] if isinstance(self.timesteps, Tensor) else _take(self.timesteps, clips)
-        return Sound(_take(self.latents, clips), times, _take(self.text, clips))
+        return Sound(_take(self.latents, clips), times, None if self.text is None else _take(self.text, clips))
 
 
 @dataclass(frozen=True)

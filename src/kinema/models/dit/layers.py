@@ -22,12 +22,12 @@ from kinema.models.dit.memory import made_again
 from kinema.models.dit.modulating import gated_sum, modulated
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import (
-    Rope,
     Rows,
     Segment,
     Segments,
     Span,
     Tokens,
+    Turns,
     clip_segment,
     joined,
     repeated,
@@ -106,25 +106,32 @@ class HeadShape(NamedTuple):
     qk_norm: QKNorm
     eps: float
     bias: bool
+    inner: int = 0
+    """Channels of all heads together; 0 for the width."""
     qkv_bias: bool = True
     """Whether queries, keys and values have it, too."""
     gated: bool = False
     """Whether tokens that ask weigh the heads; says nothing in one softmax for several segments."""
 
+    @property
+    def heads_width(self) -> int:
+        """Channels of all heads together."""
+        return self.inner or self.width
+
     def linear(self, given: int | None = None) -> Linear:
-        """Queries, keys or values: width, or that of what is given, to width."""
-        return Linear(given or self.width, self.width, self.bias and self.qkv_bias)
+        """Queries, keys or values: width, or that of what is given, to all heads."""
+        return Linear(given or self.width, self.heads_width, self.bias and self.qkv_bias)
 
     def way_back(self, given: int | None = None) -> Linear:
-        """What the heads found: width to width, or to that of what was given."""
-        return Linear(self.width, given or self.width, self.bias)
+        """What the heads found: all heads to width, or to that of what was given."""
+        return Linear(self.heads_width, given or self.width, self.bias)
 
     def norm(self) -> nn.Module:
         """The norm of queries or keys."""
         if self.qk_norm is QKNorm.none:
             return nn.Identity()
         kind = NormKind.layer if self.qk_norm is QKNorm.layer_head else NormKind.rms
-        channels = self.width if self.qk_norm is QKNorm.rms_all else self.width // self.num_heads
+        channels = self.heads_width if self.qk_norm is QKNorm.rms_all else self.heads_width // self.num_heads
         return Norm(kind, channels, self.eps, affine=True)
 
     def heads(self, x: Tensor) -> Tensor:
@@ -226,15 +233,16 @@ class SegmentAttention(nn.Module):
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip."""
-        asking, square = counts.tokens[self.asks], self.shape.width**2
+        asking, inner = counts.tokens[self.asks], self.shape.heads_width
+        square = self.shape.width * inner
         gates = 0 if self.gates is None else asking * self.gates.weight.numel()
         if self.answers == self.asks:
             pairs = counts.seen[self.span] if self.asks == "video" else asking**2
-            return 4 * asking * square + 2 * pairs * self.shape.width + gates
+            return 4 * asking * square + 2 * pairs * inner + gates
         others = sum(counts.tokens[name] for name in self.others)
         keys = 2 * counts.tokens[self.answers] * self.key.weight.numel() + 2 * others * square
         own = asking * (self.query.weight.numel() + self.project.weight.numel())
-        return own + gates + keys + 2 * asking * (counts.tokens[self.answers] + others) * self.shape.width
+        return own + gates + keys + 2 * asking * (counts.tokens[self.answers] + others) * inner
 
 
 class Stream(nn.Module):
@@ -252,7 +260,7 @@ class Stream(nn.Module):
         self.key_norm = shape.norm()
         self.project = shape.way_back(width) if asks else None
 
-    def forward(self, x: Tensor, rope: Rope | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    def forward(self, x: Tensor, rope: Turns | None) -> tuple[Tensor | None, Tensor, Tensor]:
         """x (N, D) -> queries, keys and values (N, h, d)"""
         k, v = self.shape.normed_heads(self.key(x), self.key_norm), self.shape.heads(self.value(x))
         k = k if rope is None else apply_rope(k, *rope)
@@ -301,7 +309,7 @@ class JointAttention(nn.Module):
         answering = sum(counts.tokens[name] for name in asks)
         unseen = counts.tokens["video"] ** 2 - counts.seen[self.span]
         layers = sum(counts.tokens[name] * stream.products() for name, stream in streams.items())
-        return layers + 2 * (asking * answering - unseen) * self.streams["video"].shape.width
+        return layers + 2 * (asking * answering - unseen) * self.streams["video"].shape.heads_width
 
 
 class SingleStream(nn.Module):
@@ -319,7 +327,7 @@ class SingleStream(nn.Module):
         self.query_norm, self.key_norm = shape.norm(), shape.norm()
         self.expand = Linear(shape.width, hidden, shape.bias)
         self.gate = Linear(shape.width, hidden, shape.bias) if activation is Activation.swiglu else None
-        self.project = Linear(shape.width + hidden, shape.width, shape.bias)
+        self.project = Linear(shape.heads_width + hidden, shape.width, shape.bias)
 
     def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
         """asking (N, D) of every segment, already normalised -> updates (N, D)"""
@@ -327,7 +335,7 @@ class SingleStream(nn.Module):
         mixed = attend_jointly(triples, segments, self.attention, self.span)
         return {name: made_again(self._way_back, mixed[name], *self._hidden(x)) for name, x in asking.items()}
 
-    def _heads(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x: Tensor, rope: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
         q = self.shape.normed_heads(self.query(x), self.query_norm)
         k = self.shape.normed_heads(self.key(x), self.key_norm)
         v = self.shape.heads(self.value(x))
@@ -345,11 +353,11 @@ class SingleStream(nn.Module):
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip, for these segments."""
-        count, width = sum(counts.tokens[name] for name in asks), self.shape.width
+        count, inner = sum(counts.tokens[name] for name in asks), self.shape.heads_width
         gate = 0 if self.gate is None else self.gate.weight.numel()
-        layers = 3 * width**2 + self.expand.weight.numel() + self.project.weight.numel() + gate
+        layers = 3 * self.shape.width * inner + self.expand.weight.numel() + self.project.weight.numel() + gate
         pairs = count**2 - counts.tokens["video"] ** 2 + counts.seen[self.span]
-        return count * layers + 2 * pairs * width
+        return count * layers + 2 * pairs * inner
 
 
 Triples = Mapping[str, tuple[Tensor | None, Tensor, Tensor]]
@@ -434,7 +442,7 @@ class Sublayer(nn.Module):
 
     def forward(self, tokens: Tokens, segments: Segments, modulation: Sequence[Tensor]) -> Tokens:
         """Tokens of all segments and the modulation, `slots` times (R, D) -> tokens of all segments."""
-        parts = self._parts(modulation)
+        parts = {name: part for name, part in self._parts(modulation).items() if name in tokens}
         asking = {name: self._input(tokens[name], segments[name].rows, part) for name, part in parts.items()}
         updates = self.operation(asking, tokens, segments)
         done = {name: self._sum(tokens[name], x, segments[name].rows, parts[name]) for name, x in updates.items()}

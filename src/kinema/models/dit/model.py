@@ -38,7 +38,7 @@ from kinema.models.dit.config import (
 )
 from kinema.models.dit.control import ControlTower
 from kinema.models.dit.exchange import Exchange, ExchangeCondition
-from kinema.models.dit.extras import Extras
+from kinema.models.dit.extras import Extras, Sound
 from kinema.models.dit.layers import (
     Activate,
     Counts,
@@ -49,9 +49,10 @@ from kinema.models.dit.layers import (
     Sublayer,
 )
 from kinema.models.dit.norms import Norm
+from kinema.models.dit.packed import EARS, PackedClock
 from kinema.models.dit.patches import patchify, token_grid, unpatchify
 from kinema.models.dit.places import Places
-from kinema.models.dit.refiner import TextRefiner, TextTower
+from kinema.models.dit.refiner import TextEncoder, TextRefiner, TextTower
 from kinema.models.dit.segments import (
     Grid,
     Rows,
@@ -59,6 +60,7 @@ from kinema.models.dit.segments import (
     Segments,
     Span,
     Tokens,
+    Turns,
     clip_segment,
     joined,
     lengths_of,
@@ -91,10 +93,6 @@ class Source(NamedTuple):
 
     tokens: Tensor
     lengths: Lengths
-
-
-Turns: TypeAlias = tuple[Tensor, Tensor]
-"""Cosines and sines."""
 
 
 class Predictions(NamedTuple):
@@ -177,6 +175,8 @@ class DiT(nn.Module):
         self.shared_modulation = None if has_own else ExactLinear(config.condition_width, shared * width, bias)
         self.blocks = nn.ModuleList(made)
         self.control = ControlTower(config) if config.control_layers else None
+        self.packed = PackedClock(config) if config.rope is Rope.packed else None
+        self.audio_embedding = Linear(config.audio_channels, width, bias) if config.audio_channels else None
         self.audio = (
             DiT(config.audio_tower, config.audio.channels, config.audio.text_width or text_width)
             if config.audio
@@ -189,12 +189,13 @@ class DiT(nn.Module):
         )
 
         def norm() -> Norm:
-            return Norm(NormKind.layer, width, config.norm_eps, affine=config.norm_affine)
+            return Norm(config.head_norm, width, config.norm_eps, affine=config.norm_affine)
 
         self.final_norm = norm() if config.final_norm else None
         self.head_norm = norm()
         self.head_modulation = _head_modulation(config)
         self.head = Linear(width, latent_channels * patch * (2 if config.learned_variance else 1), bias)
+        self.audio_head = Linear(width, config.audio_channels, bias) if config.audio_channels else None
         self._initialise()
 
     def forward(
@@ -219,7 +220,7 @@ class DiT(nn.Module):
     def predict_streams(
         self, latents: Sequence[Tensor], timesteps: Timesteps, text: Sequence[Tensor], extras: Extras = NO_EXTRAS
     ) -> Predictions:
-        """The same for the video and, with model.audio, for the sound in `extras.audio`."""
+        """The same for the video and, with model.audio or audio_channels, for the sound in `extras.audio`."""
         self._check(latents, timesteps, text)
         self._check_extras(latents, extras)
         order = sorted(range(len(latents)), key=lambda clip: tuple(latents[clip].shape))
@@ -239,13 +240,15 @@ class DiT(nn.Module):
     ) -> Predictions:
         video = self._enter(latents, timesteps, text, extras)
         if self.audio is None or extras.audio is None:
-            return Predictions(self._leave(video, self._through(video, extras)), None)
+            return self._leave(video, self._through(video, extras))
         sound, heard = self.audio, extras.audio
         columns = [x[..., None, None] for x in heard.latents]
+        assert heard.text is not None
         sound._check(columns, heard.timesteps, heard.text)
         audio = sound._enter(columns, heard.timesteps, heard.text, NO_EXTRAS)
         seen, played = self._through_both(video, audio)
-        return Predictions(self._leave(video, seen), [x[..., 0, 0] for x in sound._leave(audio, played)])
+        sounds = sound._leave(audio, played).video
+        return Predictions(self._leave(video, seen).video, [x[..., 0, 0] for x in sounds])
 
     def _through(self, entered: Entered, extras: Extras) -> Tokens:
         """Through all blocks."""
@@ -282,10 +285,11 @@ class DiT(nn.Module):
         grids = [token_grid(clip.shape, self.config.patch_size) for clip in latents]
         if self.config.first_frame_given and isinstance(timesteps, Tensor):
             timesteps = [_first_given(time, frames) for time, (frames, _, _) in zip(timesteps, grids, strict=True)]
+        heard = extras.audio if self.config.audio_channels else None
         condition = self._condition(timesteps, text, extras)
         sources = self._sources(text, timesteps, condition, extras)
         told = {name: source.lengths for name, source in sources.items()}
-        segments = self._segments(grids, told, condition, extras.fps)
+        segments = self._segments(grids, told, condition, extras.fps, heard)
         if self.caption_condition is not None:
             segments["text"] = replace(
                 segments["text"], told=self.caption_condition(self._inside(_of_clips(timesteps)))
@@ -297,17 +301,23 @@ class DiT(nn.Module):
         if places is not None:
             video = video + places
         tokens: Tokens = {"video": video, **{name: source.tokens for name, source in sources.items()}}
+        if self.audio_embedding is not None and heard is not None:
+            tokens["audio"] = self.audio_embedding(torch.cat(_both_ears(heard))).to(video.dtype)
         return Entered(tokens, segments, condition, grids, _of_rows(timesteps), extras.fps, latents[0].dtype)
 
-    def _leave(self, entered: Entered, tokens: Tokens) -> list[Tensor]:
-        """What the head makes of the tokens behind the last block."""
+    def _leave(self, entered: Entered, tokens: Tokens) -> Predictions:
+        """What the heads make of the tokens behind the last block."""
         grids, segments, condition = entered.grids, entered.segments, entered.condition
-        if self.final_norm is not None:
-            tokens = {**tokens, "video": self.final_norm(tokens["video"])}
+        linear = self.config.head_modulation is HeadModulation.linear
+        modulation = self.head_modulation(condition.embedding if linear else condition)
         rows = _clip_rows(grids, condition) if self.config.first_frame_given else segments["video"].rows
-        patches = self._head(tokens["video"], rows, condition)
-        patches = -patches if self.config.reversed_time else patches
-        return unpatchify(patches.to(entered.dtype), grids, self.config.patch_size)
+        patches = self._signed(self.head(self._last(tokens["video"], rows, modulation))).to(entered.dtype)
+        video = unpatchify(patches, grids, self.config.patch_size)
+        if self.audio_head is None or "audio" not in tokens:
+            return Predictions(video, None)
+        heard = segments["audio"]
+        ears = self._signed(self.audio_head(self._last(tokens["audio"], heard.rows, modulation))).to(entered.dtype)
+        return Predictions(video, [clip.unflatten(0, (-1, EARS)).movedim(-1, 0) for clip in ears.split(heard.lengths)])
 
     def _with_given(self, latents: Sequence[Tensor], extras: Extras) -> list[Tensor]:
         """Noisy latents with the channels that are given beside them."""
@@ -318,11 +328,11 @@ class DiT(nn.Module):
             beside = [[*clip, torch.zeros_like(clip[0][:1])] for clip in beside]
         return [torch.cat(clip) if len(clip) > 1 else clip[0] for clip in beside]
 
-    def _head(self, video: Tensor, rows: Rows, condition: Condition) -> Tensor:
-        linear = self.config.head_modulation is HeadModulation.linear
-        both = self.head_modulation(condition.embedding if linear else condition)
-        shift, scale = both.chunk(2, dim=-1)
-        return self.head(self.head_norm.modulated(video, rows.of(shift), rows.of(scale), rows.lengths))
+    def _last(self, tokens: Tensor, rows: Rows, modulation: Tensor) -> Tensor:
+        """What a head reads: tokens (N, D) behind the last norms, with these rows of the modulation (R, 2 D)."""
+        tokens = tokens if self.final_norm is None else self.final_norm(tokens)
+        shift, scale = modulation.chunk(2, dim=-1)
+        return self.head_norm.modulated(tokens, rows.of(shift), rows.of(scale), rows.lengths)
 
     def _hints(self, tokens: Tokens, segments: Segments, condition: Condition, extras: Extras) -> dict[int, Tensor]:
         """What the control tower adds to the video after some blocks: layer -> (N, D)."""
@@ -365,11 +375,19 @@ class DiT(nn.Module):
             return self.text_embedding(words, lengths, condition)
         if isinstance(self.text_embedding, TextRefiner):
             return self.text_embedding(words, lengths, self._inside(_of_clips(timesteps)))
+        if isinstance(self.text_embedding, TextEncoder):
+            return self.text_embedding(words, lengths)
         return self.text_embedding(words)
 
     def _condition(self, timesteps: Timesteps, text: Sequence[Tensor], extras: Extras) -> Condition:
-        """One row a clip; where frames have timesteps of their own, one for each of them and then one a clip."""
+        """One row a clip; where frames have timesteps of their own, one for each of them and then one a clip.
+
+        Those of sound in the same softmax come first.
+        """
         rows = _of_rows(timesteps)
+        if self.audio_embedding is not None and extras.audio is not None:
+            assert isinstance(extras.audio.timesteps, Tensor)
+            rows = torch.cat([extras.audio.timesteps, rows])
         times = self._inside(rows)
         embedding = self.timestep_embedding(times)
         clips = []  # what is the same for all frames of a clip
@@ -396,20 +414,38 @@ class DiT(nn.Module):
         """Timesteps as the network counts them."""
         return 1 - timesteps if self.config.reversed_time else timesteps
 
+    def _signed(self, predicted: Tensor) -> Tensor:
+        """What a head says, pointing from data to noise."""
+        return -predicted if self.config.reversed_time else predicted
+
     def _segments(
-        self, grids: Sequence[Grid], told: Mapping[str, Lengths], condition: Condition, fps: Sequence[float] | None
+        self,
+        grids: Sequence[Grid],
+        told: Mapping[str, Lengths],
+        condition: Condition,
+        fps: Sequence[float] | None,
+        sound: Sound | None = None,
     ) -> Segments:
         """Angles (dtype and device of the condition), cuts and orders, made once; blocks only read them."""
         like = condition.embedding
-        rope, places = self._rope(grids, fps, like), self.places.in_blocks(grids, like)
-        video = video_segment(
-            grids, _rows(grids, condition), rope, places, self._spans, self.config.window, like.device
-        )
+        rope, places = self._rope(grids, fps, told["text"], like), self.places.in_blocks(grids, like)
+        rows = _rows(grids, condition, 0 if sound is None else len(sound))
+        video = video_segment(grids, rows, rope, places, self._spans, self.config.window, like.device)
         own = len(like) - len(grids)
-        return {"video": video, **{name: clip_segment(lengths, own) for name, lengths in told.items()}}
+        segments = {"video": video, **{name: clip_segment(lengths, own) for name, lengths in told.items()}}
+        if self.packed is None:
+            return segments
+        words = told["text"]
+        segments["text"] = replace(segments["text"], rope=self.packed.words(words, like))
+        if sound is not None:
+            lengths = lengths_of(_both_ears(sound))
+            segments["audio"] = replace(clip_segment(lengths), rope=self.packed.sound(lengths, grids, words, like))
+        return segments
 
-    def _rope(self, grids: Sequence[Grid], fps: Sequence[float] | None, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The rotary table of every token."""
+    def _rope(self, grids: Sequence[Grid], fps: Sequence[float] | None, words: Lengths, like: Tensor) -> Turns | None:
+        """The rotary table of every token of the video."""
+        if self.packed is not None:
+            return self.packed.clips(grids, words, like)
         return None if self.config.rope is Rope.none else self._tables(grids, fps, like, self._angles)
 
     def _tables(
@@ -450,7 +486,8 @@ class DiT(nn.Module):
         if config.rope is Rope.axes:
             if rate != config.rope_fps:
                 positions[:, 0] = positions[:, 0] / rate * config.rope_fps
-            return rope_3d(positions, config.head_dim, config.rope_axes, config.rope_theta, dtype, config.rope_scale)
+            axes, scale = config.rope_axes, config.rope_scale
+            return rope_3d(positions, config.head_dim, axes, config.rope_theta, dtype, scale, config.rope_still)
         units, patch, extent = (
             positions.new_tensor(x) for x in (config.rope_units, config.patch_size, config.rope_extent)
         )
@@ -490,7 +527,8 @@ class DiT(nn.Module):
     def _check_extras(self, latents: Sequence[Tensor], extras: Extras) -> None:
         for key, name in EXTRAS.items():
             built, given = getattr(self.config, key), getattr(extras, name)
-            if bool(built) != (given is not None):
+            may = name == "audio" and self.config.audio_channels
+            if bool(built) != (given is not None) and not may:
                 raise ValueError(
                     f"model.{key}={built} but extras.{name} is {'missing' if built else 'given'}: a model reads "
                     "exactly the conditions that it was built for."
@@ -502,6 +540,7 @@ class DiT(nn.Module):
                 f"extras.fps has {len(extras.fps)} entries for {len(latents)} clips and model.rope_fps="
                 f"{self.config.rope_fps}: only a model with rope_fps above zero reads rates, one a clip."
             )
+        self._check_sound(extras.audio)
         for key, name in GIVEN.items():
             for clip, given in zip(latents, getattr(extras, name) or [], strict=getattr(extras, name) is not None):
                 expected = (getattr(self.config, key), *clip.shape[1:])
@@ -526,13 +565,37 @@ class DiT(nn.Module):
                     f"(L >= 0, {self.config.glyph_width})."
                 )
 
+    def _check_sound(self, sound: Sound | None) -> None:
+        """Refuse sound of another kind than the model's; the tower of model.audio looks at the rest itself."""
+        channels = self.config.audio_channels
+        if sound is None:
+            return
+        if (sound.text is None) is not bool(channels):
+            raise ValueError(
+                f"extras.audio.text is {'missing' if sound.text is None else 'given'}: a tower (model.audio) has "
+                "captions of its own, model.audio_channels reads the clip's."
+            )
+        if not channels:
+            return
+        for clip in sound.latents:
+            if clip.ndim != 3 or clip.shape[0] != channels or clip.shape[2] != EARS or not clip.numel():
+                raise ValueError(
+                    f"extras.audio has latents of shape {tuple(clip.shape)} where the model was built for "
+                    f"(model.audio_channels={channels}, T >= 1, {EARS})."
+                )
+        if not isinstance(sound.timesteps, Tensor) or sound.timesteps.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                "extras.audio.timesteps must be one tensor (B,) of float32 or float64: with model.audio_channels all "
+                "sound of a clip has one timestep."
+            )
+
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        zero: list[nn.Linear] = [self.head]
+        zero: list[nn.Linear] = [self.head, *([] if self.audio_head is None else [self.audio_head])]
         zero += [linear for linear in (self.shared_modulation, self.head_modulation) if isinstance(linear, nn.Linear)]
         zero += [module.linear for module in self.modules() if isinstance(module, LinearModulation)]
         zero += [up for module in self.modules() if isinstance(module, LowRankModulation) for up in module.up]
@@ -568,13 +631,15 @@ class DiT(nn.Module):
     ) -> float:
         """Floating-point operations of the forward pass on one clip of this token grid; a multiply and an add are two.
 
-        Matrix products only; backward takes twice as many. `audio` are tokens of the second stream and of its caption.
+        Matrix products only; backward takes twice as many. `audio` are tokens of the sound and, with model.audio, of
+        its caption.
         """
         told = {"text": text_tokens, "image": image_tokens, "glyph": glyph_tokens, "audio": audio[0]}
         seen_pairs = {span: seen(span, grid, self.config.window) for span in self._spans}
         counts = Counts({"video": math.prod(grid), **told}, seen_pairs)
         caption = sum(told[source] for source in self.config.caption_sources)
         blocks = Counts({**counts.tokens, "text": caption}, counts.seen)
+        rows = 2 if self.config.audio_channels and audio[0] else 1  # sound in the same softmax has its own timestep
         products = 0
         for name, module in self.named_modules():
             if name.startswith(("audio.", "pooled_text.")):  # which count their own
@@ -586,7 +651,7 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear) and ".operation." not in name:  # they see each token, or each clip, once
                 part = name.split(".")[0]
                 kind = None if isinstance(module, ExactLinear) else EDGES.get(part)
-                products += module.weight.numel() * (counts.tokens[kind] if kind else 1)
+                products += module.weight.numel() * (counts.tokens[kind] if kind else rows)
         sound = 0.0 if self.audio is None else self.audio.flops((audio[0], 1, 1), audio[1])
         return 2.0 * products + sound
 
@@ -596,6 +661,8 @@ EDGES = {
     "head": "video",
     "control": "video",
     "text_embedding": "text",
+    "audio_embedding": "audio",
+    "audio_head": "audio",
     "image_embedding": "image",
     "glyph_embedding": "glyph",
 }
@@ -641,6 +708,8 @@ def _text_embedding(config: DiTConfig, text_width: int) -> nn.Module:
         return TextRefiner(config, text_width)
     if config.text_embedding is TextEmbedding.tower:
         return TextTower(config, text_width)
+    if config.text_embedding is TextEmbedding.encoder:
+        return TextEncoder(config, text_width)
     if config.text_embedding is TextEmbedding.none:
         if text_width != config.caption_width:
             raise ValueError(
@@ -660,7 +729,9 @@ def _timestep_embedding(config: DiTConfig) -> TimestepEmbedding | NormedTimestep
     channels, scale, bias = config.timestep_channels, config.timestep_scale, config.edge_bias
     if config.timestep_norm:
         return NormedTimesteps(channels, scale, bias=bias)
-    return TimestepEmbedding(channels, config.condition_width, scale, bias=bias)
+    return TimestepEmbedding(
+        channels, config.condition_width, scale, bias=bias, hidden=config.timestep_hidden_width or None
+    )
 
 
 def _head_modulation(config: DiTConfig) -> HeadTable | LowRankModulation | ExactLinear:
@@ -687,16 +758,21 @@ def _glyph_embedding(config: DiTConfig) -> nn.Sequential:
     return nn.Sequential(norm, first, nn.GELU(), second, nn.GELU(), last)
 
 
-def _rows(grids: Sequence[Grid], condition: Condition) -> Rows:
-    """The video's rows of the condition: one a clip, or one a frame where there are rows for those."""
-    if len(condition.raw) == len(grids):
+def _rows(grids: Sequence[Grid], condition: Condition, ahead: int = 0) -> Rows:
+    """The video's rows of the condition behind those of its sound: one a clip, or one a frame where there are those."""
+    if len(condition.raw) - ahead == len(grids):
         return _clip_rows(grids, condition)
-    return Rows(tuple(h * w for t, h, w in grids for _ in range(t)))
+    return Rows(tuple(h * w for t, h, w in grids for _ in range(t)), ahead)
 
 
 def _clip_rows(grids: Sequence[Grid], condition: Condition) -> Rows:
     """The same with one row a clip in any case: the last ones."""
     return Rows(tuple(t * h * w for t, h, w in grids), len(condition.raw) - len(grids))
+
+
+def _both_ears(sound: Sound) -> list[Tensor]:
+    """(C, T, 2) each -> tokens (T * 2, C), one ear beside the other."""
+    return [clip.flatten(1).T for clip in sound.latents]
 
 
 def _of_clips(timesteps: Timesteps) -> Tensor:

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.attention import Lengths
-from kinema.models.dit.blocks import refiner_blocks, tower_blocks
+from kinema.models.dit.blocks import encoder_sublayers, refiner_blocks, tower_blocks
 from kinema.models.dit.conditioning import Condition, PooledEmbedding, TimestepEmbedding, means
 from kinema.models.dit.config import DiTConfig, NormKind
 from kinema.models.dit.layers import Linear
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import Tokens, clip_segment
-from kinema.models.position import rope_3d
+from kinema.models.position import rope_3d, word_positions
 
 
 class TextRefiner(nn.Module):
@@ -55,11 +55,31 @@ class TextTower(nn.Module):
 
     def forward(self, words: Tensor, lengths: Lengths, condition: Condition) -> Tensor:
         """words (M, text_width), the last rows of the condition are the clips' -> (M, D)"""
-        places = torch.cat([torch.arange(length, device=words.device) for length in lengths])
-        positions = torch.nn.functional.pad(places[:, None].float(), (0, 2))
+        positions = word_positions(lengths, words.device)
         rope = rope_3d(positions, self.head_dim, [self.head_dim, 0, 0], self.theta, condition.raw.dtype)
         segment = replace(clip_segment(lengths, len(condition.raw) - len(lengths)), rope=rope)
         tokens: Tokens = {"text": self.norm(self.embed(words))}
         for block in self.blocks:
             tokens = block(tokens, {"text": segment}, condition)
         return tokens["text"]
+
+
+class TextEncoder(nn.Module):
+    """Sublayers like the model's own over each caption, without gates, timesteps and positions, and a norm at the end.
+
+    MiniMax-H3.
+    """
+
+    def __init__(self, config: DiTConfig, text_width: int) -> None:
+        super().__init__()
+        self.embed = Linear(text_width, config.width)
+        self.sublayers = nn.ModuleList(encoder_sublayers(config))
+        self.norm = Norm(config.norm, config.width, config.norm_eps, affine=True)
+
+    def forward(self, words: Tensor, lengths: Lengths) -> Tensor:
+        """words (M, text_width) -> (M, D)"""
+        embedded = self.embed(words)
+        tokens: Tokens = {"text": embedded.to(torch.promote_types(embedded.dtype, torch.float32))}
+        for sublayer in self.sublayers:
+            tokens = sublayer(tokens, {"text": clip_segment(lengths)}, ())
+        return self.norm(tokens["text"])

@@ -20,7 +20,7 @@ Tokens = dict[str, Tensor]
 """Tokens of each segment by its name: `video` (N, D), `text` (M, D), clip after clip."""
 
 
-Rope = tuple[Tensor, Tensor]
+Turns = tuple[Tensor, Tensor]
 """cos and sin of every token: (N, d / 2) each, or (N, h, d / 2) where heads differ."""
 
 
@@ -69,11 +69,11 @@ class Segment:
     rows: Rows
     """One a clip, or one a frame of tokens."""
     cuts: dict[Span, Cut]
-    rope: Rope | None = None
+    rope: Turns | None = None
     """None for text, whose encoder has placed the words."""
     places: Tensor | None = None
     """(N, D), what blocks add to the tokens that are `placed`."""
-    clock: Rope | None = None
+    clock: Turns | None = None
     """Where a token lies in time alone, for a stream that another one looks at."""
     told: Tensor | None = None
     """(B, 2, D), of each clip the shift and scale behind which all blocks read its tokens."""
@@ -91,7 +91,7 @@ Segments = dict[str, Segment]
 def video_segment(
     grids: Sequence[Grid],
     rows: Rows,
-    rope: Rope | None,
+    rope: Turns | None,
     places: Tensor | None,
     spans: Iterable[Span],
     window: Sequence[int],
