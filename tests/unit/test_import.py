@@ -275,8 +275,9 @@ def test_one_block_too_few_is_refused(tmp_path, tensors):
 
 
 def test_a_config_that_no_preset_makes_is_refused(tmp_path, tensors):
-    folder = write_folder(tmp_path / "from", tensors, CONFIG | {"qk_norm": "layer_norm"})
-    refuse(folder, tmp_path / "to", "none of the presets of WanTransformer3DModel.*layer_norm")
+    folder = write_folder(tmp_path / "from", tensors, CONFIG | {"pos_embed_seq_len": 514})
+    message = "no preset takes this WanTransformer3DModel. wan: pos_embed_seq_len=514: it needs an image_dim"
+    refuse(folder, tmp_path / "to", message)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])

@@ -7,6 +7,7 @@ from torch import nn
 from kinema.interop.keymap import Fused, KeyMap, PairedHeads, PermutedRows, Rule
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
+from kinema.interop.presets.rules import fixed_choices, require
 from kinema.models.dit import (
     Activation,
     DiT,
@@ -149,9 +150,10 @@ def _config(record: Record) -> DiTConfig:
     )
 
 
-def _accepts(record: Record) -> bool:
+def _check(record: Record) -> None:
     """One epsilon for all norms of tokens, and patches of one frame, which the clock counts."""
-    return record["norm_eps"] == record["final_norm_eps"] and record["patch_size"][0] == 1
+    fixed_choices(record, final_norm_eps=record["norm_eps"])
+    require(record["patch_size"][0] == 1, record, "patch_size", "only patches of 1 frame are implemented")
 
 
-MINIMAX_H3 = Preset("minimax_h3", "MiniMaxH3Transformer3DModel", _accepts, build, describe, key_map)
+MINIMAX_H3 = Preset("minimax_h3", "MiniMaxH3Transformer3DModel", _check, build, describe, key_map)
