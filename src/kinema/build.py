@@ -18,12 +18,16 @@ from tqdm import tqdm
 
 from kinema.conditioning.text import CachedTextEncoder, TextEncoder, build_text_encoder
 from kinema.config import Config, changed_keys
+from kinema.data.candidates import KeepReport, plan_clips
+from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.latents import LatentCache
 from kinema.data.ledger import Ledger, Quarantine
-from kinema.data.loading import DataConfig, KeepReport, Pack, make_loader, plan_clips, resolve_folder
+from kinema.data.loading import make_loader
+from kinema.data.pack import Pack
 from kinema.data.plan import Plan, PlannedClip, lanes_of
 from kinema.data.shards import DatasetIndex
+from kinema.data.storage import resolve_folder
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process, seed_everything

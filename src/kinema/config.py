@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kinema.conditioning.frames import FRAME_CONDITIONS
 from kinema.conditioning.text import CombinedText, HashText, PretrainedText
-from kinema.data.loading import DataConfig
+from kinema.data.config import DataConfig
 from kinema.diffusion.objective import DDPM, RectifiedFlow
 from kinema.distributed.engine import ParallelConfig
 from kinema.identity import digest

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import re
 import shutil
@@ -7,10 +8,12 @@ import time
 import pytest
 import torch
 
-from kinema.data import loading
+from kinema.data import workers
 from kinema.data.ledger import DataBudgetError, Ledger, Quarantine
-from kinema.data.loading import DataWorkerError, make_loader
+from kinema.data.loading import make_loader
+from kinema.data.reader import ClipReader
 from kinema.data.shards import DatasetIndex
+from kinema.data.workers import DataWorkerError
 from tests.unit.clips import SHAPES, build, make_plan
 
 CLIPS = 40
@@ -84,15 +87,15 @@ def test_a_shard_cut_short_or_missing_is_named_before_the_first_step(sound, tmp_
 
 def harmed(monkeypatch, number, harm):
     """Decoding this clip in a worker does harm to the worker."""
-    read, parent = loading._Packs._read_frames, os.getpid()
+    read, parent = ClipReader._read_frames, os.getpid()
 
     def read_or_harm(dataset, slot):
         if slot.clip.entry_index == number and os.getpid() != parent:
             harm()
         return read(dataset, slot)
 
-    monkeypatch.setattr(loading._Packs, "_read_frames", read_or_harm)
-    monkeypatch.setattr(loading, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(ClipReader, "_read_frames", read_or_harm)
+    monkeypatch.setattr(workers, "POLL_SECONDS", 0.2)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,7 @@ def test_a_clip_that_kills_or_hangs_its_worker_is_quarantined(sound, monkeypatch
 
 
 def test_workers_stopped_by_the_scheduler_accuse_no_clip(sound, monkeypatch):
-    once = loading.multiprocessing.Value("i", 0)
+    once = multiprocessing.Value("i", 0)
 
     def stop_once():
         with once.get_lock():
@@ -143,7 +146,7 @@ def test_a_bug_in_reading_is_raised_and_not_counted(sound, monkeypatch):
     def broken(dataset, slot):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(loading._Packs, "_read_frames", broken)
-    for workers in (0, 1):
+    monkeypatch.setattr(ClipReader, "_read_frames", broken)
+    for number in (0, 1):
         with pytest.raises(KeyError, match="a bug"):
-            packs_of(sound, num_workers=workers)
+            packs_of(sound, num_workers=number)

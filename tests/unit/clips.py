@@ -12,8 +12,8 @@ import av
 import numpy as np
 import torch
 
+from kinema.data.candidates import plan_clips
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.loading import plan_clips
 from kinema.data.plan import Plan
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import DatasetIndex, ShardWriter

@@ -8,8 +8,9 @@ import torch
 from kinema.conditioning.condition import Condition, embed, with_words
 from kinema.conditioning.frames import CleanFrame, ClipSize, FrameChannels, FrameCondition, Given, PaddedClip
 from kinema.conditioning.text import HashText, build_text_encoder
+from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.loading import DataConfig, Pack
+from kinema.data.pack import Pack
 from kinema.diffusion.guidance import guided
 from kinema.diffusion.objective import DDPM, PredictionTarget, RectifiedFlow
 from kinema.diffusion.solvers import FOR_TABLES, Solver, solve

@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
+from kinema.data.candidates import plan_clips
 from kinema.data.geometry import ClipShape
 from kinema.data.ledger import DataBudgetError, Ledger, Quarantine
-from kinema.data.loading import Failure, Pack, plan_clips
+from kinema.data.pack import Failure, Pack
 from tests.unit.clips import GEOMETRY, SHAPES, build
 
 

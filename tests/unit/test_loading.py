@@ -5,11 +5,14 @@ import time
 import pytest
 import torch
 
+from kinema.data.candidates import plan_clips
+from kinema.data.config import Crop, DataConfig, Window
 from kinema.data.decoding import Decoder
 from kinema.data.geometry import ClipShape
-from kinema.data.loading import Crop, DataConfig, Window, make_loader, plan_clips, resolve_folder
+from kinema.data.loading import make_loader
 from kinema.data.plan import lanes_of
 from kinema.data.shards import DatasetIndex, read_member
+from kinema.data.storage import resolve_folder
 from tests.unit.clips import GEOMETRY, SHAPES, build, make_plan, numbers
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

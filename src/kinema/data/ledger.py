@@ -4,7 +4,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kinema.data.loading import KeepReport, Pack
+from kinema.data.candidates import KeepReport
+from kinema.data.pack import Pack
 from kinema.data.shards import ClipEntry, DatasetIndex
 
 

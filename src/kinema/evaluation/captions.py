@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from kinema.data.contact_sheet import contact_sheet
-from kinema.data.loading import resolve_folder
 from kinema.data.shards import DatasetIndex
+from kinema.data.storage import resolve_folder
 from kinema.diffusion.solvers import Solver
 from kinema.evaluation.toy_check import check_clip, heldout_prompts, is_toy_caption, pass_rates
 from kinema.sampling.pipeline import SamplingConfig

@@ -12,8 +12,9 @@ from kinema.conditioning.dropout import drop_text
 from kinema.conditioning.frames import FrameCondition
 from kinema.conditioning.image import ImageEncoder
 from kinema.conditioning.text import TextEncoder
+from kinema.data.config import DataConfig
 from kinema.data.geometry import Geometry
-from kinema.data.loading import DataConfig, Pack
+from kinema.data.pack import Pack
 from kinema.data.pixels import to_model_range
 from kinema.data.plan import keyed_seed
 from kinema.diffusion.objective import Objective

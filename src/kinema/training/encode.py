@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kinema.data.candidates import plan_clips
 from kinema.data.decoding import Decoder
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.latents import write_latents
-from kinema.data.loading import plan_clips
 from kinema.data.pixels import to_model_range
 from kinema.data.shards import DatasetIndex
 from kinema.training.run_folder import Weights, checkpoint_of, load_vae

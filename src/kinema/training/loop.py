@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kinema.data.ledger import Ledger, Quarantine
-from kinema.data.loading import Failure, Pack
+from kinema.data.pack import Failure, Pack
 from kinema.data.plan import Plan
 from kinema.data.shards import DatasetIndex
 from kinema.distributed.collectives import all_sum, from_main, gather_objects

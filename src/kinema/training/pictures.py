@@ -12,7 +12,7 @@ from tqdm import tqdm
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.encoding import write_video
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.loading import Pack
+from kinema.data.pack import Pack
 from kinema.data.pixels import to_model_range, to_uint8
 from kinema.diffusion.objective import Objective
 from kinema.diffusion.solvers import visited_timesteps

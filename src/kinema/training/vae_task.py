@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kinema.data.loading import Pack
+from kinema.data.pack import Pack
 from kinema.data.pixels import to_model_range
 from kinema.data.plan import keyed_seed
 from kinema.distributed.engine import Engine, ParallelConfig, Precision

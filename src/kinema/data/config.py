@@ -1,0 +1,95 @@
+"""What a config says about the data, and how a step is filled with them."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kinema.data.decoding import Decoder
+from kinema.data.geometry import ClipShape
+
+
+class Window(Enum):
+    """Which part of a longer clip is shown: its start, or a random one each time."""
+
+    start = "start"
+    random = "random"
+
+
+class Crop(Enum):
+    """Which part of a wider or higher clip is shown: the centre, or a random one each time."""
+
+    center = "center"
+    random = "random"
+
+
+@dataclass
+class DataConfig:
+    """The data set, the sizes that clips are brought to, and how a step's clips are dealt out."""
+
+    path: str = "data/toy"
+    """Folder of shards (see data_prep), or an address (file, http, https, s3, gs, hf) that is copied to
+    cache_folder.
+    """
+    cache_folder: str = "~/.cache/kinema/data"
+    """Where remote data sets are kept on this machine."""
+    train_split: str = "train"
+    heldout_split: str = "heldout"
+    fps: float = 8.0
+    """Clips are sampled by time at this rate, whatever the rate of the file."""
+    shapes: list[list[int]] = field(default_factory=lambda: [[17, 64, 64]])
+    """Sizes [frames, height, width] in use; each clip takes the nearest aspect ratio, then the longest that
+    fits.
+    """
+    window: Window = Window.random
+    crop: Crop = Crop.center
+    decoder: Decoder = Decoder.decord
+    clips_per_step: int = 16
+    """Global batch: clips in one optimizer step, all ranks together."""
+    lanes: int = 4
+    """Packs in one step; the number of data ranks must divide it, and each serves its share one after the
+    other.
+    """
+    max_pack_tokens: int = 8192
+    """Most tokens in one pack: what bounds memory."""
+    shuffle_block_shards: int = 4
+    """Clips are shuffled inside blocks of so many shards; more mixes better and reads less locally."""
+    num_workers: int = 2
+    """Reading processes of each rank; 0 reads in the training process. The data do not depend on it."""
+    prefetch: int = 2
+    """Packs that each worker keeps ready."""
+    timeout_seconds: float = 300.0
+    """Longest wait for one pack before the run stops and names the clips in work."""
+    max_failed_fraction: float = 0.01
+    """More damaged clips than this share, and more than min_failed_clips, stop the run."""
+    min_failed_clips: int = 3
+    allowed_licenses: list[str] = field(default_factory=lambda: ["*"])
+    """Licences as the clips state them, e.g. [CC-BY-3.0]; "*" allows all, even `unknown`."""
+    require_captions: bool = True
+    """Leave out clips without a caption, counted; otherwise they train as the empty caption."""
+    max_clips: int | None = None
+    """Use only the first clips of the split, for example 1 to overfit; null uses all."""
+    latents: str | None = None
+    """Folder of cached VAE latents to read in place of the videos."""
+    text: str | None = None
+    """Folder of cached embeddings to read in place of loading the text encoder (`kinema data encode-text`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("fps", "timeout_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be above 0.")
+        for name in ("clips_per_step", "lanes", "max_pack_tokens", "shuffle_block_shards", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("num_workers", "min_failed_clips"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 0.")
+        if not 0 <= self.max_failed_fraction <= 1:
+            raise ValueError(f"data.max_failed_fraction={self.max_failed_fraction} must lie in 0 to 1.")
+        if not self.shapes or any(len(shape) != 3 for shape in self.shapes):
+            raise ValueError(f"data.shapes={self.shapes} must list [frames, height, width], e.g. [[17,64,64]].")
+        if not self.allowed_licenses:
+            raise ValueError('data.allowed_licenses=[] allows no clip. Type ["*"] to allow all.')
+
+    @property
+    def clip_shapes(self) -> list[ClipShape]:
+        """`shapes` as ClipShape."""
+        return [ClipShape(*shape) for shape in self.shapes]

@@ -1,0 +1,71 @@
+"""A pack, the clips of one lane in one step, and its way from a worker to the trainer."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinema.data.geometry import ClipShape
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A clip that could not be read or decoded."""
+
+    key: str
+    shard: str
+    reason: str
+
+
+@dataclass
+class Pack:
+    """The clips of one lane in one step, in the plan's order, with equal shapes side by side.
+
+    A failed clip keeps its place, with zero frames (or latents) and weight 0. Either `frames` or `latents` is
+    None.
+    """
+
+    step: int
+    lane: int
+    keys: list[str]
+    captions: list[str]
+    shapes: list[ClipShape]
+    frames: list[Tensor] | None
+    """uint8 (T, H, W, 3) RGB."""
+    latents: list[tuple[Tensor, Tensor]] | None
+    """Posterior mean and log-variance, float32 (C, t, h, w)."""
+    weights: Tensor
+    """float32 (B,): 1, or 0 for a failed clip."""
+    positions: list[int]
+    epochs: list[int]
+    failures: list[Failure]
+    fps: float
+    seconds: float
+    """Time that reading and decoding took in the worker."""
+
+
+def flatten(pack: Pack) -> tuple[Pack, Tensor]:
+    """Move a pack's clips into one tensor: every tensor handed to another process takes a file descriptor."""
+    tensors = _tensors(pack)
+    sizes = [tensor.shape for tensor in tensors]
+    field_name = "frames" if pack.latents is None else "latents"
+    shell: Any = {field_name: sizes}
+    return replace(pack, **shell), torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def unflatten(pack: Pack, flat: Tensor) -> Pack:
+    """The pack again, its clips being views of the one tensor."""
+    sizes: Any = pack.frames if pack.latents is None else pack.latents
+    parts = flat.split([size.numel() for size in sizes])
+    tensors = [part.view(size) for part, size in zip(parts, sizes, strict=True)]
+    if pack.latents is None:
+        return replace(pack, frames=tensors)
+    return replace(pack, latents=list(zip(tensors[::2], tensors[1::2], strict=True)))
+
+
+def _tensors(pack: Pack) -> list[Tensor]:
+    if pack.latents is None:
+        assert pack.frames is not None
+        return pack.frames
+    return [tensor for pair in pack.latents for tensor in pair]

@@ -1,0 +1,116 @@
+"""From a step and a lane to a pack of decoded clips, or of cached latents."""
+
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kinema.data.config import Crop, Window
+from kinema.data.decoding import DecodeError, Decoder, decode_clip
+from kinema.data.latents import LatentCache
+from kinema.data.pack import Failure, Pack
+from kinema.data.plan import Plan, Slot, keyed_seed
+from kinema.data.shards import DamagedSample, DatasetIndex, read_member
+
+
+class ClipReader(Dataset):
+    """Map-style data set whose items are the packs, by (step, lane)."""
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        plan: Plan,
+        *,
+        fps: float,
+        decoder: Decoder,
+        window: Window,
+        crop: Crop,
+        seed: int,
+        latents: LatentCache | None,
+    ) -> None:
+        self.index, self.plan, self.fps, self.decoder = index, plan, fps, decoder
+        self.window, self.crop, self.seed, self.latents = window, crop, seed, latents
+        self.condemned: dict[int, str] = {}  # entries that killed or hung a worker, with the reason
+        self.progress = torch.full((1, 3), -1, dtype=torch.int64)
+        self.worker = 0
+
+    def start_worker(self, worker: int) -> None:
+        """Called in each new worker process."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which then saves
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler that was inherited
+        torch.set_num_threads(1)
+        self.worker = worker
+        self.progress[worker, 0] = os.getpid()
+
+    def __getitem__(self, step_and_lane: tuple[int, int]) -> "Pack":
+        began = time.perf_counter()
+        step, lane = step_and_lane
+        slots = self.plan.step(step)[lane]
+        contents: list[Any] = []
+        failures = []
+        for slot in slots:
+            try:
+                contents.append(self._read_clip(slot))
+            except (DamagedSample, DecodeError) as error:
+                entry = self.index.entries[slot.clip.entry_index]
+                reason = error.reason if isinstance(error, DamagedSample) else str(error)
+                failures.append(Failure(entry.record.key, entry.shard, reason))
+                contents.append(None)
+        weights = torch.tensor([float(content is not None) for content in contents])
+        contents = [self._blank(slot) if c is None else c for slot, c in zip(slots, contents, strict=True)]
+        records = [self.index.entries[slot.clip.entry_index].record for slot in slots]
+        return Pack(
+            step=step,
+            lane=lane,
+            keys=[record.key for record in records],
+            captions=[record.caption for record in records],
+            shapes=[slot.clip.shape for slot in slots],
+            frames=contents if self.latents is None else None,
+            latents=None if self.latents is None else contents,
+            weights=weights,
+            positions=[slot.position for slot in slots],
+            epochs=[slot.epoch for slot in slots],
+            failures=failures,
+            fps=self.fps,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _read_clip(self, slot: Slot) -> Any:
+        number = slot.clip.entry_index
+        if number in self.condemned:
+            raise DecodeError(self.condemned[number])
+        self.progress[self.worker, 1:] = torch.tensor([number, time.monotonic_ns()])
+        contents = self._read_frames(slot) if self.latents is None else self._read_latents(slot)
+        self.progress[self.worker, 1] = -1
+        return contents
+
+    def _read_frames(self, slot: Slot) -> Tensor:
+        entry = self.index.entries[slot.clip.entry_index]
+        spare = entry.record.duration_seconds - slot.clip.shape.frames / self.fps
+        start, top, left = self._window_and_crop(slot, max(spare, 0.0))
+        mp4 = read_member(self.index.folder, entry, "mp4")
+        return decode_clip(mp4, slot.clip.shape, self.fps, start, self.decoder, crop=(top, left))
+
+    def _window_and_crop(self, slot: Slot, spare_seconds: float) -> tuple[float, float, float]:
+        """Start in seconds, and the crop's place along height and width: keyed by (seed, position)."""
+        draws = [keyed_seed(self.seed, name, slot.position) / 2**64 for name in ("window", "top", "left")]
+        start = draws[0] * spare_seconds if self.window is Window.random else 0.0
+        top, left = draws[1:] if self.crop is Crop.random else (0.5, 0.5)
+        return start, top, left
+
+    def _read_latents(self, slot: Slot) -> tuple[Tensor, Tensor]:
+        assert self.latents is not None
+        key = self.index.entries[slot.clip.entry_index].record.key
+        starts = self.latents.starts(key, slot.clip.shape)
+        chosen = keyed_seed(self.seed, "window", slot.position) % len(starts) if self.window is Window.random else 0
+        return self.latents.read(key, slot.clip.shape, starts[chosen])
+
+    def _blank(self, slot: Slot) -> Any:
+        if self.latents is None:
+            return torch.zeros(*slot.clip.shape, 3, dtype=torch.uint8)
+        shape = self.latents.latent_shape(slot.clip.shape)
+        return torch.zeros(shape), torch.zeros(shape)
