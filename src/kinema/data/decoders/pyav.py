@@ -1,47 +1,58 @@
 """Video through PyAV: it reads every format that FFmpeg reads."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kinema.data.decoders.packets import only_video_stream, read_packets
+from kinema.data.decoders.packets import Packets, only_video_stream, read_packets
 from kinema.data.decoders.video import BATCH, DecodeError, Header, OpenVideo
 
 
 def open_video(mp4: bytes) -> OpenVideo:
     """Frames are told apart by their timestamps, so no count of the container can mislead."""
     packets = read_packets(mp4)
-    return OpenVideo(
-        packets.header,
-        packets.starts,
-        packets.end,
-        read=lambda indices: _read(mp4, packets.header, [packets.pts[index] for index in indices]),
-    )
+    return OpenVideo(packets.header, packets.starts, packets.end, read=lambda indices: _read(mp4, packets, indices))
 
 
-def _read(mp4: bytes, header: Header, wanted: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-    """Decode from the key frame before the first wanted timestamp up to the last."""
-    import av
+def _read(mp4: bytes, packets: Packets, indices: list[int]) -> Iterator[NDArray[np.uint8]]:
+    """Batches of the wanted frames, decoded from the key frame before the first of them up to the last."""
     from av.video.reformatter import VideoReformatter
 
-    waiting, held, reformatter = list(reversed(wanted)), list[NDArray[np.uint8]](), VideoReformatter()
-    with av.open(io.BytesIO(mp4), "r") as container:
-        stream = only_video_stream(container)
-        stream.codec_context.thread_count = 1
-        container.seek(wanted[0], stream=stream, backward=True)
-        for frame in container.decode(stream):
-            if waiting and frame.pts == waiting[-1]:
-                waiting.pop()
-                held.append(_upright(frame, header, reformatter))
-            if held and (len(held) == BATCH or not waiting):
-                yield np.stack(held)
-                held = []
-            if not waiting:
+    waiting = deque(packets.pts[index] for index in indices)
+    held, reformatter = list[NDArray[np.uint8]](), VideoReformatter()
+    for frame in _frames_from(mp4, packets, indices[0]):
+        if frame.pts == waiting[0]:
+            waiting.popleft()
+            held.append(_upright(frame, packets.header, reformatter))
+        if held and (len(held) == BATCH or not waiting):
+            yield np.stack(held)
+            held = []
+        if not waiting:
+            return
+    raise DecodeError(f"{len(waiting)} of the {len(indices)} frames asked for do not decode")
+
+
+def _frames_from(mp4: bytes, packets: Packets, first: int) -> Iterator[Any]:
+    """Decoded frames from a key frame at or before frame `first`, or from the beginning where seeking overshoots."""
+    import av
+
+    key = max((number for number in range(first + 1) if packets.is_key[number]), default=0)
+    for seeking in (True, False):
+        with av.open(io.BytesIO(mp4), "r") as container:
+            stream = only_video_stream(container)
+            stream.codec_context.thread_count = 1
+            if seeking and key > 0:
+                container.seek(packets.pts[key], stream=stream, backward=True)
+            frames = container.decode(stream)
+            opening = next(frames, None)
+            if opening is not None and opening.pts is not None and opening.pts <= packets.pts[first]:
+                yield opening
+                yield from frames
                 return
-    raise DecodeError(f"{len(waiting)} of the {len(wanted)} frames asked for do not decode")
 
 
 def _upright(frame: Any, header: Header, reformatter: Any) -> NDArray[np.uint8]:
