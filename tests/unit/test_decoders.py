@@ -3,6 +3,7 @@
 import io
 import struct
 import tempfile
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def remuxed(mp4: bytes, container_format: str, shift_seconds: float = 0.0, **opt
         return path.read_bytes()
 
 
+@contextmanager
+def refusal_of(decoder, culprit, reason):
+    """One library may refuse, for this reason, as some versions do; never return something else."""
+    try:
+        yield
+    except DecodeError as error:
+        if decoder is not culprit or reason not in str(error):
+            raise
+
+
 def asked(mp4, decoder, fps=10.0, start=0.0, shape=SHAPE):
     return numbers(decode_clip(mp4, shape, fps, start, decoder))
 
@@ -86,13 +97,9 @@ def test_an_edit_list_that_begins_inside_a_group_of_pictures_hides_the_frames_be
     mp4 = remuxed(numbered_video(TIMES), "mp4", shift_seconds=7 / 20)
     with av.open(io.BytesIO(mp4)) as container:
         assert sum(packet.is_discard for packet in container.demux(video=0)) == 7
-    try:
-        found = [asked(mp4, decoder), asked(mp4, decoder, start=1.0)]
-    except DecodeError as error:  # with FFmpeg 5.1 it returns frames five too late, and is found out by their times
-        assert decoder is Decoder.torchcodec
-        assert "of other times than those asked for" in str(error)
-    else:
-        assert found == [list(range(7, 25, 2)), list(range(27, 45, 2))]
+    with refusal_of(decoder, Decoder.torchcodec, "of other times than those asked for"):
+        assert asked(mp4, decoder) == list(range(7, 25, 2))
+        assert asked(mp4, decoder, start=1.0) == list(range(27, 45, 2))
 
 
 @EACH
@@ -112,7 +119,11 @@ def test_a_file_whose_last_third_is_missing_never_gives_other_frames(decoder):
     noise = np.random.default_rng(0).integers(0, 255, (60, 8, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     whole = encode_video(noise, 20)
     assert whole.index(b"moov") < whole.index(b"mdat")
-    cut = whole[: int(len(whole) * 0.67)]
+    with av.open(io.BytesIO(whole)) as container:
+        places = [packet.pos for packet in container.demux(video=0) if packet.size]
+    with pytest.raises(DecodeError, match="a packet of the video is not whole"):
+        decode_clip(whole[: places[40] + 9], ClipShape(9, 64, 64), 10, 0.0, decoder)
+    cut = whole[: places[40]]
     begin = decode_clip(cut, ClipShape(9, 64, 64), 10, 0.0, decoder)
     assert torch.equal(begin, decode_clip(whole, ClipShape(9, 64, 64), 10, 0.0, decoder))
     with pytest.raises(DecodeError):

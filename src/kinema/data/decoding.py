@@ -35,7 +35,8 @@ def decode_clip(
         video = _OPEN[decoder](mp4)
         _check_times(times, video)
         unique, where = np.unique(nearest_frames(video.starts, times), return_inverse=True)
-        parts = [resize_and_crop(frames, shape, crop, _stretch(video, frames)) for frames in video.read(unique.tolist())]
+        batches = video.read(unique.tolist())
+        parts = [resize_and_crop(frames, shape, crop, _stretch(video, frames)) for frames in batches]
     except DecodeError:
         raise
     except Exception as error:  # the libraries' errors share no narrower base

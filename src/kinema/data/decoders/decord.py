@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kinema.data.decoders.packets import read_header
+from kinema.data.decoders.packets import read_packets
 from kinema.data.decoders.video import BATCH, DecodeError, OpenVideo
 
 
 def open_video(mp4: bytes) -> OpenVideo:
     """decord's own list of frames and times; the header is PyAV's, as decord tells nothing before it decodes."""
-    header = read_header(mp4)
+    header = read_packets(mp4).header
     # fault_tol counts frames that decord made up by repeating others; a fraction this small allows none.
     reader = import_decord().VideoReader(io.BytesIO(mp4), num_threads=1, fault_tol=1e-9)
     spans = reader.get_frame_timestamp(range(len(reader))).astype(np.float64)

@@ -30,29 +30,21 @@ class Packets(NamedTuple):
 
 
 def read_packets(mp4: bytes) -> Packets:
-    """Header and packets of the first video stream; raises DecodeError where there is none."""
+    """Header and packets of the first video stream; raises DecodeError where there is none, or a packet is cut."""
     import av
 
     with av.open(io.BytesIO(mp4), "r") as container:
         stream = only_video_stream(container)
         header, base = _header(stream), float(stream.time_base)
-        found = [
-            (p.pts, p.duration or 0, p.is_keyframe)
-            for p in container.demux(stream)
-            if p.pts is not None and not p.is_discard
-        ]
+        packets = [packet for packet in container.demux(stream) if packet.pts is not None]
+    # Decoders that read ahead fail on such a packet or not, by chance: it is an error for all of them.
+    if any(packet.is_corrupt for packet in packets):
+        raise DecodeError("a packet of the video is not whole: the file was cut short")
+    found = [(p.pts, p.duration or 0, p.is_keyframe) for p in packets if not p.is_discard]
     if not found:
         raise DecodeError("the video stream has no frames")
     pts, durations, is_key = (list(column) for column in zip(*sorted(found), strict=True))
     return Packets(header, pts, durations, is_key, base)
-
-
-def read_header(mp4: bytes) -> Header:
-    """The header alone; raises DecodeError where there is no video stream."""
-    import av
-
-    with av.open(io.BytesIO(mp4), "r") as container:
-        return _header(only_video_stream(container))
 
 
 def only_video_stream(container: Any) -> Any:

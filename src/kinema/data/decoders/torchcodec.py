@@ -17,9 +17,7 @@ def open_video(mp4: bytes) -> OpenVideo:
     reader = import_torchcodec().VideoDecoder(mp4, dimension_order="NHWC", num_ffmpeg_threads=1)
     if len(reader) != len(packets.pts):
         raise DecodeError(f"torchcodec counts {len(reader)} frames where the file has {len(packets.pts)}")
-    return OpenVideo(
-        packets.header, packets.starts, packets.end, read=lambda indices: _read(reader, packets, indices)
-    )
+    return OpenVideo(packets.header, packets.starts, packets.end, read=lambda indices: _read(reader, packets, indices))
 
 
 def _read(reader: Any, packets: Packets, wanted: list[int]) -> Iterator[NDArray[np.uint8]]:
