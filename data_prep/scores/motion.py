@@ -23,7 +23,7 @@ def motion(sample: Sample) -> float | None:
     if not sample.pairs:
         return None
     pictures = sample.luma_at(FLOW_SHORT_SIDE)
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     speeds = []
     for before, after in sample.pairs:
         field = flow.calc(pictures[before], pictures[after], None)  # (H, W, 2), pixels
