@@ -24,9 +24,9 @@ def motion(sample: Sample) -> float | None:
         return None
     pictures = sample.luma_at(FLOW_SHORT_SIDE)
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    speeds = []
+    start, speeds = np.zeros((*pictures.shape[1:], 2), np.float32), []
     for before, after in sample.pairs:
-        field = flow.calc(pictures[before], pictures[after], None)  # (H, W, 2), pixels
+        field = flow.calc(pictures[before], pictures[after], start.copy())  # (H, W, 2), pixels
         seconds = sample.seconds[after] - sample.seconds[before]
         speeds.append(np.linalg.norm(field, axis=-1).mean() / pictures.shape[1] / seconds)
     return float(np.mean(speeds))
