@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kinema.data.columns import Columns, columns_of
 from kinema.data.geometry import ClipShape, Geometry, assign_shapes
+from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
 
 
@@ -121,7 +122,7 @@ def plan_clips(
     fps: float,
     geometry: Geometry,
     *,
-    allowed_licenses: Sequence[str] = ("*",),
+    rights: RightsPolicy | None = None,
     require_captions: bool = True,
     max_clips: int | None = None,
     cost: Callable[[int], float] = float,
@@ -134,10 +135,16 @@ def plan_clips(
     legal = [geometry.check(shape) for shape in shapes]
     columns = columns_of(index.entries)
     shape_ids = assign_shapes(columns, legal, fps)
-    reasons = _refusals(columns, shape_ids, legal, fps, allowed_licenses, require_captions)
     kept = np.ones(len(columns), np.bool_)
     report = KeepReport(total=len(columns))
-    for reason, refused in reasons.items():
+    refusals = [*_refused_by(rights, index, columns)] if rights else []
+    if require_captions:
+        refusals.append(("no caption", ~columns.captioned))
+    refusals.append(("too short", shape_ids < 0))
+    moving = np.array([shape.frames > 1 for shape in legal])[shape_ids]
+    # Frames would be shown twice; 23.976 passes for 24.
+    refusals.append(("frame rate below data.fps", moving & (columns.fps < 0.95 * fps)))
+    for reason, refused in refusals:  # a clip counts under the first that applies
         _drop(report, columns, reason, kept & refused)
         kept &= ~refused
     if max_clips is not None:
@@ -159,26 +166,21 @@ def plan_clips(
     return clips, report
 
 
-def _refusals(
-    columns: Columns,
-    shape_ids: NDArray[np.int32],
-    shapes: Sequence[ClipShape],
-    fps: float,
-    allowed_licenses: Sequence[str],
-    require_captions: bool,
-) -> dict[str, NDArray[np.bool_]]:
-    """The rows that each reason refuses; a clip counts under the first that applies."""
-    reasons = {}
-    for code, name in enumerate(columns.license.names):
-        if "*" not in allowed_licenses and name not in allowed_licenses:
-            reasons[f"license {name} not in data.allowed_licenses"] = columns.license.codes == code
-    if require_captions:
-        reasons["no caption"] = ~columns.captioned
-    reasons["too short"] = shape_ids < 0
-    moving = np.array([shape.frames > 1 for shape in shapes])[shape_ids]
-    # Frames would be shown twice; 23.976 passes for 24.
-    reasons["frame rate below data.fps"] = moving & (columns.fps < 0.95 * fps)
-    return reasons
+def _refused_by(rights: RightsPolicy, index: DatasetIndex, columns: Columns) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """The reasons of `RightsPolicy.refusal`, in its order, each with the rows that it refuses."""
+    for column, refused in (
+        (columns.license, rights.refused_license),
+        (columns.consent, rights.refused_consent),
+        (columns.generated, rights.refused_generated),
+        (columns.source, rights.refused_source),
+    ):
+        for code, name in enumerate(column.names):
+            if reason := refused(name):
+                yield reason, column.codes == code
+    if rights.excluded_keys:
+        reasons = [rights.refused_key(entry.record.key) for entry in index.entries]
+        for reason in filter(None, dict.fromkeys(reasons)):
+            yield reason, np.array([other == reason for other in reasons])
 
 
 def _drop(report: KeepReport, columns: Columns, reason: str, rows: NDArray[np.bool_]) -> None:

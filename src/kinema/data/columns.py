@@ -42,6 +42,8 @@ class Columns:
     captioned: NDArray[np.bool_]
     """Whether the caption has any character but blanks."""
     license: Coded
+    consent: Coded
+    generated: Coded
     source: Coded
     shard: Coded
 
@@ -65,6 +67,8 @@ def columns_of_records(records: Sequence[ClipRecord], shards: Sequence[str]) -> 
         duration_seconds=np.array([record.duration_seconds for record in records], np.float64),
         captioned=np.array([bool(record.caption.strip()) for record in records], np.bool_),
         license=Coded.of([record.license for record in records]),
+        consent=Coded.of([record.consent for record in records]),
+        generated=Coded.of([record.generated for record in records]),
         source=Coded.of([record.source for record in records]),
         shard=Coded.of(shards),
     )
