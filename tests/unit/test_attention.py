@@ -32,9 +32,9 @@ def attention_by_loops(q, k, v, q_lengths, k_lengths):
     for n, m in zip(q_lengths, k_lengths, strict=True):
         for query in range(q_start, q_start + n):
             heads = []
-            for head in range(HEADS):
+            for head in range(q.shape[1]):
                 keys, values = k[k_start : k_start + m, head], v[k_start : k_start + m, head]
-                weights = torch.exp(keys @ q[query, head] / DIM**0.5)
+                weights = torch.exp(keys @ q[query, head] / q.shape[2] ** 0.5)
                 heads.append((weights[:, None] * values).sum(0) / weights.sum())
             out.append(torch.stack(heads))
         q_start, k_start = q_start + n, k_start + m

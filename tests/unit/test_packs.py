@@ -19,30 +19,36 @@ from kinema.models.dit import (
     NormKind,
     Sound,
     TextEdge,
-    TextEmbedding,
 )
 from tests.unit.test_attention import flash_attn_varlen_func
-from tests.unit.test_dit import CHANNELS, TEXT, WALKED, extras_for, is_inert, legal_points, pack, small, unread
+from tests.unit.test_dit import (
+    CHANNELS,
+    TEXT,
+    VARIANTS,
+    WALKED,
+    extras_for,
+    is_inert,
+    legal_points,
+    pack,
+    small,
+    unread,
+)
 
-SHAPES = [(4, 6, 8), (2, 10, 4), (4, 6, 8), (2, 2, 4), (1, 4, 4)]  # in latents: not sorted, two alike, an image
 WORDS = [3, 1, 9, 2, 4]
 PARALLEL = {"text": TextEdge.joint, "modulation": ModulationSource.linear, "depth": 2, "single_depth": 1}
 CASES = {
-    "cross": {},
-    "cross, modulated by a table, root mean square norms": {"norm": NormKind.rms, "norm_affine": True},
-    "cross, modulation of low rank": {"modulation": ModulationSource.lora, "modulation_rank": 5},
-    "joint": {"text": TextEdge.joint, "modulation": ModulationSource.linear},
-    "shared": {"text": TextEdge.shared, "modulation": ModulationSource.linear},
-    "parallel": {**PARALLEL, "text_embedding": TextEmbedding.refiner},
-    "factorised": {"attention": AttentionPattern.factorised},
-    "factorised and joint": {"attention": AttentionPattern.factorised, "text": TextEdge.joint},
+    **VARIANTS,
+    "root mean square norms": {"norm": NormKind.rms, "norm_affine": True},
     "factorised and parallel": {**PARALLEL, "attention": AttentionPattern.factorised},
-    "alternating": {"attention": AttentionPattern.alternating, "modulation": ModulationSource.linear},
-    "windowed": {"attention": AttentionPattern.windowed, "window": [2, 2, 3]},
     "controlled": {"control_layers": [0], "control_channels": 2},
     "told of images, glyphs and channels": {"image_width": 3, "glyph_width": 4, "condition_channels": 2},
 }
 by_case = pytest.mark.parametrize("case", CASES)
+
+
+def shapes_of(config):
+    """In latents: not sorted, two alike, one a single token of frames."""
+    return [(4, 6, 8), (2, 10, 4), (4, 6, 8), (2, 2, 4), (config.patch_size[0], 4, 4)]
 
 
 class Given:
@@ -97,9 +103,7 @@ def made(config, dtype=torch.float64, seed=0):
 
 
 def loss_of(clips):
-    """Weighs every number of every clip differently."""
-    parts = [x for clip in clips for x in clip]
-    return sum((x.double() * torch.arange(x.numel(), dtype=torch.float64).cos().view_as(x)).sum() for x in parts)
+    return sum(x.square().mean() for clip in clips for x in clip)
 
 
 def gradients(model, loss):
@@ -124,11 +128,18 @@ def alone(model, given):
 
 
 def furthest(found, wanted, model):
-    """Largest difference of any output or gradient, as a share of the largest number in that tensor."""
-    pairs = [(a, b) for one, other in zip(found[0], wanted[0], strict=True) for a, b in zip(one, other, strict=True)]
+    """Largest difference of any output or gradient, as a share of the largest number in that tensor.
+
+    Gradients that are a thousandth of the largest, or less, are what is left of sums that cancel: shares of that.
+    """
+    outputs = [(a, b) for one, other in zip(found[0], wanted[0], strict=True) for a, b in zip(one, other, strict=True)]
     assert found[1].keys() == wanted[1].keys()
-    pairs += [(found[1][name], grad) for name, grad in wanted[1].items() if not is_inert(name, model)]
-    return max(float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in pairs)
+    grads = [(found[1][name], grad) for name, grad in wanted[1].items() if not is_inert(name, model)]
+    least = max(grad.abs().max() for _, grad in grads) / 1000
+    return max(
+        *(float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in outputs),
+        *(float((a - b).abs().max() / b.abs().max().clamp(min=least)) for a, b in grads),
+    )
 
 
 def check_nothing_leaks(model, given):
@@ -151,22 +162,23 @@ def check_nothing_leaks(model, given):
 @by_case
 def test_a_pack_is_its_clips_one_by_one(case):
     config = small(**CASES[case])
-    model, given = made(config), Given(config, SHAPES, WORDS)
-    wanted = alone(model, given)
-    assert furthest(together(model, given), wanted, model) < 1e-12
-    assert furthest(together(model.float(), given.to(torch.float32)), wanted, model) < 1e-5
+    for dtype, most in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        model, given = made(config, dtype), Given(config, shapes_of(config), WORDS).to(dtype)
+        assert furthest(together(model, given), alone(model, given), model) < most
 
 
 @by_case
 def test_nothing_leaks_from_clip_to_clip(case):
     config = small(**CASES[case])
-    check_nothing_leaks(made(config), Given(config, SHAPES, WORDS))
+    check_nothing_leaks(made(config), Given(config, shapes_of(config), WORDS))
 
 
+@pytest.mark.parametrize("alike", [False, True])
 @by_case
-def test_a_clip_without_numbers_spoils_no_other_bit(case):
+def test_a_clip_without_numbers_spoils_no_other_bit(case, alike):
     config = small(**CASES[case])
-    model, given = made(config, torch.float32), Given(config, SHAPES, WORDS).to(torch.float32)
+    shapes = [(4, 6, 8)] * 5 if alike else shapes_of(config)
+    model, given = made(config, torch.float32), Given(config, shapes, WORDS).to(torch.float32)
     with torch.no_grad():
         before = given.run(model, range(5))
         for leaf in given.leaves(1):
@@ -199,7 +211,7 @@ def check_walk(count):
 
 
 def test_random_points_of_the_product_of_the_axes_take_packs():
-    check_walk(25)
+    check_walk(12)
 
 
 @pytest.mark.soak
@@ -207,10 +219,10 @@ def test_many_random_points_of_the_product_of_the_axes_take_packs():
     check_walk(300)
 
 
-@pytest.mark.parametrize("case", ["cross", "parallel", "factorised and joint", "windowed"])
+@pytest.mark.parametrize("case", ["full", "single streams", "joint and factorised", "windowed"])
 def test_activations_can_be_made_again(case):
     config = small(**CASES[case])
-    model, given = made(config), Given(config, SHAPES, WORDS)
+    model, given = made(config), Given(config, shapes_of(config), WORDS)
     wanted = together(model, given)
     for block in model.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -218,12 +230,12 @@ def test_activations_can_be_made_again(case):
     assert furthest(found, wanted, model) < 1e-12
 
 
-@pytest.mark.parametrize("case", ["cross", "joint", "factorised and parallel", "windowed"])
+@pytest.mark.parametrize("case", ["full", "joint", "factorised and parallel", "windowed"])
 def test_a_pack_through_flash_attention_is_the_same(case, monkeypatch):
     """The call that runs on a GPU, with the kernel done by loops."""
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
     config = small(**CASES[case])
-    model, given = made(config), Given(config, SHAPES[1:], WORDS[1:])
+    model, given = made(config), Given(config, shapes_of(config)[1:], WORDS[1:])
     wanted = together(model, given)
     model.replace_attention(lambda present: door._flash_varlen)
     assert furthest(together(model, given), wanted, model) < 1e-11
