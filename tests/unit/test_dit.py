@@ -280,7 +280,7 @@ def test_every_token_gets_the_rows_of_its_clip(lengths):
 
 def segments_of(model, grids):
     row = torch.zeros(len(grids), 24, dtype=torch.float64)
-    return model._segments(grids, {"text": (1,) * len(grids)}, Condition(row, row, None), None)
+    return model.segments(grids, {"text": (1,) * len(grids)}, Condition(row, row, None), None)
 
 
 def reached(operation, segments, source: int, count: int, width: int) -> set[int]:
@@ -322,7 +322,7 @@ def test_a_frame_and_the_caption_share_a_softmax_and_the_caption_sees_all_frames
     grids, words = [(2, 3, 2), (3, 1, 4)], (3, 2)
     row = torch.zeros(2, 24, dtype=torch.float64)
     model = random_model(attention=AttentionPattern.factorised)
-    segments = model._segments(grids, {"text": tuple(words)}, Condition(row, row, None), None)
+    segments = model.segments(grids, {"text": tuple(words)}, Condition(row, row, None), None)
     video = torch.randn(24, 24, dtype=torch.float64, requires_grad=True)
     text = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
     given = {"video": video, "text": text}
@@ -417,7 +417,7 @@ def test_a_thousand_timesteps_have_a_thousand_embeddings_in_bfloat16():
     timesteps = (torch.arange(1000) / 1000).float()
     for model in (new_model(torch.float32), new_model(torch.float32).bfloat16()):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            condition = model._condition(timesteps, [torch.zeros(1, TEXT)], Extras())
+            condition = model.condition(timesteps, [torch.zeros(1, TEXT)], Extras())
         assert condition.embedding.dtype == torch.float32
         assert len(condition.embedding.unique(dim=0)) == 1000
 
