@@ -242,7 +242,7 @@ def test_page_says_what_the_run_did(built):
     assert "inside demo" in text  # found by experiment=demo in the command
     assert "1 in quarantine" in text
     assert "Lanes" in text
-    assert "cost, mean / largest" in text
+    assert "cost, mean / largest" in html
     assert "75% of 64 followed, 80% needed" in text
     assert "colour shape all at once 100 % 90 % 75 %" in text
     assert "toy 1,599 1 1,200 3 3.39 k CC0-1.0 (1,599)" in text
