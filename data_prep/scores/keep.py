@@ -143,6 +143,12 @@ def histogram(values: NDArray[np.float64], bounds: Sequence[float] = ()) -> dict
     return {"edges": [float(f"{edge:.6g}") for edge in edges], "counts": counts.tolist(), "clips": len(values)}
 
 
+def all_histograms(scores: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
+    """`unit` and `histogram` of every score that any clip has, by name."""
+    names = sorted({name for one in scores for name in one})
+    return {name: {"unit": UNITS.get(name, ""), "histogram": histogram(score_values(scores, name))} for name in names}
+
+
 def nearest_inside(
     values: NDArray[np.float64], passed: Sequence[bool], bounds: Sequence[float], count: int
 ) -> list[int]:
