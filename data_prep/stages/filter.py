@@ -9,7 +9,7 @@ import numpy as np
 from data_prep.pipeline.rows import Dropped, Outcome, Row, write_json
 from data_prep.pipeline.stage import Place, Stage
 from data_prep.scores.duplicates import BITS, LARGEST_LIMIT, LIMIT, Duplicate, find_duplicates
-from data_prep.scores.keep import FilterLine, KeepTable, Range, apply_filters, all_histograms
+from data_prep.scores.keep import FilterLine, KeepTable, Range, all_histograms, apply_filters
 from data_prep.stages.shown import show_clips
 
 DUPLICATES = "duplicates"
@@ -26,7 +26,9 @@ class RemoveDuplicates:
 
     def __post_init__(self) -> None:
         if not 0 <= self.limit <= LARGEST_LIMIT:
-            raise ValueError(f"filter.duplicates.limit={self.limit} must be from 0 to {LARGEST_LIMIT}; {LIMIT} is usual.")
+            raise ValueError(
+                f"filter.duplicates.limit={self.limit} must be from 0 to {LARGEST_LIMIT}; {LIMIT} is usual."
+            )
 
     def find(self, rows: list[Row]) -> list[Duplicate]:
         """Which of the rows are copies of which others."""
@@ -47,14 +49,14 @@ class Filter(Stage):
 
     light: ClassVar[bool] = True
 
-    filters: dict[str, Range] = field(default_factory=dict)
-    """By score: {min: ..., max: ...}."""
+    thresholds: dict[str, Range] = field(default_factory=dict)
+    """By score: {min: ..., max: ...}; a score without either removes nothing."""
     duplicates: RemoveDuplicates = field(default_factory=RemoveDuplicates)
     shown: int = 12
     """Clips of each filter that were removed, and as many just inside, whose pictures are kept to be looked at."""
 
     def __post_init__(self) -> None:
-        for name, allowed in self.filters.items():
+        for name, allowed in self.thresholds.items():
             allowed.check(name)
 
     def apply(self, row: Row, place: Place) -> Iterable[Outcome]:
@@ -65,7 +67,7 @@ class Filter(Stage):
         """Those that stay, and the others with their reasons."""
         clips = list(rows)
         scores = [row["scores"] for row in clips]
-        table = apply_filters(scores, self.filters)
+        table = apply_filters(scores, self.thresholds)
         copies = self.find_copies(clips, table)
         filters = show_clips(clips, table, copies, place, self.shown)
         write_json(place.folder / KEEP, table.to_dict() | {"filters": filters, "scores": all_histograms(scores)})
