@@ -140,4 +140,5 @@ def test_of_copies_the_held_out_larger_longer_one_stays():
         base | {"key": "a"},
         base,
     ]
-    assert sorted(order[::-1], key=preference) == order
+    order.reverse()
+    assert sorted(order, key=preference) == order[::-1]
