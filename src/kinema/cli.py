@@ -8,6 +8,7 @@ from importlib import import_module
 
 VERBS: dict[str, tuple[str, str]] = {
     "data check": ("kinema.data.check", "count and check the clips of a data set, and draw a contact sheet"),
+    "data page": ("kinema.report.data_page", "write the HTML page of a data set, to be looked at before training"),
     "data index": ("kinema.data.index", "index the tar shards of a WebDataset that Kinema did not write"),
     "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),
     "data encode-text": ("kinema.encode_text", "encode captions with a text encoder into a text cache"),
