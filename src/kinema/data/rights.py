@@ -159,6 +159,27 @@ def contradiction(record: ClipRecord, stated: bytes) -> str | None:
     return None
 
 
+def change_of_rights(planned: Iterable[ClipRecord], before: RightsPolicy, now: RightsPolicy) -> str | None:
+    """What a policy that was changed after planning does to the clips of a plan, as a line for people."""
+    if before == now:
+        return None
+    left: dict[str, list[str]] = {}
+    total = 0
+    for record in planned:
+        total += 1
+        if refusal := now.refusal(record):
+            left.setdefault(refusal, []).append(record.key)
+    reasons = [
+        f"{reason} {len(keys)} ({', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})"
+        for reason, keys in left.items()
+    ]
+    return (
+        f"data.rights has changed since the plan was made: {sum(map(len, left.values()))} of its {total} clips are no "
+        f"longer read{': ' if reasons else ''}{'; '.join(reasons)}. They keep their places with weight 0, so every other "
+        "clip comes when it would have come; clips that were refused then stay out of this run."
+    )
+
+
 class _Matcher:
     """Whether a word is one of a list, in which `*` and `?` stand for any letters."""
 
