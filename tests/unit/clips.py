@@ -85,11 +85,8 @@ def build(folder, clips: int, *, per_shard: int = 4, damaged=(), **facts) -> Dat
 def make_plan(index: DatasetIndex, *, seed=0, lanes=2, clips_per_step=4, max_pack_tokens=4096, block=2, shapes=SHAPES):
     """The plan of all clips of an index at 8 fps."""
     clips, _ = plan_clips(index, shapes, 8.0, GEOMETRY)
-    shards = sorted({entry.shard for entry in index.entries})
-    shard_of = [shards.index(index.entries[clip.entry_index].shard) for clip in clips]
     return Plan(
         clips,
-        shard_of,
         seed=seed,
         lanes=lanes,
         clips_per_step=clips_per_step,

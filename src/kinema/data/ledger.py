@@ -122,6 +122,17 @@ class Ledger:
             total.add(account)
         return total
 
+    def shown(self) -> dict[str, dict[str, dict[str, float]]]:
+        """What manifests and model cards say of the data: {kind: {name: clips, times they were shown, seconds}}."""
+        return {
+            kind: {
+                name: {"clips": account.distinct, "shown": account.decoded, "seconds": round(account.seconds, 3)}
+                for name, account in sorted(self.accounts[kind].items())
+                if account.decoded and name
+            }
+            for kind in ("licenses", "sources", "generated", "consent", "attributions")
+        }
+
     def merge(self, other: "Ledger") -> None:
         """Add another rank's entries to these."""
         for kind, accounts in other.accounts.items():

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import translate
 from functools import cached_property
@@ -169,15 +169,18 @@ def change_of_rights(planned: Iterable[ClipRecord], before: RightsPolicy, now: R
         total += 1
         if refusal := now.refusal(record):
             left.setdefault(refusal, []).append(record.key)
-    reasons = [
-        f"{reason} {len(keys)} ({', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})"
-        for reason, keys in left.items()
-    ]
+    count = sum(map(len, left.values()))
+    reasons = "; ".join(f"{reason} {len(keys)} ({first_few(keys)})" for reason, keys in left.items())
     return (
-        f"data.rights has changed since the plan was made: {sum(map(len, left.values()))} of its {total} clips are no "
-        f"longer read{': ' if reasons else ''}{'; '.join(reasons)}. They keep their places with weight 0, so every other "
-        "clip comes when it would have come; clips that were refused then stay out of this run."
+        f"data.rights has changed since the plan was made: {count} of its {total} clips are no longer read"
+        f"{': ' if reasons else ''}{reasons}. They keep their places with weight 0, so every other clip comes when it "
+        "would have come; clips that were refused then stay out of this run."
     )
+
+
+def first_few(keys: Sequence[str], few: int = 5) -> str:
+    """`a, b, c, ...`"""
+    return ", ".join(keys[:few]) + (", ..." if len(keys) > few else "")
 
 
 class _Matcher:

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kinema.data.keyed import keyed_seed
 from kinema.data.pack import Pack
-from kinema.data.plan import keyed_seed
 from kinema.data.shards import ClipEntry, DatasetIndex
 
 

@@ -35,7 +35,7 @@ from kinema.training.checkpoint import (
 from kinema.training.dit_task import noise_table
 from kinema.training.ema import EMA
 from kinema.training.metrics import Clock, LoggingConfig, MetricsFile, WandbTracker
-from kinema.training.seen import KEYS, Start, keys_writer, seen_by
+from kinema.training.seen import KEYS, Start, data_seen, keys_writer, seen_by
 
 EXIT_PREEMPTED = 75
 """Exit status of a run that a signal stopped after its checkpoint was written."""
@@ -205,8 +205,8 @@ class Trainer:
         total_weight = all_sum([sum(float(pack.weights.sum()) for pack in packs)])[0]
         if total_weight == 0:
             raise ValueError(
-                f"no clip of step {self.step} can be shown: {(packs[0].failures + packs[0].withdrawn)[:3]}. If data.rights "
-                "withdrew them, start a new run from the last checkpoint (init_from): its plan will not have them."
+                f"no clip of step {self.step} can be shown: {(packs[0].failures + packs[0].withdrawn)[:3]}. If "
+                "data.rights withdrew them, start a new run from the last checkpoint: another name, and init_from."
             )
         learning_rate = self.learning_rate(self.step)
         sums: dict[str, float] = {}
@@ -327,6 +327,7 @@ class Trainer:
         if self.process.is_main:
             manifest = {
                 **self.manifest,
+                "data": {**self.manifest["data"], **data_seen(training["ledger"], self.start)},
                 "step": self.step,
                 "fingerprints": {"raw": fingerprint(model), "ema": fingerprint(average)},
             }

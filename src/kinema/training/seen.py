@@ -1,4 +1,4 @@
-"""What the weights of a checkpoint have seen: by its own run, and before it by the weights that the run started from."""
+"""What the weights of a checkpoint have seen, in its own run and before that."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +77,12 @@ def keys_writer(run: SeenKeys, start: SeenKeys) -> Writer:
     """Writes the keys that `seen_by` reads again."""
     tables = {"run": run.to_tensors(), "start": start.to_tensors()}
     return tensor_writer({f"{part}/{name}": value for part, table in tables.items() for name, value in table.items()})
+
+
+def data_seen(ledger: dict[str, Any], start: Start) -> dict[str, Any]:
+    """What a manifest says of the clips that its weights were shown, in this run and before it."""
+    before = {"origin": start.origin, "is_known": start.is_known, "seen": start.seen.ledger.shown()}
+    return {"seen": Ledger.from_dict(ledger).shown(), **({"start": before} if start.origin else {})}
 
 
 def _tables(tensors: dict[str, Tensor]) -> dict[str, SeenKeys]:
