@@ -160,3 +160,20 @@ def test_names_beyond_the_limit_share_an_account_and_the_answer_says_so(index, m
     ledger.record(pack([0, 4]), index)
     assert ledger.total.decoded == 2
     assert "more names than it keeps" in Question(source="toy").doubt(Seen(ledger))
+
+
+def test_the_card_names_what_was_seen_before_and_what_was_allowed(base, index):
+    own = train(index, [[[5]]], 1)
+    start = Start.of(CheckpointStore(base).open(3))
+    seen = data_seen(own.ledger.to_dict(), start)
+    manifest = {"data": {"rights": RightsPolicy(("MIT", "CC0-1.0"), excluded_keys=("a", "b")).to_dict(), **seen}}
+    card = data_section(manifest)
+    assert licenses_seen(manifest) == ["CC0-1.0", "MIT"]
+    now, before = card.split("### Before it, in `")
+    assert "| MIT | 1 | 1 | 1.1 | 100.0% |" in now
+    assert "| CC0-1.0 | 1 | 3 | 3.4 | 50.0% |" in before
+    assert "| film | 2 | 6 | 6.8 | 100.0% |" in before
+    assert "- allowed_licenses: MIT, CC0-1.0" in before
+    assert "- excluded_keys: 2 key(s)" in before
+    assert data_section({"data": {}}) == "## Data seen\n\nNot known."
+    assert data_section({"published": {}}) == ""

@@ -36,6 +36,7 @@ from kinema.training.dit_task import noise_table
 from kinema.training.ema import EMA
 from kinema.training.metrics import Clock, LoggingConfig, MetricsFile, WandbTracker
 from kinema.training.seen import KEYS, Start, data_seen, keys_writer, seen_by
+from kinema.training.start import check_same_data
 
 EXIT_PREEMPTED = 75
 """Exit status of a run that a signal stopped after its checkpoint was written."""
@@ -373,7 +374,7 @@ class Trainer:
         found = from_main(found)
         if found is None:
             return
-        self._check_same_data(found)
+        check_same_data(found, self.manifest["data"]["hash"])
         training, tensors = found.document("training"), found.tensors("optimizer")
         self.step = self._saved_step = training["step"]
         if self.step > self.steps:
@@ -397,16 +398,6 @@ class Trainer:
             self.ledger, self.sightings = own.ledger, Sightings(len(self.index.entries), own.keys)
             self.outputs.metrics.truncate_after(self.step)
         self.outputs.event(self.step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)")
-
-    def _check_same_data(self, found: Checkpoint) -> None:
-        """The plan's state says how far it went, and not in which data."""
-        then, now = found.document("manifest")["data"]["hash"], self.manifest["data"]["hash"]
-        if then != now:
-            raise ValueError(
-                f"data.path: the data set has changed since the checkpoint, from hash {then[:12]} to {now[:12]}, so "
-                "that its plan would show other clips. Bring the old one back (data.rights leaves clips out of it), or "
-                "start a new run from the checkpoint: another name, and init_from."
-            )
 
     def _finish(self, how: str) -> None:
         self.outputs.event(self.step, "end", how)
