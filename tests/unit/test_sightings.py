@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kinema.data.ledger import Ledger
-from kinema.data.sightings import SeenKeys, Sightings
+from kinema.data.rights import RightsPolicy
+from kinema.data.sightings import SeenKeys, Sightings, hash_of
+from kinema.interop.data_card import data_section, licenses_seen
 from kinema.training.checkpoint import CheckpointStore, json_writer
-from kinema.training.seen import KEYS, Seen, Start, keys_writer
+from kinema.training.seen import KEYS, Seen, Start, data_seen, keys_writer
 from kinema.training.seen_table import Question, answer
 from tests.unit.clips import build
 from tests.unit.test_ledger import pack
@@ -25,8 +27,6 @@ def index(tmp_path_factory):
 
 def table(counts: Counter) -> SeenKeys:
     """The slow way: one key after the other."""
-    from kinema.data.sightings import hash_of
-
     rows = sorted((hash_of(key), times) for key, times in counts.items())
     return SeenKeys(np.array([h for h, _ in rows], np.uint64), np.array([t for _, t in rows], np.int32))
 

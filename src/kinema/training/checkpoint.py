@@ -4,6 +4,7 @@ Layout of `checkpoints/step-00000200/`:
 
     model.safetensors, ema.safetensors, optimizer.safetensors   float32 tensors by parameter name
     training.json    step, plan position, ledger: what the loop continues from
+    seen.safetensors how often each clip was shown
     manifest.json    what the weights are: the sampler and the exporter obey it
     config.yaml      the resolved configuration
     seal.json        size and CRC-32 of every other file; written last, so a folder without it is no checkpoint

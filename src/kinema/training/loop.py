@@ -317,7 +317,7 @@ class Trainer:
             if name != "model":
                 extra.update({f"{name}/{k}": v for k, v in engine.gather()})
         seen = self._enter_distinct()
-        training = {
+        training: dict[str, Any] = {
             "step": self.step,
             "plan": self.plan.state(self.step),
             "optimizer_steps": {name: engine.optimizer_step() for name, engine in engines.items()},

@@ -14,8 +14,8 @@ def check_same_data(found: Checkpoint, now: str) -> None:
     if then != now:
         raise ValueError(
             f"data.path: the data set has changed since {found.folder.name}, from hash {then[:12]} to {now[:12]}, so "
-            "that the run's plan would show other clips. Bring the old one back (data.rights takes clips out of it), or "
-            "start a new run from these weights: another name, and init_from."
+            "that the run's plan would show other clips. Bring the old one back (data.rights takes clips out of it), "
+            "or start a new run from these weights: another name, and init_from."
         )
 
 
