@@ -6,7 +6,7 @@ import pytest
 
 from kinema.data.shards import DatasetIndex
 from kinema.training.seen_table import Question, answer
-from tests.end_to_end.commands import checkpoint, dit_command, run
+from tests.end_to_end.commands import checkpoint, run, train_vae
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ def json_of(path):
 def test_a_clip_withdrawn_from_a_run_is_shown_no_more_and_nothing_else_moves(folder):
     whole = folder / "runs/withdrawn"
     few = "data.max_clips=6"  # 6 steps of 4 show each clip four times
-    run(*dit_command(folder, "withdrawn", 2, few))
+    train_vae(folder, "withdrawn", 2, few)
     keys = [entry.record.key for entry in DatasetIndex.load(folder / "toy", "train").entries[:6]]
     first = checkpoint(folder, "withdrawn", 2)
     assert answer(whole, Question()).verdict() == "SEEN 8 clips by step-00000002"
@@ -26,7 +26,7 @@ def test_a_clip_withdrawn_from_a_run_is_shown_no_more_and_nothing_else_moves(fol
     assert sum(before.values()) == 8
 
     exclude = f"data.rights.excluded_keys=[{keys[0]}]"
-    told = run(*dit_command(folder, "withdrawn", 6, few, exclude, "allow_config_change=true"))
+    told = train_vae(folder, "withdrawn", 6, few, exclude, "allow_config_change=true")
     assert f"1 of its 6 clips are no longer read: key in data.rights.excluded_keys 1 ({keys[0]})" in told.stdout
     after = {key: answer(checkpoint(folder, "withdrawn", 6), Question(key=key)).rows[0].shown for key in keys}
     assert after == {key: before[key] if key == keys[0] else 4 for key in keys}
@@ -39,7 +39,7 @@ def test_a_clip_withdrawn_from_a_run_is_shown_no_more_and_nothing_else_moves(fol
     assert answer(whole, Question(key=keys[0])).seeing == [f"step-0000000{step}" for step in (2, 4, 6)]
 
     # A new run from these weights plans without the clip, and still answers for it.
-    told = run(*dit_command(folder, "after", 1, "data.max_clips=8", exclude, f"init_from={first}"))
+    told = train_vae(folder, "after", 1, "data.max_clips=8", exclude, f"init_from={first}")
     assert "key in data.rights.excluded_keys 1" in told.stdout
     assert json_of(folder / "runs/after/ledger.json")["withdrawn"] == {}
     asked = ["-m", "kinema.cli", "data", "ledger", str(folder / "runs/after"), "--key", keys[0], "--json"]

@@ -71,6 +71,7 @@ class Ledger:
     def __init__(self) -> None:
         self.accounts: dict[str, dict[str, Account]] = {kind: {} for kind in BY}
         self.reasons: Counter[str] = Counter()
+<<<<<<< HEAD
         """Of failed clips."""
         self.left_out: Counter[str] = Counter()
         """Clips of the data set that the plan leaves out, by reason."""
@@ -86,6 +87,11 @@ class Ledger:
     def sources(self) -> dict[str, Account]:
         """Accounts by source."""
         return self.accounts["sources"]
+=======
+        self.fallbacks: Counter[str] = Counter()  # clips by `decord -> pyav: reason`; they are decoded
+        self._index: DatasetIndex | None = None
+        self._entries: dict[str, ClipEntry] = {}
+>>>>>>> main
 
     def record(self, pack: Pack, index: DatasetIndex) -> None:
         """Enter one pack that the model has trained on."""
@@ -101,7 +107,11 @@ class Ledger:
             else:
                 self._enter(entry, Account(failed=1))
         self.reasons.update(failure.reason for failure in pack.failures)
+<<<<<<< HEAD
         self.withdrawn.update(left.reason for left in pack.withdrawn)
+=======
+        self.fallbacks.update(fallback.cause() for fallback in pack.fallbacks)
+>>>>>>> main
 
     def record_kept(self, report: KeepReport) -> None:
         """Enter, once, the clips that were left out before the first step."""
@@ -135,6 +145,7 @@ class Ledger:
 
     def merge(self, other: "Ledger") -> None:
         """Add another rank's entries to these."""
+<<<<<<< HEAD
         for kind, accounts in other.accounts.items():
             for name, account in accounts.items():
                 self._account(kind, name).add(account)
@@ -146,6 +157,21 @@ class Ledger:
         accounts = {
             kind: {name: _plain(account) for name, account in sorted(accounts.items())}
             for kind, accounts in self.accounts.items()
+=======
+        for mine, theirs in ((self.shards, other.shards), (self.sources, other.sources)):
+            for name, account in theirs.items():
+                self._account(mine, name).add(account)
+        self.reasons.update(other.reasons)
+        self.fallbacks.update(other.fallbacks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for json."""
+        return {
+            "shards": {name: _plain(account) for name, account in sorted(self.shards.items())},
+            "sources": {name: _plain(account) for name, account in sorted(self.sources.items())},
+            "reasons": dict(self.reasons),
+            "fallbacks": dict(self.fallbacks),
+>>>>>>> main
         }
         return {**accounts, **{name: dict(counts) for name, counts in self._counters().items()}}
 
@@ -153,11 +179,18 @@ class Ledger:
     def from_dict(cls, values: dict[str, Any]) -> "Ledger":
         """The ledger that gave these values; one from before an account was kept lacks it."""
         ledger = cls()
+<<<<<<< HEAD
         for kind in BY:
             accounts = values.get(kind, {})
             ledger.accounts[kind] = {name: _account_from(account) for name, account in accounts.items()}
         for name, counts in ledger._counters().items():
             counts.update(values.get(name, {}))
+=======
+        ledger.shards = {name: _account_from(account) for name, account in values["shards"].items()}
+        ledger.sources = {name: _account_from(account) for name, account in values["sources"].items()}
+        ledger.reasons = Counter(values["reasons"])
+        ledger.fallbacks = Counter(values.get("fallbacks", {}))
+>>>>>>> main
         return ledger
 
     def _counters(self) -> dict[str, Counter[str]]:
@@ -180,10 +213,13 @@ class Quarantine:
     max_failed_fraction: float
     min_failed_clips: int
     """So many may always fail, lest the first damaged clip of a run stop it."""
+    max_fallback_fraction: float = 1.0
+    """Of the clips, that another decoder may read than the first one."""
 
     def check(self, ledger: Ledger) -> None:
-        """Raise DataBudgetError, with the commonest reasons, when the ledger's failures exceed the limit."""
+        """Raise DataBudgetError, with the commonest reasons, when the ledger's failures or fallbacks exceed a limit."""
         total = ledger.total
+        self._check_fallbacks(ledger.fallbacks, total.clips)
         if total.failed <= max(self.min_failed_clips, self.max_failed_fraction * total.clips):
             return
         reasons = "; ".join(f"{count} x {reason}" for reason, count in ledger.reasons.most_common(5))
@@ -193,6 +229,16 @@ class Quarantine:
             f"{total.failed} of {total.clips} clips ({total.failed / total.clips:.1%}) are damaged, more "
             f"than data.max_failed_fraction={self.max_failed_fraction:g} allows. Reasons: {reasons}. "
             f"Worst shards: {shards}. Run `kinema data check` on the data set, or raise the limit on purpose."
+        )
+
+    def _check_fallbacks(self, fallbacks: Counter[str], clips: int) -> None:
+        if fallbacks.total() <= max(self.min_failed_clips, self.max_fallback_fraction * clips):
+            return
+        causes = "; ".join(f"{count} x {cause}" for cause, count in fallbacks.most_common(5))
+        raise DataBudgetError(
+            f"{fallbacks.total()} times in {clips} clips another decoder had to step in, more than "
+            f"data.max_fallback_fraction={self.max_fallback_fraction:g} allows: {causes}. Type the decoder that can "
+            "read them as data.decoder, or raise the limit on purpose."
         )
 
 
