@@ -26,12 +26,8 @@ from kinema.data.ledger import Ledger, Quarantine
 from kinema.data.loading import make_loader
 from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
-<<<<<<< HEAD
-from kinema.data.rights import RightsPolicy, change_of_rights
-=======
 from kinema.data.quarantine import condemned_clips
-from kinema.data.rights import RightsPolicy
->>>>>>> main
+from kinema.data.rights import RightsPolicy, change_of_rights
 from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_folder
 from kinema.distributed.collectives import barrier, from_main

@@ -71,12 +71,13 @@ class Ledger:
     def __init__(self) -> None:
         self.accounts: dict[str, dict[str, Account]] = {kind: {} for kind in BY}
         self.reasons: Counter[str] = Counter()
-<<<<<<< HEAD
         """Of failed clips."""
         self.left_out: Counter[str] = Counter()
         """Clips of the data set that the plan leaves out, by reason."""
         self.withdrawn: Counter[str] = Counter()
         """Times that a clip of the plan was left out of a step, by reason."""
+        self.fallbacks: Counter[str] = Counter()
+        """Decoded clips by `decord -> pyav: reason`."""
 
     @property
     def shards(self) -> dict[str, Account]:
@@ -87,11 +88,6 @@ class Ledger:
     def sources(self) -> dict[str, Account]:
         """Accounts by source."""
         return self.accounts["sources"]
-=======
-        self.fallbacks: Counter[str] = Counter()  # clips by `decord -> pyav: reason`; they are decoded
-        self._index: DatasetIndex | None = None
-        self._entries: dict[str, ClipEntry] = {}
->>>>>>> main
 
     def record(self, pack: Pack, index: DatasetIndex) -> None:
         """Enter one pack that the model has trained on."""
@@ -107,11 +103,8 @@ class Ledger:
             else:
                 self._enter(entry, Account(failed=1))
         self.reasons.update(failure.reason for failure in pack.failures)
-<<<<<<< HEAD
         self.withdrawn.update(left.reason for left in pack.withdrawn)
-=======
         self.fallbacks.update(fallback.cause() for fallback in pack.fallbacks)
->>>>>>> main
 
     def record_kept(self, report: KeepReport) -> None:
         """Enter, once, the clips that were left out before the first step."""
@@ -145,7 +138,6 @@ class Ledger:
 
     def merge(self, other: "Ledger") -> None:
         """Add another rank's entries to these."""
-<<<<<<< HEAD
         for kind, accounts in other.accounts.items():
             for name, account in accounts.items():
                 self._account(kind, name).add(account)
@@ -157,21 +149,6 @@ class Ledger:
         accounts = {
             kind: {name: _plain(account) for name, account in sorted(accounts.items())}
             for kind, accounts in self.accounts.items()
-=======
-        for mine, theirs in ((self.shards, other.shards), (self.sources, other.sources)):
-            for name, account in theirs.items():
-                self._account(mine, name).add(account)
-        self.reasons.update(other.reasons)
-        self.fallbacks.update(other.fallbacks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for json."""
-        return {
-            "shards": {name: _plain(account) for name, account in sorted(self.shards.items())},
-            "sources": {name: _plain(account) for name, account in sorted(self.sources.items())},
-            "reasons": dict(self.reasons),
-            "fallbacks": dict(self.fallbacks),
->>>>>>> main
         }
         return {**accounts, **{name: dict(counts) for name, counts in self._counters().items()}}
 
@@ -179,22 +156,15 @@ class Ledger:
     def from_dict(cls, values: dict[str, Any]) -> "Ledger":
         """The ledger that gave these values; one from before an account was kept lacks it."""
         ledger = cls()
-<<<<<<< HEAD
         for kind in BY:
             accounts = values.get(kind, {})
             ledger.accounts[kind] = {name: _account_from(account) for name, account in accounts.items()}
         for name, counts in ledger._counters().items():
             counts.update(values.get(name, {}))
-=======
-        ledger.shards = {name: _account_from(account) for name, account in values["shards"].items()}
-        ledger.sources = {name: _account_from(account) for name, account in values["sources"].items()}
-        ledger.reasons = Counter(values["reasons"])
-        ledger.fallbacks = Counter(values.get("fallbacks", {}))
->>>>>>> main
         return ledger
 
     def _counters(self) -> dict[str, Counter[str]]:
-        return {"reasons": self.reasons, "left_out": self.left_out, "withdrawn": self.withdrawn}
+        return {name: getattr(self, name) for name in ("reasons", "left_out", "withdrawn", "fallbacks")}
 
     def _enter(self, entry: ClipEntry, account: Account) -> None:
         for kind, name_of in BY.items():
