@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, the repository's root is not on the path
 from data_prep.pipeline.config import PrepareConfig, register_schemas
 from data_prep.pipeline.rows import Row, write_rows
+from data_prep.pipeline.run import INPUT, ROWS
 from kinema.config import to_dataclass
 from kinema.console import explain_errors, run_script
 
@@ -35,13 +36,19 @@ def main(composed: DictConfig) -> None:
 def prepare(config: PrepareConfig) -> None:
     """Run the stages that were asked for, and say what became of the rows."""
     pipeline = config.to_pipeline()
-    pipeline.work.mkdir(parents=True, exist_ok=True)
-    write_rows(pipeline.work / "input.jsonl", map(input_row, config.inputs()))
+    start(pipeline.work, config.inputs())
     reports = pipeline.run(config.stages or config.pipeline)
-    if reports[-1].stage == config.pipeline[-1]:
-        print(f"kept {reports[-1].kept} clips READY {config.out}")
+    last = reports[-1]
+    if last.stage == "write":
+        print(f"kept {last.kept} clips READY {config.out}")
     else:
-        print(f"kept {reports[-1].kept} rows, next: stages=[...]")
+        print(f"kept {last.kept} rows in {pipeline.place(last.stage).folder / ROWS}")
+
+
+def start(work: Path, inputs: list[str]) -> None:
+    """Lay the inputs where the first stage looks for its rows; raises ValueError for one that is not there."""
+    work.mkdir(parents=True, exist_ok=True)
+    write_rows(work / INPUT, map(input_row, inputs))
 
 
 def input_row(given: str) -> Row:
