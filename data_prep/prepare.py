@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, the repository's root is not on the path
 from data_prep.pipeline.config import PrepareConfig, register_schemas
-from data_prep.pipeline.rows import Row, write_rows
+from data_prep.pipeline.rows import Row, row_digest, write_rows
 from data_prep.pipeline.run import INPUT, ROWS
 from kinema.config import to_dataclass
 from kinema.console import explain_errors, run_script
@@ -48,15 +48,23 @@ def prepare(config: PrepareConfig) -> None:
 def start(work: Path, inputs: list[str]) -> None:
     """Lay the inputs where the first stage looks for its rows; raises ValueError for one that is not there."""
     work.mkdir(parents=True, exist_ok=True)
-    write_rows(work / INPUT, map(input_row, inputs))
+    write_rows(work / INPUT, (row for given in inputs for row in input_rows(given)))
 
 
-def input_row(given: str) -> Row:
-    """One input as the first stage gets it."""
+def input_rows(given: str) -> list[Row]:
+    """One input as the first stage gets it, with what tells when it changed; a folder of tars is one input each."""
     path = Path(given).resolve()
     if not path.exists():
         raise ValueError(f"input={given} does not exist.")
-    return {"key": path.name, "path": str(path)}
+    paths = sorted(path.glob("*.tar")) if path.is_dir() else []
+    return [{"key": path.name, "path": str(path), "changed": last_change(path)} for path in paths or [path]]
+
+
+def last_change(path: Path) -> str:
+    """Names, sizes and times of a file, or of all files under a folder, as a short hash."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return row_digest({"files": facts})
 
 
 if __name__ == "__main__":

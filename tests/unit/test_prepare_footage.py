@@ -31,13 +31,18 @@ from kinema.data.shards import DatasetIndex
 
 @dataclass
 class Where(Stage):
-    """Notes on which node a row was worked on, which takes a while."""
+    """Notes on which node a row was worked on, and waits until all nodes are at work."""
 
-    seconds: float = 0.3
+    nodes: int = 2
+    seconds: float = 0.0
 
     def apply(self, row, place):
+        mine, until = os.environ["RAY_RAYLET_PID"], time.monotonic() + 60
+        place.path_for("x").with_name(f"raylet-{mine}").touch()
+        while len(list(place.folder.rglob("raylet-*"))) < self.nodes and time.monotonic() < until:
+            time.sleep(0.05)
         time.sleep(self.seconds)
-        return [{**row, "raylet": os.environ.get("RAY_RAYLET_PID", "")}]
+        return [{**row, "raylet": mine}]
 
 
 ROOT = Path(__file__).parents[2]
@@ -183,7 +188,14 @@ def test_rows_of_a_node_that_is_killed_go_to_the_other(tmp_path, cluster):
     given = [{"key": f"row-{n}"} for n in range(30)]
     write_rows(work / INPUT, given)
     nodes = cluster.list_all_nodes()
-    killer = threading.Timer(15, lambda: cluster.remove_node(nodes[-1], allow_graceful=False))
+
+    def kill_when_both_work():
+        while len(list(work.rglob("raylet-*"))) < 2:
+            time.sleep(0.1)
+        time.sleep(3)
+        cluster.remove_node(nodes[-1], allow_graceful=False)
+
+    killer = threading.Thread(target=kill_when_both_work)
     killer.start()
     pipeline = Pipeline({"where": Where(seconds=1.0)}, work, RayEngine(address=cluster.address), Limits())
     pipeline.run(["where"], show=False)
