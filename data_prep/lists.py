@@ -49,11 +49,10 @@ def take_column(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, di
     return found, {name: value for name, value in values.items() if name not in names}
 
 
-def read_tar(path: Path) -> Iterator[tuple[str, str, bytes, dict[str, Any]]]:
+def read_tar(path: Path) -> Iterator[tuple[str, str, bytes | None, dict[str, Any]]]:
     """(key, suffix, video, what json and txt say) of each sample of a WebDataset tar, as video2dataset writes them.
 
-    Raises RowFailed for a damaged tar. Members that belong to no video are passed by, and so is a sample whose
-    download failed, which has none.
+    A sample whose download failed has None for its video. Raises RowFailed for a damaged tar.
     """
     videos: dict[str, tarfile.TarInfo] = {}
     about: dict[str, dict[str, Any]] = {}
@@ -69,10 +68,10 @@ def read_tar(path: Path) -> Iterator[tuple[str, str, bytes, dict[str, Any]]]:
                     file = tar.extractfile(member)
                     assert file is not None
                     _note(about.setdefault(key, {}), suffix, file.read(), f"{path}:{member.name}")
-            for key, member in videos.items():
-                file = tar.extractfile(member)
-                assert file is not None
-                yield key, member.name.rpartition(".")[2].lower(), file.read(), about.get(key, {})
+            for key in sorted({*videos, *about}):
+                file = tar.extractfile(videos[key]) if key in videos else None
+                suffix = videos[key].name.rpartition(".")[2].lower() if key in videos else ""
+                yield key, suffix, file.read() if file else None, about.get(key, {})
     except (tarfile.TarError, EOFError) as error:
         raise RowFailed(f"is no whole tar: {error}") from error
 

@@ -95,6 +95,9 @@ class Ingest(Stage):
         """The videos of a tar, laid into this stage's files."""
         for key, suffix, video, about in read_tar(path):
             name = f"{path.stem}-{as_key(key)}.{suffix}"
+            if video is None:
+                yield Dropped({"key": as_key(f"{path.stem}-{key}"), "listed": about}, "sample without a video")
+                continue
             target = place.path_for(name)
             unfinished = target.with_name(f".{target.name}.part")
             unfinished.write_bytes(video)
@@ -109,14 +112,17 @@ class Ingest(Stage):
         mine = {"source": self.source or source, **{right: getattr(self, right) for right in RIGHTS[1:]}}
         known = (*RIGHTS, "caption", "shots", "start_seconds", "end_seconds")
         listed = {key: value for key, value in about.items() if key not in known}
-        row = {
+        rights = {name: str(about.get(name, value)) for name, value in mine.items()}
+        given: Row = {name: value for name, value in about.items() if name in ("caption", "shots")}
+        row: Row = {
             "key": as_key(name.rpartition(".")[0]),
             "video": name,
             "path": str(path.resolve()),
-            **{right: str(about.get(right, value)) for right, value in mine.items()},
-            **{key: about[key] for key in ("caption", "shots") if key in about},
-            **({"listed": listed} if listed else {}),
+            **rights,
+            **given,
         }
+        if listed:
+            row["listed"] = listed
         if not path.is_file():
             return Dropped(row, "file is missing")
         return {**row, "bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns}

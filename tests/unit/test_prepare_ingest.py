@@ -100,7 +100,8 @@ def test_tars_of_samples_as_video2dataset_writes_them(folder):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    rows, _ = ingest(folder)  # a folder of tars is taken as these
+    rows, dropped = ingest(folder)  # a folder of tars is taken as these
+    assert [(out.row["key"], out.reason) for out in dropped] == [("00007-00001", "sample without a video")]
     [row] = rows.values()
     assert [row[name] for name in ("key", "caption", "source_url", "license", "listed")] == [
         "00007-00000",
