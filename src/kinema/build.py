@@ -27,7 +27,7 @@ from kinema.data.loading import make_loader
 from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
 from kinema.data.quarantine import condemned_clips
-from kinema.data.rights import RightsPolicy
+from kinema.data.rights import RightsPolicy, change_of_rights
 from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_folder
 from kinema.distributed.collectives import barrier, from_main
@@ -58,9 +58,11 @@ from kinema.training.run_folder import (
     open_base,
     open_run_folder,
     remove_refused,
+    rights_of_plan,
     unadapted,
     write_config,
 )
+from kinema.training.seen import Start
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
 
@@ -336,10 +338,13 @@ def build_data(config: Config, geometry: Geometry, process: Process, run: Run, v
     index = DatasetIndex.load(path, split=data.train_split)
     heldout = DatasetIndex.load(path, split=data.heldout_split)
     rights = data.rights.policy()
-    clips, kept = choose_clips(config, index, geometry, rights)
+    planned = from_main(rights_of_plan(run.folder, rights, bool(run.store.steps())) if process.is_main else None)
+    clips, kept = choose_clips(config, index, geometry, planned)
+    if line := change_of_rights((index.entries[clip.entry_index].record for clip in clips), planned, rights):
+        run.outputs.event(0, "rights", line)
     heldout_plan = None
     if heldout.entries:
-        heldout_plan = build_plan(config, choose_clips(config, heldout, geometry, rights)[0])
+        heldout_plan = build_plan(config, choose_clips(config, heldout, geometry, planned)[0])
     cache = None
     if data.latents is not None:
         if vae_hash is None:
@@ -462,9 +467,11 @@ def assemble(
 ) -> Trainer:
     """The trainer from its parts; the same for every task."""
     barrier()
-    ledger = Ledger()
+    ledger, start = Ledger(), Start()
     if process.is_main:
         ledger.record_kept(data.kept)
+        if config.init_from is not None and not run.store.steps():
+            start = Start.of(checkpoint_of(config.init_from, "init_from"))
     heldout = (lambda: data.heldout_packs(config.validation.clips)) if data.heldout_plan else None
     schedule, peak, steps = config.schedule, config.optim.learning_rate, config.steps
     return Trainer(
@@ -491,6 +498,7 @@ def assemble(
         make_samples=make_samples,
         unread_keys=unread_keys,
         ledger=ledger,
+        start=start,
     )
 
 
@@ -505,8 +513,8 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
         "finetune": to_plain(config.finetune),
         "data": {
             "hash": data.index.hash,
-            "licenses": data.index.manifest["licenses"],
             "kept": data.kept.line(),
+            "rights": data.rights.to_dict(),
         },
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
