@@ -28,6 +28,7 @@ from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
 from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
+from kinema.data.stages import Stage
 from kinema.data.storage import resolve_folder
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
@@ -396,13 +397,20 @@ def step_cost(tokens: int, width: int | None) -> float:
 
 def build_plan(config: Config, clips: Candidates) -> Plan:
     """The plan that deals planned clips to steps and lanes."""
-    return Plan(
+    data = config.data
+    stage = Stage(
         clips,
+        max_pack_tokens=data.max_pack_tokens,
+        clips_per_step=data.clips_per_step,
+        tokens_per_step=data.tokens_per_step,
+        packing=data.packing,
+    )
+    return Plan(
+        [stage],
         seed=config.seed,
-        lanes=config.data.lanes,
-        clips_per_step=config.data.clips_per_step,
-        max_pack_tokens=config.data.max_pack_tokens,
-        shuffle_block_shards=config.data.shuffle_block_shards,
+        lanes=data.lanes,
+        shuffle_block_shards=data.shuffle_block_shards,
+        balanced_lanes=data.balanced_lanes,
     )
 
 
