@@ -161,12 +161,12 @@ def plan_clips(
     rights: RightsPolicy | None = None,
     require_captions: bool = True,
     max_clips: int | None = None,
-    cost: Callable[[int], float] = float,
+    cost: Callable[[ClipShape], float] | None = None,
 ) -> tuple[Candidates, KeepReport]:
     """Give every usable clip its shape, tokens and cost, and count the others by reason.
 
-    `cost` maps a clip's tokens to the work of training on it. Raises ValueError for an illegal shape (with
-    the nearest legal ones), and when no clip remains.
+    `cost` maps a clip's shape to the work of training on it; without it the tokens count. Raises ValueError
+    for an illegal shape (with the nearest legal ones), and when no clip remains.
     """
     legal = [geometry.check(shape) for shape in shapes]
     columns = columns_of(index.entries)
@@ -194,7 +194,7 @@ def plan_clips(
     clips = Candidates(
         legal,
         np.array(tokens, np.int64),
-        np.array([cost(number) for number in tokens], np.float64),
+        np.array([cost(shape) for shape in legal] if cost else tokens, np.float64),
         np.flatnonzero(kept).astype(np.int32),
         shape_ids[kept],
         columns.shard.codes[kept],

@@ -16,6 +16,23 @@ class Failure:
     key: str
     shard: str
     reason: str
+    fatal: bool = False
+    """Decoding it killed a process, or had to be killed: nobody tries it again in this run."""
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A clip that one decoder could not read and another one did."""
+
+    key: str
+    shard: str
+    failed: str
+    used: str
+    reason: str
+
+    def cause(self) -> str:
+        """What equal cases are counted by, e.g. `decord -> pyav: no video stream`."""
+        return f"{self.failed} -> {self.used}: {self.reason}"
 
 
 @dataclass
@@ -37,6 +54,8 @@ class Pack:
     """Posterior mean and log-variance, float32 (C, t, h, w)."""
     weights: Tensor
     """float32 (B,): 1, or 0 for a failed clip."""
+    cost: float
+    """Of training on it, as planned; only ratios matter."""
     positions: list[int]
     epochs: list[int]
     failures: list[Failure]
@@ -46,6 +65,8 @@ class Pack:
     """Time that reading and decoding took in the worker."""
     withdrawn: list[Failure] = field(default_factory=list)
     """Clips of the plan that data.rights no longer lets anyone read: whole, but with weight 0 as well."""
+    fallbacks: list[Fallback] = field(default_factory=list)
+    """Clips that another decoder read than the first one."""
 
 
 def flatten(pack: Pack) -> tuple[Pack, Tensor]:

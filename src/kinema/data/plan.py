@@ -115,6 +115,14 @@ class Plan:
         """The packs of one step, a list of slots for each lane; in a pack equal shapes lie together."""
         return self._steps.get(step, lambda: self._make_step(step))
 
+    def steps_of(self, clips: int) -> int:
+        """How many steps, from the first, hold at least so many clips."""
+        steps = 0
+        while clips > 0:
+            clips -= len(self.step(steps).ids)
+            steps += 1
+        return steps
+
     def state(self, step: int) -> dict[str, Any]:
         """Where the data stand when `step` begins: of each source the epoch, and how many of its clips were taken."""
         number = self._stage_at(step)

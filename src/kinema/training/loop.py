@@ -1,10 +1,9 @@
 """The training loop: steps, checkpoints, validation, samples. What a pack costs is the task's business."""
 
-import json
 import math
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -14,13 +13,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kinema.data.ledger import Ledger, Quarantine
-from kinema.data.pack import Failure, Pack
+from kinema.data.pack import Failure, Fallback, Pack
 from kinema.data.plan import Plan
+from kinema.data.quarantine import write_failures
 from kinema.data.shards import DatasetIndex
 from kinema.distributed.collectives import all_sum, from_main, gather_objects
 from kinema.distributed.engine import MOMENTS, Engine
 from kinema.distributed.process import Process
 from kinema.identity import fingerprint
+from kinema.training.balance import Balance
 from kinema.training.checkpoint import (
     Checkpoint,
     CheckpointConfig,
@@ -39,6 +40,10 @@ EXIT_PREEMPTED = 75
 """Exit status of a run that a signal stopped after its checkpoint was written."""
 EXIT_FAILED_CHECK = 1
 """Exit status of a run whose final check says FAIL."""
+
+
+LANE_PHASES = ("encode", "forward")
+"""What a lane does without waiting for another, by phases of the clock; the backward of the last one waits."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -148,6 +153,7 @@ class Trainer:
         self._resume()
         self._catch_signals()
         validation = self.load_validation() if self.load_validation and self.validation.every_steps else None
+        self._tell_heldout_failures(validation or [])
         clock, window = Clock(), Window()
         bar = tqdm(
             total=self.steps, initial=self.step, desc=self.outputs.run_dir.name, unit="step",
@@ -202,15 +208,20 @@ class Trainer:
             raise ValueError(f"every clip of step {self.step} failed to decode: {packs[0].failures[:3]}.")
         learning_rate = self.learning_rate(self.step)
         sums: dict[str, float] = {}
+        balance = Balance(self.plan.lanes, self.plan.balanced_lanes)
         for pack in packs:
+            before = clock.spent(*LANE_PHASES)
             for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
                 sums[key] = sums.get(key, 0.0) + value
+            balance.add(pack, clock.spent(*LANE_PHASES) - before)
             self.ledger.record(pack, self.index)
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
+        sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
         sums["stop_signals"] = float(self._stop_signal is not None)
-        totals = dict(zip(sums, all_sum(list(sums.values())), strict=True))
+        over_ranks = all_sum([*sums.values(), *balance.values()])
+        totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
         if not math.isfinite(totals["loss"]):
             keys = [key for everyone in gather_objects([k for p in packs for k in p.keys]) for key in everyone]
             raise NonFiniteLoss(
@@ -219,7 +230,10 @@ class Trainer:
         self.step += 1
         if totals.pop("failures"):
             self._quarantine([failure for pack in packs for failure in pack.failures])
+        if totals.pop("fallbacks"):
+            self._tell_fallbacks([fallback for pack in packs for fallback in pack.fallbacks])
         self._stop = next(filter(None, gather_objects(self._stop_signal))) if totals.pop("stop_signals") else None
+        totals["lanes/padding"] = totals.pop("padding_tokens") / totals["tokens"]
         totals["lr"] = learning_rate
         totals["grad_norm"] = self._model_engine().grad_norm()
         return totals
@@ -256,11 +270,24 @@ class Trainer:
         """Write damaged clips down, on the main rank, and stop all ranks together when there are too many."""
         everyone = [failure for rank in gather_objects(failures) for failure in rank]
         if self.process.is_main:
-            with (self.outputs.run_dir / "quarantine.jsonl").open("a") as handle:
-                for failure in everyone:
-                    handle.write(json.dumps({"step": self.step, **asdict(failure)}) + "\n")
+            write_failures(self.outputs.run_dir, self.step, everyone)
         for failure in everyone:
             self.outputs.event(self.step, "quarantine", f"{failure.key} in {failure.shard}: {failure.reason}")
+        self.quarantine.check(self._whole_ledger())
+
+    def _tell_heldout_failures(self, validation: list[list[Pack]]) -> None:
+        """Held-out clips are read once, before the first step; those that fail are missing from every validation."""
+        failures = [failure for packs in validation for pack in packs for failure in pack.failures]
+        for failure in (failure for rank in gather_objects(failures) for failure in rank):
+            self.outputs.event(self.step, "held-out clip failed", f"{failure.key} in {failure.shard}: {failure.reason}")
+
+    def _tell_fallbacks(self, fallbacks: list[Fallback]) -> None:
+        """Show which decoders stepped in, once for each cause, and stop all ranks when it happens too often."""
+        causes: dict[str, list[str]] = {}
+        for fallback in (fallback for rank in gather_objects(fallbacks) for fallback in rank):
+            causes.setdefault(fallback.cause(), []).append(fallback.key)
+        for cause, keys in causes.items():
+            self.outputs.event(self.step, "fallback", f"{len(keys)} clip(s), {cause} ({', '.join(keys[:5])})")
         self.quarantine.check(self._whole_ledger())
 
     def _whole_ledger(self) -> Ledger:
@@ -406,9 +433,10 @@ class Window:
         record: dict[str, Any] = {"steps": steps}
         if "noise_sum_0" in totals:
             record["loss_by_noise"] = noise_table(totals)
-        terms = {key.removeprefix("term_"): totals.pop(key) / steps for key in list(totals) if key.startswith("term_")}
-        if terms:
-            record["terms"] = terms
+        for group, prefix in (("terms", "term_"), ("lanes", "lanes/")):
+            members = {key.removeprefix(prefix): totals.pop(key) for key in list(totals) if key.startswith(prefix)}
+            if members:
+                record[group] = {key: value / steps for key, value in members.items()}
         return {**record, **{key: value / steps for key, value in totals.items()}}
 
 
