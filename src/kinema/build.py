@@ -28,7 +28,7 @@ from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
 from kinema.data.planning import Planner
 from kinema.data.quarantine import condemned_clips
-from kinema.data.rights import RightsPolicy
+from kinema.data.rights import RightsPolicy, change_of_rights
 from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_folder
 from kinema.distributed.collectives import barrier, from_main
@@ -59,9 +59,11 @@ from kinema.training.run_folder import (
     open_base,
     open_run_folder,
     remove_refused,
+    rights_of_plan,
     unadapted,
     write_config,
 )
+from kinema.training.seen import Start
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
 
@@ -343,11 +345,14 @@ def build_data(
     `clip_flops` is what a clip costs, where the configuration does not say.
     """
     data, shapes, rights = config.data, config.data.clip_shapes, config.data.rights.policy()
-    planner = Planner(data, geometry, rights, config.seed, clip_flops)
     path = resolve_folder(data.path, data.cache_folder)
     index = DatasetIndex.load(path, split=data.train_split)
     heldout = DatasetIndex.load(path, split=data.heldout_split)
+    planned = from_main(rights_of_plan(run.folder, rights, bool(run.store.steps())) if process.is_main else None)
+    planner = Planner(data, geometry, planned, config.seed, clip_flops)
     clips, kept = planner.choose(index)
+    if line := change_of_rights((index.entries[clip.entry_index].record for clip in clips), planned, rights):
+        run.outputs.event(0, "rights", line)
     heldout_plan = planner.plan(planner.choose(heldout)[0]) if heldout.entries else None
     cache = None
     if data.latents is not None:
@@ -434,9 +439,11 @@ def assemble(
 ) -> Trainer:
     """The trainer from its parts; the same for every task."""
     barrier()
-    ledger = Ledger()
+    ledger, start = Ledger(), Start()
     if process.is_main:
         ledger.record_kept(data.kept)
+        if config.init_from is not None and not run.store.steps():
+            start = Start.of(checkpoint_of(config.init_from, "init_from"))
     heldout = (lambda: data.heldout_packs(config.validation.clips)) if data.heldout_plan else None
     schedule, peak, steps = config.schedule, config.optim.learning_rate, config.steps
     return Trainer(
@@ -463,6 +470,7 @@ def assemble(
         make_samples=make_samples,
         unread_keys=unread_keys,
         ledger=ledger,
+        start=start,
     )
 
 
@@ -477,8 +485,8 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
         "finetune": to_plain(config.finetune),
         "data": {
             "hash": data.index.hash,
-            "licenses": data.index.manifest["licenses"],
             "kept": data.kept.line(),
+            "rights": data.rights.to_dict(),
         },
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -9,6 +9,7 @@ from importlib import import_module
 VERBS: dict[str, tuple[str, str]] = {
     "data check": ("kinema.data.check", "count and check the clips of a data set, and draw a contact sheet"),
     "data index": ("kinema.data.index", "index the tar shards of a WebDataset that Kinema did not write"),
+    "data ledger": ("kinema.training.seen_table", "say which checkpoints of a run saw a source, licence or clip"),
     "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),
     "data encode-text": ("kinema.encode_text", "encode captions with a text encoder into a text cache"),
     "import": ("kinema.interop.importing", "make a Kinema checkpoint of published weights"),
