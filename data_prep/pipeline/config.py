@@ -6,7 +6,8 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from data_prep.pipeline.engines import LocalEngine, RayEngine
+from data_prep.pipeline.cluster import RayEngine
+from data_prep.pipeline.engines import LocalEngine
 from data_prep.pipeline.run import Limits, Pipeline
 from data_prep.stages.borders import CutBorders
 from data_prep.stages.caption import CaptionFromColumns, CaptionWithCommand, CaptionWithModel
