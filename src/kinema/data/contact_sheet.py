@@ -1,5 +1,6 @@
 """Many clips on one picture, for a person to look at."""
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,18 @@ def contact_sheet(
         _cell(strip, _wrap(caption, font, width), slot, font) for strip, (_, caption) in zip(strips, rows, strict=True)
     ]
     _save(_arrange(cells, columns, title), Path(path))
+
+
+def strip_jpeg(frames: NDArray[np.uint8], count: int = 5) -> bytes:
+    """JPEG of evenly spread frames of one clip (T, H, W, 3) side by side, without words."""
+    pictures = _pick_frames(frames, min(count, len(frames)), None)
+    width, height = pictures[0].size
+    strip = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height), PAPER)
+    for place, picture in enumerate(pictures):
+        strip.paste(picture, (place * (width + GAP), 0))
+    content = io.BytesIO()
+    strip.save(content, "JPEG", quality=85)
+    return content.getvalue()
 
 
 def _pick_frames(frames: NDArray[np.uint8], count: int, scale: float | None) -> list[Image.Image]:

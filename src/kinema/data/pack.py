@@ -63,6 +63,8 @@ class Pack:
     fps: float
     seconds: float
     """Time that reading and decoding took in the worker."""
+    entries: list[int] = field(default_factory=list)
+    """Numbers of the clips in the data set's index."""
     withdrawn: list[Failure] = field(default_factory=list)
     """Clips of the plan that data.rights no longer lets anyone read: whole, but with weight 0 as well."""
     fallbacks: list[Fallback] = field(default_factory=list)
