@@ -1,5 +1,6 @@
 """Training that is killed without warning, again and again, with other ranks and workers at each start."""
 
+import contextlib
 import os
 import random
 import signal
@@ -34,10 +35,8 @@ def start(layout: Layout, command: list[str], log: Path) -> subprocess.Popen:
 def kill_all(process: subprocess.Popen) -> None:
     """SIGKILL to the launcher, the ranks and all their children at once, as when the power fails."""
     for pid in [process.pid, *descendants(process.pid)]:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.wait()
 
 

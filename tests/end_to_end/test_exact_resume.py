@@ -61,10 +61,9 @@ def disturb(folder, name, steps, kills, layouts, chance):
 def check_against_plan(lines, steps, clips_per_step):
     """Every position once, in lanes that are all there; every epoch shows every clip exactly once."""
     assert list(lines) == [(step, lane) for step in range(1, steps + 1) for lane in range(4)]
-    shown = dict(sorted((p, key) for keys, positions, _ in lines.values() for p, key in zip(positions, keys)))
-    assert list(shown) == list(range(steps * clips_per_step))
-    assert sum(len(keys) for keys, _, _ in lines.values()) == len(shown)
-    ordered = list(shown.values())
+    shown = sorted(place for keys, positions, _ in lines.values() for place in zip(positions, keys, strict=True))
+    assert [position for position, _ in shown] == list(range(steps * clips_per_step))
+    ordered = [key for _, key in shown]
     epochs = [ordered[first : first + CLIPS] for first in range(0, len(ordered), CLIPS)]
     assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs), "epochs must be shuffled"
