@@ -36,7 +36,7 @@ def main(composed: DictConfig) -> None:
 def prepare(config: PrepareConfig) -> None:
     """Run the stages that were asked for, and say what became of the rows."""
     pipeline = config.to_pipeline()
-    start(pipeline.work, config.inputs())
+    write_inputs(pipeline.work, config.inputs())
     reports = pipeline.run(config.stages or config.pipeline)
     last = reports[-1]
     if last.stage == "write":
@@ -45,7 +45,7 @@ def prepare(config: PrepareConfig) -> None:
         print(f"kept {last.kept} rows in {pipeline.place(last.stage).folder / ROWS}")
 
 
-def start(work: Path, inputs: list[str]) -> None:
+def write_inputs(work: Path, inputs: list[str]) -> None:
     """Lay the inputs where the first stage looks for its rows; raises ValueError for one that is not there."""
     work.mkdir(parents=True, exist_ok=True)
     write_rows(work / INPUT, (row for given in inputs for row in input_rows(given)))
