@@ -325,7 +325,7 @@ def build_data(config: Config, geometry: Geometry, process: Process, run: Run, v
     data, shapes = config.data, config.data.clip_shapes
     for shape in shapes:
         geometry.check(shape)
-    path = resolve_folder(data.path, data.cache_folder)
+    path = resolve_folder(data.path, data.cache_folder, data.storage)
     index = DatasetIndex.load(path, split=data.train_split)
     heldout = DatasetIndex.load(path, split=data.heldout_split)
     clips, kept = choose_clips(config, index, geometry)

@@ -1,6 +1,6 @@
 """A pack, the clips of one lane in one step, and its way from a worker to the trainer."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class Pack:
     fps: float
     seconds: float
     """Time that reading and decoding took in the worker."""
+    storage: dict[str, float] = field(default_factory=dict)
+    """Counts of reading from an address (requests, bytes, retries, cache); empty for a local folder."""
 
 
 def flatten(pack: Pack) -> tuple[Pack, Tensor]:

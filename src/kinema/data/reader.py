@@ -15,6 +15,7 @@ from kinema.data.latents import LatentCache
 from kinema.data.pack import Failure, Pack
 from kinema.data.plan import Plan, Slot, keyed_seed
 from kinema.data.shards import DamagedSample, DatasetIndex, read_member
+from kinema.data.store import store_of
 
 
 class ClipReader(Dataset):
@@ -50,6 +51,7 @@ class ClipReader(Dataset):
         began = time.perf_counter()
         step, lane = step_and_lane
         slots = self.plan.step(step)[lane]
+        self._expect(slots)
         contents: list[Any] = []
         failures = []
         for slot in slots:
@@ -77,7 +79,18 @@ class ClipReader(Dataset):
             failures=failures,
             fps=self.fps,
             seconds=time.perf_counter() - began,
+            storage=store_of(self.index.folder).take_counts(),
         )
+
+    def _expect(self, slots: list[Slot]) -> None:
+        """Let the pack's videos be fetched while its first ones are decoded."""
+        if self.latents is not None:
+            return
+        store = store_of(self.index.folder)
+        for slot in slots:
+            entry = self.index.entries[slot.clip.entry_index]
+            if slot.clip.entry_index not in self.condemned and "mp4" in entry.members:
+                store.expect(entry.shard, entry.members["mp4"])
 
     def _read_clip(self, slot: Slot) -> Any:
         number = slot.clip.entry_index

@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import Any
 
 from kinema.data.sample import ClipRecord
+from kinema.data.store import MANIFEST, Member, StoredFolder, WrongBytes, store_of
 
 FORMAT_VERSION = 1
-MANIFEST = "dataset.json"
 BUILDING_SUFFIX = ".building"
 
 
@@ -36,15 +36,6 @@ class DamagedSample(Exception):
 
 
 @dataclass(frozen=True)
-class Member:
-    """Where one file of a sample lies inside its tar: bytes [offset, offset + size)."""
-
-    offset: int
-    size: int
-    crc32: int
-
-
-@dataclass(frozen=True)
 class ClipEntry:
     """One clip of the index: its record (without `extra`), its shard's file name, members by extension."""
 
@@ -57,7 +48,7 @@ class ClipEntry:
 class DatasetIndex:
     """Every clip of a data set, or of one split of it, in the stable order shard by shard."""
 
-    folder: Path
+    folder: Path | StoredFolder
     manifest: dict[str, Any]
     entries: list[ClipEntry]
 
@@ -67,40 +58,39 @@ class DatasetIndex:
         return self.manifest["hash"]
 
     @classmethod
-    def load(cls, folder: str | Path, split: str | None = None) -> "DatasetIndex":
+    def load(cls, folder: str | os.PathLike[str], split: str | None = None) -> "DatasetIndex":
         """Read manifest and indexes, and check that every shard lies there with the size the manifest says.
 
         Raises ValueError when the manifest, an index or a shard is missing, or a shard is cut short. The
         bytes themselves are checked as they are read (`read_member`). Clips without a caption stay in, for
         the caller to count.
         """
-        folder = Path(folder)
+        folder = folder if isinstance(folder, StoredFolder) else Path(folder)
         manifest = load_manifest(folder)
         entries = []
         for shard in manifest["shards"]:
-            _check_shard_file(folder, shard)
-            entries += _load_index(folder, shard)
+            if isinstance(folder, Path):  # elsewhere, `resolve_folder` looked
+                _check_shard_file(folder, shard)
+            entries += _load_index(Path(folder), shard)
         if split is not None:
             entries = [entry for entry in entries if entry.record.split == split]
         return cls(folder, manifest, entries)
 
 
-def read_member(folder: str | Path, entry: ClipEntry, ext: str) -> bytes:
-    """The bytes of one member (`mp4`, `json`, ...); raises DamagedSample if they are not as indexed."""
+def read_member(folder: str | os.PathLike[str], entry: ClipEntry, ext: str) -> bytes:
+    """The bytes of one member (`mp4`, `json`, ...); raises DamagedSample if they are not as indexed.
+
+    StoreDown is raised for a remote data set of which nothing can be read any more.
+    """
     key, member = entry.record.key, entry.members.get(ext)
     if member is None:
         raise DamagedSample(key, entry.shard, f"has no member .{ext}, only {sorted(entry.members)}")
     try:
-        with open(Path(folder) / entry.shard, "rb") as shard:
-            shard.seek(member.offset)
-            payload = shard.read(member.size)
+        return store_of(folder).read(entry.shard, member)
     except OSError as error:
         raise DamagedSample(key, entry.shard, f"cannot be read: {error}") from error
-    if len(payload) != member.size:
-        raise DamagedSample(key, entry.shard, f".{ext} ends after {len(payload)} of {member.size} bytes")
-    if zlib.crc32(payload) != member.crc32:
-        raise DamagedSample(key, entry.shard, f".{ext} has another checksum than the index: its bytes changed")
-    return payload
+    except WrongBytes as error:
+        raise DamagedSample(key, entry.shard, f".{ext} {error}") from error
 
 
 class ShardWriter:
@@ -241,7 +231,7 @@ def index_shards(folder: str | Path, *, name: str | None = None) -> DatasetIndex
     return DatasetIndex.load(folder)
 
 
-def load_manifest(folder: str | Path) -> dict[str, Any]:
+def load_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """`dataset.json` of a data set; raises ValueError that says what the folder seems to be instead."""
     folder = Path(folder)
     path = folder / MANIFEST

@@ -205,6 +205,8 @@ class Trainer:
         for pack in packs:
             for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
                 sums[key] = sums.get(key, 0.0) + value
+            for key, value in pack.storage.items():
+                sums[key] = sums.get(key, 0.0) + value
             self.ledger.record(pack, self.index)
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
