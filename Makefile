@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine with Python 3.11+, a C compiler and make:
 #   make demo    install into .venv, then data, VAE, DiT, samples, report
-#   make test    install into .venv, then all tests
+#   make test    install into .venv, then all tests (make soak: the long shows, which `make test` leaves out)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 
-.PHONY: setup demo test test-quick lint clean
+.PHONY: setup demo test test-quick soak lint clean
 
 setup: $(READY)
 
@@ -41,6 +41,9 @@ test: $(READY)
 
 test-quick: $(READY)
 	$(BIN)/python -m pytest tests/unit
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak --timeout 3600
 
 lint: $(READY)
 	$(BIN)/python -m pytest tests/unit/test_houserules.py

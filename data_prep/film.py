@@ -51,6 +51,8 @@ RIGHTS = Rights(
     license="CC-BY-3.0",
     consent="none-visible",
     attribution="(c) copyright Blender Foundation | www.bigbuckbunny.org (scaled down, cut into shots)",
+    source_url="https://www.bigbuckbunny.org",
+    generated="no",
 )
 SPLIT_RULE = SplitRule(by="blocks", every=5, block_seconds=20.0, guard_seconds=2.0)
 

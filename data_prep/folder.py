@@ -19,7 +19,7 @@ import re
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from kinema.console import explain_errors
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.cuts import split_shots
 from kinema.data.encoding import encode_video
-from kinema.data.sample import ClipRecord
+from kinema.data.sample import GENERATED, ClipRecord
 from kinema.data.shards import ShardWriter
 
 SEARCH_SIZE = (160, 90)
@@ -64,6 +64,10 @@ class Rights:
     license: str
     consent: str = "unknown"
     attribution: str = ""
+    source_url: str = ""
+    collected: str = ""
+    generated: str = "unknown"
+    generator: str = ""
 
 
 @dataclass(frozen=True)
@@ -327,12 +331,9 @@ def make_clip(video: Video, number: int, shot: Shot, frames: NDArray[np.uint8], 
         width=frames.shape[2],
         height=frames.shape[1],
         duration_seconds=len(frames) / fps,
-        source=rights.source,
-        license=rights.license,
-        consent=rights.consent,
         sha256=hashlib.sha256(mp4).hexdigest(),
         split=shot.split or "train",
-        attribution=rights.attribution,
+        **asdict(rights),
         extra={"video": video.name, **place},
     )
     return record, mp4, frames
@@ -384,6 +385,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--consent", default="unknown", help="of people seen: given, none-visible, ...")
     parser.add_argument("--source", help="where the videos come from (default: the folder's name)")
     parser.add_argument("--attribution", default="", help="line that the licence asks you to show")
+    parser.add_argument("--source-url", default="", help="address where they were found")
+    parser.add_argument("--collected", default="", help="day they were taken from there, e.g. 2026-01-31")
+    parser.add_argument("--generated", choices=GENERATED, default="unknown", help="share made by a generative model")
+    parser.add_argument("--generator", default="", help="name of that model")
     parser.add_argument("--captions", type=Path, help="captions.jsonl, or prompt.txt beside videos.txt")
     parser.add_argument("--allow-missing-captions", action="store_true", help="keep videos without a caption")
     parser.add_argument("--min-seconds", type=float, default=1.0, help="drop shorter shots (%(default)s)")
@@ -402,12 +407,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def rights_of(given: argparse.Namespace) -> Rights:
+    """What the command line states of every clip; the source is the folder's name unless it is given."""
+    stated = {f.name: getattr(given, f.name) for f in fields(Rights)}
+    return Rights(**{**stated, "source": given.source or given.videos.resolve().name})
+
+
 def main(argv: list[str] | None = None) -> int:
     """Build the data set; returns the exit code."""
     given = parse_arguments(argv)
-    source = given.source or given.videos.resolve().name
     recipe = Recipe(
-        Rights(source, given.license, given.consent, given.attribution),
+        rights_of(given),
         Profile(given.fps, given.size, given.short_side, given.min_seconds, given.max_seconds),
         SplitRule(given.split, given.heldout_every),
         given.max_failed_fraction,

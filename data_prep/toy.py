@@ -425,6 +425,7 @@ def make_clip(job: Job) -> tuple[ClipRecord, bytes, NDArray[np.uint8] | None]:
         consent="synthetic",
         sha256=hashlib.sha256(mp4).hexdigest(),
         split=job.split,
+        generated="no",
         extra=_ground_truth(scene, trajectories, events),
     )
     captioned = frames[: int(WINDOW_SECONDS * scene.fps) + 1]

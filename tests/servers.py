@@ -22,7 +22,8 @@ daemon off; master_process off; pid {run}/pid; error_log {run}/error.log;
 events {{ worker_connections 256; }}
 http {{
   access_log {run}/access.log; default_type application/octet-stream;
-  client_body_temp_path {run}; proxy_temp_path {run}; fastcgi_temp_path {run}; uwsgi_temp_path {run}; scgi_temp_path {run};
+  client_body_temp_path {run}; proxy_temp_path {run}; fastcgi_temp_path {run};
+  uwsgi_temp_path {run}; scgi_temp_path {run};
   server {{ listen 127.0.0.1:{port}; root {root}; {rules} }}
 }}
 """
@@ -139,9 +140,8 @@ class _Spoiler(socketserver.BaseRequestHandler):
         if fate == "none":
             self.request.sendall(answer)
             return None
-        self.request.sendall(
-            answer[: answer.index(b"\r\n\r\n") + 4 + (len(answer) - answer.index(b"\r\n\r\n") - 4) // 2]
-        )
+        body = answer.index(b"\r\n\r\n") + 4
+        self.request.sendall(answer[: (body + len(answer)) // 2])
         if fate == "stall":
             time.sleep(self.server.stall_seconds)
         if fate == "reset":

@@ -26,6 +26,7 @@ from kinema.data.ledger import Ledger, Quarantine
 from kinema.data.loading import make_loader
 from kinema.data.pack import Pack
 from kinema.data.plan import Plan, PlannedClip, lanes_of
+from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_folder
 from kinema.distributed.collectives import barrier, from_main
@@ -273,6 +274,7 @@ class Data:
     cache: LatentCache | None
     seed: int
     kept: KeepReport
+    rights: RightsPolicy
 
     @property
     def lanes_per_rank(self) -> int:
@@ -305,6 +307,7 @@ class Data:
             prefetch=self.config.prefetch,
             timeout_seconds=self.config.timeout_seconds,
             latents=None if heldout else self.cache,
+            rights=self.rights,
         )
 
     def some_packs(self, clips: int) -> list[list[Pack]]:
@@ -328,10 +331,11 @@ def build_data(config: Config, geometry: Geometry, process: Process, run: Run, v
     path = resolve_folder(data.path, data.cache_folder, data.storage)
     index = DatasetIndex.load(path, split=data.train_split)
     heldout = DatasetIndex.load(path, split=data.heldout_split)
-    clips, kept = choose_clips(config, index, geometry)
+    rights = data.rights.policy()
+    clips, kept = choose_clips(config, index, geometry, rights)
     heldout_plan = None
     if heldout.entries:
-        heldout_plan = build_plan(config, heldout, choose_clips(config, heldout, geometry)[0])
+        heldout_plan = build_plan(config, heldout, choose_clips(config, heldout, geometry, rights)[0])
     cache = None
     if data.latents is not None:
         if vae_hash is None:
@@ -347,7 +351,7 @@ def build_data(config: Config, geometry: Geometry, process: Process, run: Run, v
             )
     return Data(
         data, index, heldout, build_plan(config, index, clips), heldout_plan,
-        lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept,
+        lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept, rights,
     )  # fmt: skip
 
 
@@ -365,7 +369,9 @@ def check_captions(encoder: TextEncoder, config: Config, data: Data) -> None:
         encoder.check_covers(captions, config.task.samples.captions(), str(data.index.folder))
 
 
-def choose_clips(config: Config, index: DatasetIndex, geometry: Geometry) -> tuple[list[PlannedClip], KeepReport]:
+def choose_clips(
+    config: Config, index: DatasetIndex, geometry: Geometry, rights: RightsPolicy
+) -> tuple[list[PlannedClip], KeepReport]:
     """The clips that a run uses, and why it leaves others out."""
     data = config.data
     return plan_clips(
@@ -373,7 +379,7 @@ def choose_clips(config: Config, index: DatasetIndex, geometry: Geometry) -> tup
         data.clip_shapes,
         data.fps,
         geometry,
-        allowed_licenses=data.allowed_licenses,
+        rights=rights,
         require_captions=data.require_captions,
         max_clips=data.max_clips,
         cost=lambda tokens: step_cost(tokens, config.model.width if config.model else None),

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema.distributed.engine import Engine, Precision
-from kinema.models.dit import Activation, DiT, DiTConfig, Extras, ModulationSource, TextEdge, TextEmbedding
-from kinema.models.dit.config import NormKind
+from kinema.models.dit import Activation, DiT, DiTConfig, Extras, ModulationSource, NormKind, TextEdge, TextEmbedding
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed

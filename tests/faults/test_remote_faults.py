@@ -113,11 +113,11 @@ def test_shards_in_s3_are_read_as_from_disk(local, tmp_path):
         client = boto3.client("s3")
         for path in local.folder.iterdir():
             client.upload_file(str(path), "videos", f"sets/set/{path.name}")
-        with faulty_proxy(int(endpoint.rpartition(":")[2]), {"503": 0.1, "reset": 0.1, "short": 0.1}) as proxy:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-                index = remote_index("s3://videos/sets/set", tmp_path)
-                packs = packs_of(index, num_workers=1)
+        trouble = {"503": 0.1, "reset": 0.1, "short": 0.1}
+        with faulty_proxy(int(endpoint.rpartition(":")[2]), trouble) as proxy, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+            index = remote_index("s3://videos/sets/set", tmp_path)
+            packs = packs_of(index, num_workers=1)
         assert_equal_packs(packs, packs_of(local))
         assert sum(pack.storage["storage_retries"] for pack in packs) > 0
         with pytest.raises(ValueError, match=r"dataset\.json cannot be read there"):

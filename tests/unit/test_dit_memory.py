@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kinema.models.dit import norms
-from kinema.models.dit.config import Activation, NormKind
+from kinema.models.dit import Activation, NormKind, norms
 from kinema.models.dit.layers import FeedForward
 from kinema.models.dit.memory import made_again
 from kinema.models.dit.modulating import gated_sum, modulated

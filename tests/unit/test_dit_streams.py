@@ -118,8 +118,8 @@ def test_time_is_the_middle_of_what_a_token_covers():
     model = streams(rope_units=[8.0, 32.0, 32.0])
     places = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 2.0]])
     expected = torch.tensor([[0.5 / 24, 32.0, 32.0], [5 / 24, 96.0, 160.0]])
-    torch.testing.assert_close(model._middles(places, 24.0), expected)
-    assert model.audio._middles(torch.tensor([[12.0, 0.0, 0.0]]), 100.0)[0, 0] == pytest.approx(0.47)
+    torch.testing.assert_close(model.rotary.middles(places, 24.0), expected)
+    assert model.audio.rotary.middles(torch.tensor([[12.0, 0.0, 0.0]]), 100.0)[0, 0] == pytest.approx(0.47)
 
 
 @pytest.mark.parametrize(

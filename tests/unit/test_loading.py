@@ -11,6 +11,7 @@ from kinema.data.decoding import Decoder
 from kinema.data.geometry import ClipShape
 from kinema.data.loading import make_loader
 from kinema.data.plan import lanes_of
+from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex, index_name, read_member
 from kinema.data.storage import resolve_folder
 from tests.unit.clips import GEOMETRY, SHAPES, build, make_plan, numbers
@@ -156,9 +157,9 @@ def test_clips_that_cannot_be_used_are_counted_by_reason(tmp_path):
         duration_seconds=lambda i: 0.4 if i == 5 else 2.0,
         fps=lambda i: 6.0 if i == 6 else 10.0,
     )
-    clips, report = plan_clips(index, SHAPES, 8, GEOMETRY, allowed_licenses=["CC0-1.0"])
+    clips, report = plan_clips(index, SHAPES, 8, GEOMETRY, rights=RightsPolicy(("CC0-1.0",)))
     assert [clip.entry_index for clip in clips] == [0, 7, 8, 9, 10, 11]
-    assert report.line().startswith("kept 6/12 (50%): license unknown not in data.allowed_licenses 3, ")
+    assert report.line().startswith("kept 6/12 (50%): license unknown not in data.rights.allowed_licenses 3, ")
     assert report.dropped["no caption"] == report.dropped["too short"] == 1
     assert report.dropped["frame rate below data.fps"] == 1
     assert report.kept + sum(report.dropped.values()) == report.total
@@ -194,7 +195,6 @@ def test_an_illegal_size_is_refused_before_anything_is_read(index):
         ("max_failed_fraction", 1.5),
         ("shapes", [[17, 64]]),
         ("shapes", []),
-        ("allowed_licenses", []),
         ("num_workers", -1),
         ("timeout_seconds", 0),
     ],

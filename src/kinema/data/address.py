@@ -56,9 +56,9 @@ class Address:
 
 def redacted(text: str) -> str:
     """An address without user, password, query and fragment; any other text as it is."""
-    if "://" not in text:
+    parts = urlsplit(text) if "://" in text else None
+    if parts is None or not (parts.query or parts.fragment or "@" in parts.netloc):
         return text
-    parts = urlsplit(text)
     user, at, host = parts.netloc.rpartition("@")
     shown = parts._replace(netloc=f"{HIDDEN}@{host}" if user or at else host)
     return urlunsplit(shown._replace(query=HIDDEN if parts.query else "", fragment=HIDDEN if parts.fragment else ""))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from kinema.data.geometry import ClipShape, Geometry, assign_shape
 from kinema.data.plan import PlannedClip
+from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
 
 
@@ -32,7 +33,7 @@ def plan_clips(
     fps: float,
     geometry: Geometry,
     *,
-    allowed_licenses: Sequence[str] = ("*",),
+    rights: RightsPolicy | None = None,
     require_captions: bool = True,
     max_clips: int | None = None,
     cost: Callable[[int], float] = float,
@@ -50,8 +51,8 @@ def plan_clips(
         record = entry.record
         shape = assign_shape(record, legal, fps)
         reason = None
-        if "*" not in allowed_licenses and record.license not in allowed_licenses:
-            reason = f"license {record.license} not in data.allowed_licenses"
+        if rights is not None and (refusal := rights.refusal(record)):
+            reason = refusal
         elif require_captions and not record.caption.strip():
             reason = "no caption"
         elif shape is None:

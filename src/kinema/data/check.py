@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.cuts import suspected_cuts
+from kinema.data.licenses import is_known
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import ClipEntry, DamagedSample, DatasetIndex, read_member
 
@@ -106,6 +107,8 @@ class CheckResult:
             f"{'wrong records':<18}{causes['wrong record']}",
             f"{'suspected cuts':<18}{len(cut)}" + (f" ({_first(cut)})" if cut else ""),
             f"{'licences':<18}{_counts(record.license for record in records)}",
+            f"{'not SPDX':<18}{_counts(r.license for r in records if not is_known(r.license)) or 0}",
+            f"{'generated':<18}{_counts(record.generated for record in records)}",
             f"{'sources':<18}{_counts(record.source for record in records)}",
             f"{'consent':<18}{_counts(record.consent for record in records)}",
         ]

@@ -8,6 +8,7 @@ from kinema.data.address import Address
 from kinema.data.decoding import Decoder
 from kinema.data.geometry import ClipShape
 from kinema.data.remote import StorageConfig
+from kinema.data.rights import RightsConfig
 
 
 class Window(Enum):
@@ -63,8 +64,8 @@ class DataConfig:
     max_failed_fraction: float = 0.01
     """More damaged clips than this share, and more than min_failed_clips, stop the run."""
     min_failed_clips: int = 3
-    allowed_licenses: list[str] = field(default_factory=lambda: ["*"])
-    """Licences as the clips state them, e.g. [CC-BY-3.0]; "*" allows all, even `unknown`."""
+    rights: RightsConfig = field(default_factory=RightsConfig)
+    """What may be used, by licence, consent, generation, source and key."""
     require_captions: bool = True
     """Leave out clips without a caption, counted; otherwise they train as the empty caption."""
     max_clips: int | None = None
@@ -94,8 +95,6 @@ class DataConfig:
             raise ValueError(f"data.max_failed_fraction={self.max_failed_fraction} must lie in 0 to 1.")
         if not self.shapes or any(len(shape) != 3 for shape in self.shapes):
             raise ValueError(f"data.shapes={self.shapes} must list [frames, height, width], e.g. [[17,64,64]].")
-        if not self.allowed_licenses:
-            raise ValueError('data.allowed_licenses=[] allows no clip. Type ["*"] to allow all.')
 
     @property
     def clip_shapes(self) -> list[ClipShape]:

@@ -8,6 +8,7 @@ from kinema.data.latents import LatentCache
 from kinema.data.pack import Pack
 from kinema.data.plan import Plan
 from kinema.data.reader import ClipReader
+from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
 from kinema.data.workers import Readers, StepsAndLanes
 
@@ -28,6 +29,7 @@ def make_loader(
     prefetch: int = 2,
     timeout_seconds: float = 300.0,
     latents: LatentCache | None = None,
+    rights: RightsPolicy | None = None,
 ) -> Iterator[list[Pack]]:
     """Yield the packs of these lanes, one list a step, for steps start_step to start_step + num_steps.
 
@@ -38,7 +40,9 @@ def make_loader(
         if crop is not Crop.center:
             raise ValueError(f"data.crop={crop.name} cannot be used with data.latents, which cache the centre crop.")
         latents.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in plan.clips])
-    dataset = ClipReader(index, plan, fps=fps, decoder=decoder, window=window, crop=crop, seed=seed, latents=latents)
+    dataset = ClipReader(
+        index, plan, fps=fps, decoder=decoder, window=window, crop=crop, seed=seed, latents=latents, rights=rights
+    )
     wanted = StepsAndLanes(range(start_step, start_step + num_steps), list(lanes))
     return _read(dataset, wanted, num_workers, prefetch, timeout_seconds)
 

@@ -11,7 +11,7 @@ from kinema.data.geometry import ClipShape
 
 @dataclass(frozen=True)
 class Failure:
-    """A clip that could not be read or decoded."""
+    """A clip that keeps its place with weight 0, and why."""
 
     key: str
     shard: str
@@ -22,8 +22,8 @@ class Failure:
 class Pack:
     """The clips of one lane in one step, in the plan's order, with equal shapes side by side.
 
-    A failed clip keeps its place, with zero frames (or latents) and weight 0. Either `frames` or `latents` is
-    None.
+    A failed or withdrawn clip keeps its place, with zero frames (or latents) and weight 0. Either `frames` or
+    `latents` is None.
     """
 
     step: int
@@ -40,11 +40,14 @@ class Pack:
     positions: list[int]
     epochs: list[int]
     failures: list[Failure]
+    """Clips that could not be read or decoded."""
     fps: float
     seconds: float
     """Time that reading and decoding took in the worker."""
     storage: dict[str, float] = field(default_factory=dict)
     """Counts of reading from an address (requests, bytes, retries, cache); empty for a local folder."""
+    withdrawn: list[Failure] = field(default_factory=list)
+    """Clips of the plan that data.rights no longer lets anyone read: whole, but with weight 0 as well."""
 
 
 def flatten(pack: Pack) -> tuple[Pack, Tensor]:

@@ -14,6 +14,7 @@ from kinema.data.decoding import DecodeError, Decoder, decode_clip
 from kinema.data.latents import LatentCache
 from kinema.data.pack import Failure, Pack
 from kinema.data.plan import Plan, Slot, keyed_seed
+from kinema.data.rights import RightsPolicy, contradiction
 from kinema.data.shards import DamagedSample, DatasetIndex, read_member
 from kinema.data.store import store_of
 
@@ -32,9 +33,12 @@ class ClipReader(Dataset):
         crop: Crop,
         seed: int,
         latents: LatentCache | None,
+        rights: RightsPolicy | None = None,
     ) -> None:
         self.index, self.plan, self.fps, self.decoder = index, plan, fps, decoder
         self.window, self.crop, self.seed, self.latents = window, crop, seed, latents
+        self.rights = rights
+        self.compared: set[int] = set()  # entries whose json in the tar says the same as the index
         self.condemned: dict[int, str] = {}  # entries that killed or hung a worker, with the reason
         self.progress = torch.full((1, 3), -1, dtype=torch.int64)
         self.worker = 0
@@ -53,8 +57,12 @@ class ClipReader(Dataset):
         slots = self.plan.step(step)[lane]
         self._expect(slots)
         contents: list[Any] = []
-        failures = []
+        failures, withdrawn = [], []
         for slot in slots:
+            if refusal := self._refusal(slot):
+                withdrawn.append(refusal)
+                contents.append(None)
+                continue
             try:
                 contents.append(self._read_clip(slot))
             except (DamagedSample, DecodeError) as error:
@@ -79,18 +87,33 @@ class ClipReader(Dataset):
             failures=failures,
             fps=self.fps,
             seconds=time.perf_counter() - began,
+            withdrawn=withdrawn,
             storage=store_of(self.index.folder).take_counts(),
         )
 
     def _expect(self, slots: list[Slot]) -> None:
-        """Let the pack's videos be fetched while its first ones are decoded."""
-        if self.latents is not None:
-            return
-        store = store_of(self.index.folder)
+        """Let the pack's clips be fetched while its first ones are decoded."""
+        wanted = []
         for slot in slots:
-            entry = self.index.entries[slot.clip.entry_index]
-            if slot.clip.entry_index not in self.condemned and "mp4" in entry.members:
-                store.expect(entry.shard, entry.members["mp4"])
+            number, entry = slot.clip.entry_index, self.index.entries[slot.clip.entry_index]
+            if self.latents is None and number not in self.condemned and not self._refusal(slot):
+                names = ("mp4",) if self.rights is None or number in self.compared else ("json", "mp4")
+                wanted += [(entry.shard, entry.members[name]) for name in names if name in entry.members]
+        store_of(self.index.folder).expect(wanted)
+
+    def _refusal(self, slot: Slot) -> Failure | None:
+        entry = self.index.entries[slot.clip.entry_index]
+        reason = self.rights and self.rights.refusal(entry.record)
+        return Failure(entry.record.key, entry.shard, reason) if reason else None
+
+    def _compare_record(self, number: int) -> None:
+        """Once for each clip: rights are planned by the index, and must be those that lie beside the clip."""
+        entry = self.index.entries[number]
+        if self.rights is None or number in self.compared or "json" not in entry.members:
+            return
+        if difference := contradiction(entry.record, read_member(self.index.folder, entry, "json")):
+            raise DamagedSample(entry.record.key, entry.shard, difference)
+        self.compared.add(number)
 
     def _read_clip(self, slot: Slot) -> Any:
         number = slot.clip.entry_index
@@ -103,6 +126,7 @@ class ClipReader(Dataset):
 
     def _read_frames(self, slot: Slot) -> Tensor:
         entry = self.index.entries[slot.clip.entry_index]
+        self._compare_record(slot.clip.entry_index)
         spare = entry.record.duration_seconds - slot.clip.shape.frames / self.fps
         start, top, left = self._window_and_crop(slot, max(spare, 0.0))
         mp4 = read_member(self.index.folder, entry, "mp4")

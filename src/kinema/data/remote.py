@@ -85,11 +85,13 @@ class RemoteStore:
         expected = self.lines.expected.pop((shard, member), None)
         return self._read(shard, member) if expected is None else expected.result()
 
-    def expect(self, shard: str, member: Member) -> None:
-        """Begin to fetch a member in the background."""
+    def expect(self, wanted: list[tuple[str, Member]]) -> None:
+        """Begin to fetch members in the background, and forget what was expected before."""
         lines = self.lines
-        if self.settings.concurrent_reads > 1 and (shard, member) not in lines.expected:
-            lines.expected[shard, member] = lines.pool.submit(self._read, shard, member)
+        if self.settings.concurrent_reads > 1:
+            for forgotten in lines.expected.values():
+                forgotten.cancel()
+            lines.expected = {place: lines.pool.submit(self._read, *place) for place in wanted}
 
     def fetch(self, file: str) -> bytes:
         """A whole small file, not cached. Raises Unreadable, and StoreDown where the store does not answer."""
@@ -106,7 +108,7 @@ class RemoteStore:
         if len(byte) != 1:
             raise ValueError(
                 f"data.path={self.address}: the server sends whole files where a part is asked for (no range "
-                "requests). Serve the folder with a program that knows them, e.g. nginx, or copy it and give the folder."
+                "requests). Serve the folder with a program that knows them, e.g. nginx, or copy it to this machine."
             )
         return content
 

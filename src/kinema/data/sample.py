@@ -2,10 +2,16 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import date
 from typing import Any
 
 SPLITS = ("train", "heldout")
+CONSENT = ("given", "none-visible", "synthetic", "refused", "unknown")
+"""Words for `consent`: the people seen agreed, nobody can be seen, those seen do not exist, they did not agree, or
+nobody stated it. Another word is allowed, and counted by `kinema data stats`."""
+GENERATED = ("no", "partly", "fully", "unknown")
+"""How much of the picture a generative model made; a rendered or drawn film is `no`."""
 
 
 @dataclass
@@ -31,6 +37,15 @@ class ClipRecord:
     split: str
     """`train` or `heldout`."""
     attribution: str = ""
+    """The line that the licence asks to be shown."""
+    source_url: str = ""
+    """Where the video was found."""
+    collected: str = ""
+    """The day it was taken from there, as 2026-01-31."""
+    generated: str = "unknown"
+    """How much of it a generative model made: a word of GENERATED."""
+    generator: str = ""
+    """Name of that model."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Anything more (ground truth, scores); stays in the shard's json and out of the index."""
 
@@ -77,7 +92,8 @@ class ClipRecord:
 
 def _check_names(key: str, present: set[str]) -> None:
     known = {f.name for f in fields(ClipRecord)}
-    missing = sorted(known - {"attribution", "extra"} - present)
+    needed = {f.name for f in fields(ClipRecord) if f.default is MISSING and f.default_factory is MISSING}
+    missing = sorted(needed - present)
     if missing:
         raise ValueError(f"Clip key={key}: its json lacks {', '.join(missing)}. Write the shard with ShardWriter.")
     unknown = sorted(present - known)
@@ -113,3 +129,16 @@ def _check_values(record: ClipRecord, allow_missing_caption: bool) -> None:
     for name in ("source", "license", "consent"):
         if not getattr(record, name).strip():
             raise ValueError(f"Clip key={key}: {name} is empty. Type 'unknown' if nobody knows.")
+    if record.generated not in GENERATED:
+        raise ValueError(f"Clip key={key}: generated={record.generated!r} must be one of {', '.join(GENERATED)}.")
+    if record.generator and record.generated == "no":
+        raise ValueError(f"Clip key={key}: generator={record.generator!r} made it, but generated=no. Which is it?")
+    if record.collected and not _is_day(record.collected):
+        raise ValueError(f"Clip key={key}: collected={record.collected!r} must be a day such as 2026-01-31, or empty.")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

@@ -36,8 +36,8 @@ class Store(Protocol):
         """The member's bytes, checked. Raises OSError or WrongBytes for one that cannot be had, StoreDown for all."""
         ...
 
-    def expect(self, shard: str, member: Member) -> None:
-        """Say that a member will be read soon; it may be fetched meanwhile."""
+    def expect(self, wanted: list[tuple[str, Member]]) -> None:
+        """Say which members, each of a shard, will be read next, and no others: they may be fetched meanwhile."""
         ...
 
     def take_counts(self) -> dict[str, float]:
@@ -73,7 +73,7 @@ class LocalStore:
         file = _open_files.get(self.folder / shard)
         return checked(os.pread(file.fileno(), member.size, member.offset), member)
 
-    def expect(self, shard: str, member: Member) -> None:
+    def expect(self, wanted: list[tuple[str, Member]]) -> None:
         """The system's own read-ahead is enough."""
 
     def take_counts(self) -> dict[str, float]:

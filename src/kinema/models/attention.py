@@ -1,10 +1,10 @@
 """The door to the attention kernels: packed clips of any length in, no clip ever sees another."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Sequence
 from enum import Enum
 from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch import Tensor
 
 Lengths = tuple[int, ...]
 """Tokens of each clip, in the order in which the clips lie in the pack."""
+
+Length = TypeVar("Length", bound=Hashable)
+"""A number of tokens, or a pair of them: of those that ask and of those that answer."""
 
 
 class Order(NamedTuple):
@@ -60,8 +63,8 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v within each clip, by torch's SDPA; shapes as in `Attention`.
 
-    Equal lengths are one batched call over views, without a copy. Otherwise one call for each run of
-    neighbours that ask with the same length; keys of several lengths in a run are padded and masked.
+    Neighbours of equal lengths are one batched call over views, without a copy; a plain batch is one call. Nothing is
+    padded and nothing masked, so a clip costs what it costs alone.
     """
     if order is not None:
         q, k, v = (_Reorder.apply(x, *order) for x in (q, k, v))
@@ -69,9 +72,13 @@ def attention(
         return _Reorder.apply(mixed, order.inverse, order.index)
 
     _check_lengths(q, k, v, q_lengths, k_lengths)
-    if _is_uniform(q_lengths) and _is_uniform(k_lengths):
+    neighbours = runs(list(zip(q_lengths, k_lengths, strict=True)))
+    if len(neighbours) == 1:
         return _attend(q, k, v, len(q_lengths))
-    return torch.cat([_attend_run(q, k, v, run) for run in _runs(q_lengths, k_lengths)])
+    q_parts = q.split([clips * asking for clips, (asking, _) in neighbours])
+    k_parts, v_parts = (x.split([clips * answering for clips, (_, answering) in neighbours]) for x in (k, v))
+    counts = [clips for clips, _ in neighbours]
+    return torch.cat([_attend(*part) for part in zip(q_parts, k_parts, v_parts, counts, strict=True)])
 
 
 def flash_attention(
@@ -100,13 +107,9 @@ def attention_of(kernel: AttentionKernel) -> Attention:
     return attention
 
 
-def runs(lengths: Lengths) -> list[tuple[int, int]]:
+def runs(lengths: Sequence[Length]) -> list[tuple[int, Length]]:
     """Neighbours of equal length as (clips, length): a plain batch is one run."""
     return [(len(list(group)), length) for length, group in groupby(lengths)]
-
-
-def _is_uniform(lengths: Lengths) -> bool:
-    return len(set(lengths)) == 1
 
 
 def _check_lengths(q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths) -> None:
@@ -116,50 +119,10 @@ def _check_lengths(q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_length
     assert 0 not in k_lengths, "a clip without keys has no softmax"
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, clips: int, mask: Tensor | None = None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, clips: int) -> Tensor:
     """Equal clips: views of (clips * n, h, d) as (clips, h, n, d), which the kernels read as they lie."""
     q, k, v = (x.unflatten(0, (clips, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1)
-
-
-class _Run(NamedTuple):
-    """Neighbouring clips that ask with the same number of tokens."""
-
-    clips: int
-    queries: slice
-    keys: slice
-    key_lengths: Lengths
-
-
-def _runs(q_lengths: Lengths, k_lengths: Lengths) -> Iterator[_Run]:
-    clip = q_start = k_start = 0
-    for clips, length in runs(q_lengths):
-        keys = k_lengths[clip : clip + clips]
-        q_end, k_end = q_start + clips * length, k_start + sum(keys)
-        yield _Run(clips, slice(q_start, q_end), slice(k_start, k_end), keys)
-        clip, q_start, k_start = clip + clips, q_end, k_end
-
-
-def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
-    q, k, v = q[run.queries], k[run.keys], v[run.keys]
-    if _is_uniform(run.key_lengths):
-        return _attend(q, k, v, run.clips)
-    places, mask = _padding(run.key_lengths, q.device)
-    return _attend(q, k[places], v[places], run.clips, mask)
-
-
-@lru_cache(maxsize=64)  # every block of a step asks for the same table
-def _padding(lengths: Lengths, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token of each padded place (clips * longest,) and which places are real (clips, 1, 1, longest).
-
-    A padded place repeats the clip's first token, so that no clip's memory holds another's numbers.
-    """
-    with torch.inference_mode(False):  # or a table first made while sampling could never be used in training
-        counts = torch.tensor(lengths, device=device)
-        starts = counts.cumsum(0) - counts
-        place = torch.arange(max(lengths), device=device)
-        real = place < counts[:, None]
-        return torch.where(real, starts[:, None] + place, starts[:, None]).flatten(), real[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
 
 
 class _Reorder(torch.autograd.Function):
@@ -184,13 +147,20 @@ def _flash_varlen(
     if order is not None:
         q, k, v = (_Reorder.apply(x, *order) for x in (q, k, v))
     _check_lengths(q, k, v, q_lengths, k_lengths)
-    q_ends, k_ends = _cumulative(q_lengths, q.device), _cumulative(k_lengths, q.device)
-    mixed = flash_attn_varlen_func(q, k, v, q_ends, k_ends, max(q_lengths), max(k_lengths))
+    mixed = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=_cumulative(q_lengths, q.device),
+        cu_seqlens_k=_cumulative(k_lengths, q.device),
+        max_seqlen_q=max(q_lengths),
+        max_seqlen_k=max(k_lengths),
+    )
     return mixed if order is None else _Reorder.apply(mixed, order.inverse, order.index)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # every block of a step asks for the same table
 def _cumulative(lengths: Lengths, device: torch.device) -> Tensor:
     """(0, n_1, n_1 + n_2, ...) int32, where each clip begins and the last one ends."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # or a table first made while sampling could never be used in training
         return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)

@@ -1,10 +1,9 @@
 """The diffusion transformer: patches, segments, and blocks that are lists of sublayers."""
 
-from kinema.models.dit.config import (
+from kinema.models.dit.axes import (
     Activation,
     AttentionPattern,
     CrossNorm,
-    DiTConfig,
     Expert,
     HeadModulation,
     ModulationSource,
@@ -12,10 +11,10 @@ from kinema.models.dit.config import (
     PositionEmbedding,
     QKNorm,
     Rope,
-    StreamConfig,
     TextEdge,
     TextEmbedding,
 )
+from kinema.models.dit.config import DiTConfig, StreamConfig
 from kinema.models.dit.experts import Experts, join_experts, make_denoiser, name_in_expert, split_experts
 from kinema.models.dit.extras import Extras, Sound
 from kinema.models.dit.model import DiT

@@ -5,18 +5,18 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from kinema.models.attention import Attention, attention_of
-from kinema.models.dit.conditioning import LinearModulation, LowRankModulation, TableModulation
-from kinema.models.dit.config import (
+from kinema.models.dit.axes import (
     Activation,
     AttentionPattern,
     CrossNorm,
-    DiTConfig,
     ModulationSource,
     NormKind,
     PositionEmbedding,
     QKNorm,
     TextEdge,
 )
+from kinema.models.dit.conditioning import LinearModulation, LowRankModulation, TableModulation
+from kinema.models.dit.config import DiTConfig
 from kinema.models.dit.layers import (
     Block,
     FeedForward,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.attention import Lengths, attention
-from kinema.models.dit.config import NormKind
+from kinema.models.dit.axes import NormKind
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import joined, totals
 

@@ -6,10 +6,12 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from kinema.models.attention import Attention
-from kinema.models.dit.config import DiTConfig, Expert
+from kinema.models.dit.axes import Expert
+from kinema.models.dit.config import DiTConfig
 from kinema.models.dit.extras import Extras
-from kinema.models.dit.model import NO_EXTRAS, DiT, Timesteps
+from kinema.models.dit.model import NO_EXTRAS, DiT
 from kinema.models.dit.segments import Grid
+from kinema.models.dit.timesteps import Timesteps
 
 
 class Experts(nn.Module):

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from kinema.models.attention import Attention, Lengths
 from kinema.models.dit.activations import gelu_tanh
+from kinema.models.dit.axes import Activation, NormKind, QKNorm
 from kinema.models.dit.conditioning import (
     Condition,
     LinearModulation,
     LowRankModulation,
     TableModulation,
 )
-from kinema.models.dit.config import Activation, NormKind, QKNorm
 from kinema.models.dit.memory import made_again
 from kinema.models.dit.modulating import gated_sum, modulated
 from kinema.models.dit.norms import Norm

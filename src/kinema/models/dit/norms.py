@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kinema.models.attention import Lengths
-from kinema.models.dit.config import NormKind
+from kinema.models.dit.axes import NormKind
 from kinema.models.dit.modulating import modulated
 
 FEW_ROWS = 8

@@ -64,3 +64,8 @@ class PackedClock:
         config = self.config
         axes, scale = config.rope_axes, config.rope_scale
         return rope_3d(places.float(), config.head_dim, axes, config.rope_theta, dtype, scale, config.rope_still)
+
+
+def both_ears(latents: Sequence[Tensor]) -> list[Tensor]:
+    """(C, T, 2) each -> tokens (T * 2, C), one ear beside the other."""
+    return [clip.flatten(1).T for clip in latents]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kinema.models.attention import Lengths
-from kinema.models.dit.config import DiTConfig, PositionEmbedding
+from kinema.models.dit.axes import PositionEmbedding
+from kinema.models.dit.config import DiTConfig
 from kinema.models.dit.segments import Grid
 from kinema.models.position import grid_positions, sincos_3d, sincos_quarters, sincos_space, sincos_time
 

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.models.attention import Lengths
+from kinema.models.dit.axes import NormKind
 from kinema.models.dit.blocks import encoder_sublayers, refiner_blocks, tower_blocks
 from kinema.models.dit.conditioning import Condition, PooledEmbedding, TimestepEmbedding, means
-from kinema.models.dit.config import DiTConfig, NormKind
+from kinema.models.dit.config import DiTConfig
 from kinema.models.dit.layers import Linear
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import Tokens, clip_segment
