@@ -10,6 +10,8 @@ import numpy as np
 from av.video.reformatter import Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
+from data_prep.pipeline.rows import RowFailed
+
 NOMINAL_FPS = tuple(
     [n * 1000 / 1001 for n in (24, 30, 60, 120)]
     + [5, 6, 8, 10, 12, 12.5, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120]
@@ -20,7 +22,7 @@ TIE_SECONDS = 1e-6
 """Two frames this equally near are a tie, which goes to the earlier one."""
 
 
-class UnreadableVideo(Exception):
+class UnreadableVideo(RowFailed):
     """A video that cannot become clips; the reason is the message."""
 
 
@@ -57,7 +59,7 @@ def read_facts(path: Path) -> Facts:
 def nominal_fps(average: float) -> float:
     """The usual frame rate within 1 % of an average rate, else the average in whole frames (at least 1)."""
     nearest = min(NOMINAL_FPS, key=lambda fps: abs(fps - average))
-    return nearest if abs(nearest - average) <= 0.01 * average else float(max(1, round(average)))
+    return float(nearest) if abs(nearest - average) <= 0.01 * average else float(max(1, round(average)))
 
 
 def decode_frames(path: Path) -> Iterator[TimedFrame]:

@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from kinema.conditioning.text import CachedTextEncoder, TextEncoder, build_text_encoder
 from kinema.config import Config, changed_keys
-from kinema.data.candidates import KeepReport, plan_clips
+from kinema.data.candidates import Candidates, KeepReport, plan_clips
 from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.latents import LatentCache
 from kinema.data.ledger import Ledger, Quarantine
 from kinema.data.loading import make_loader
 from kinema.data.pack import Pack
-from kinema.data.plan import Plan, PlannedClip, lanes_of
+from kinema.data.plan import Plan, lanes_of
 from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_folder
@@ -335,7 +335,7 @@ def build_data(config: Config, geometry: Geometry, process: Process, run: Run, v
     clips, kept = choose_clips(config, index, geometry, rights)
     heldout_plan = None
     if heldout.entries:
-        heldout_plan = build_plan(config, heldout, choose_clips(config, heldout, geometry, rights)[0])
+        heldout_plan = build_plan(config, choose_clips(config, heldout, geometry, rights)[0])
     cache = None
     if data.latents is not None:
         if vae_hash is None:
@@ -350,7 +350,7 @@ def build_data(config: Config, geometry: Geometry, process: Process, run: Run, v
                 "data with a held-out share, name another data.heldout_split, or type validation.every_steps=0."
             )
     return Data(
-        data, index, heldout, build_plan(config, index, clips), heldout_plan,
+        data, index, heldout, build_plan(config, clips), heldout_plan,
         lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept, rights,
     )  # fmt: skip
 
@@ -371,7 +371,7 @@ def check_captions(encoder: TextEncoder, config: Config, data: Data) -> None:
 
 def choose_clips(
     config: Config, index: DatasetIndex, geometry: Geometry, rights: RightsPolicy
-) -> tuple[list[PlannedClip], KeepReport]:
+) -> tuple[Candidates, KeepReport]:
     """The clips that a run uses, and why it leaves others out."""
     data = config.data
     return plan_clips(
@@ -394,12 +394,10 @@ def step_cost(tokens: int, width: int | None) -> float:
     return float(tokens) if width is None else tokens * (1 + tokens / (6 * width))
 
 
-def build_plan(config: Config, index: DatasetIndex, clips: list[PlannedClip]) -> Plan:
+def build_plan(config: Config, clips: Candidates) -> Plan:
     """The plan that deals planned clips to steps and lanes."""
-    shards = sorted({entry.shard for entry in index.entries})
     return Plan(
         clips,
-        [shards.index(index.entries[clip.entry_index].shard) for clip in clips],
         seed=config.seed,
         lanes=config.data.lanes,
         clips_per_step=config.data.clips_per_step,

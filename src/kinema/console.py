@@ -14,8 +14,11 @@ EXIT_STORE = 69
 EXIT_NON_FINITE = 70
 
 
-def run_script(main: Callable[[], Any], config_name: str) -> None:
-    """Run a Hydra script so that its errors reach the user whole and in one line."""
+def run_script(main: Callable[[], Any], config_name: str, configs: Path | None = None) -> None:
+    """Run a Hydra script so that its errors reach the user whole and in one line.
+
+    Its configs lie in `configs`, by default beside the script.
+    """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -23,7 +26,7 @@ def run_script(main: Callable[[], Any], config_name: str) -> None:
     try:
         main()
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises plain ValueErrors too
-        fail(f"{first_cause(error)} {_suggestions(config_name)}".strip(), EXIT_CONFIG)
+        fail(f"{first_cause(error)} {_suggestions(config_name, configs)}".strip(), EXIT_CONFIG)
     except KeyboardInterrupt:
         fail("interrupted", 130)
 
@@ -70,7 +73,7 @@ def first_cause(error: BaseException) -> str:
     return str(error).strip()
 
 
-def _suggestions(config_name: str) -> str:
+def _suggestions(config_name: str, configs: Path | None) -> str:
     """What to type instead, for each override whose key does not exist or whose group is set to null."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -78,7 +81,7 @@ def _suggestions(config_name: str) -> str:
     from kinema.config import suggestion
 
     GlobalHydra.instance().clear()
-    configs = Path(sys.argv[0]).resolve().parent / "configs"
+    configs = configs or Path(sys.argv[0]).resolve().parent / "configs"
     overrides = [argument.lstrip("+~").split("=", 1) for argument in sys.argv[1:] if "=" in argument]
     with initialize_config_dir(str(configs), version_base="1.3"):
         plain = compose(config_name)

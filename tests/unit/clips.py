@@ -24,24 +24,39 @@ TICKS = 90_000
 
 
 def numbered_video(
-    times: list[float], *, size: tuple[int, int] = (64, 64), b_frames: int = 0, container_format="mp4"
+    times: list[float],
+    *,
+    size: tuple[int, int] = (64, 64),
+    b_frames: int = 0,
+    container_format="mp4",
+    codec="libx264",
+    pix_fmt="yuv420p",
+    key_every: int = 12,
+    pixel_aspect: Fraction | None = None,
 ) -> bytes:
-    """H.264 mp4 whose frame i appears at times[i] seconds, with i painted as eight bars (read it with
-    `numbers`).
+    """Video whose frame i appears at times[i] seconds, with i painted as eight bars (read it with
+    `numbers`); H.264 in mp4 unless told otherwise.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "clip")
         with av.open(path, "w", format=container_format) as container:
-            stream = container.add_stream("libx264", rate=30)
-            stream.width, stream.height, stream.pix_fmt = size[1], size[0], "yuv420p"
-            stream.codec_context.time_base = Fraction(1, TICKS)
+            stream = container.add_stream(codec, rate=30)
+            stream.width, stream.height, stream.pix_fmt = size[1], size[0], pix_fmt
+            context = stream.codec_context
+            context.time_base = Fraction(1, TICKS if codec == "libx264" else 1000)
+            context.gop_size = key_every
+            if pixel_aspect is not None:
+                context.sample_aspect_ratio = pixel_aspect
             # No choice is left to the encoder, or it would leave the B-frames out.
-            stream.options = {"x264-params": f"crf=4:keyint=12:bframes={b_frames}:b-adapt=0:scenecut=0:threads=1"}
+            x264 = f"crf=4:keyint={key_every}:bframes={b_frames}:b-adapt=0:scenecut=0:threads=1"
+            stream.options = {"x264-params": x264} if codec == "libx264" else {"qscale": "2"}
+            columns = np.arange(size[1]) * 8 // size[1]
             for index, seconds in enumerate(times):
-                bars = np.array([index >> bit & 1 for bit in range(8)], np.uint8).repeat(size[1] // 8)
+                bars = np.array([index >> bit & 1 for bit in range(8)], np.uint8)[columns]
                 picture = np.broadcast_to(255 * bars[None, :, None], (*size, 3)).copy()
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                frame.pts, frame.time_base = round(seconds * TICKS), Fraction(1, TICKS)
+                frame.time_base = context.time_base
+                frame.pts = round(seconds / context.time_base)
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
         return Path(path).read_bytes()
@@ -85,11 +100,8 @@ def build(folder, clips: int, *, per_shard: int = 4, damaged=(), **facts) -> Dat
 def make_plan(index: DatasetIndex, *, seed=0, lanes=2, clips_per_step=4, max_pack_tokens=4096, block=2, shapes=SHAPES):
     """The plan of all clips of an index at 8 fps."""
     clips, _ = plan_clips(index, shapes, 8.0, GEOMETRY)
-    shards = sorted({entry.shard for entry in index.entries})
-    shard_of = [shards.index(index.entries[clip.entry_index].shard) for clip in clips]
     return Plan(
         clips,
-        shard_of,
         seed=seed,
         lanes=lanes,
         clips_per_step=clips_per_step,

@@ -27,8 +27,9 @@ from kinema.console import run_script
 from kinema.training.optim import AdamW
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name != "experiment")
-CHOICES = sorted((path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "experiment")
+NO_GROUPS = ("experiment", "prep")  # data_prep/prepare.py has its own root there
+GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in NO_GROUPS)
+CHOICES = sorted((path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml") if path.parent.name in GROUPS)
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 VAE = ["task=vae"]
 

@@ -11,9 +11,9 @@ from kinema.data.candidates import plan_clips
 from kinema.data.config import Crop, Window
 from kinema.data.decoding import Decoder, decode_clip
 from kinema.data.geometry import ClipShape
+from kinema.data.keyed import keyed_seed
 from kinema.data.latents import LatentCache, LatentWriter, write_latents
 from kinema.data.loading import make_loader
-from kinema.data.plan import keyed_seed
 from kinema.data.shards import DamagedSample, read_member
 from tests.unit.clips import GEOMETRY, SHAPES, build, make_plan
 

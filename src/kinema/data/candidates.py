@@ -1,13 +1,102 @@
 """Which clips of a data set can be used, at which size, and why the others are not."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from kinema.data.geometry import ClipShape, Geometry, assign_shape
-from kinema.data.plan import PlannedClip
+import numpy as np
+from numpy.typing import NDArray
+
+from kinema.data.columns import Columns, columns_of
+from kinema.data.geometry import ClipShape, Geometry, assign_shapes
 from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
+
+
+@dataclass(frozen=True)
+class PlannedClip:
+    """One clip as the plan sees it: where it stands in the index, its size and what it costs."""
+
+    entry_index: int
+    shape: ClipShape
+    tokens: int
+    cost: float
+    """Work of a training step on this clip, in any unit, e.g. FLOPs; only ratios matter."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates(Sequence[PlannedClip]):
+    """The clips that a plan may use, a column for each fact: 12 bytes a clip, whatever the size of the index.
+
+    Size, tokens and cost depend on the shape alone and stand once for each shape.
+    """
+
+    shapes: Sequence[ClipShape]
+    shape_tokens: NDArray[np.int64]
+    shape_costs: NDArray[np.float64]
+    entry_index: NDArray[np.int32]
+    shape_ids: NDArray[np.int32]
+    """Of each clip, its place in `shapes`."""
+    shards: NDArray[np.int32]
+    """Of each clip, any number that tells its shard from others."""
+
+    def __post_init__(self) -> None:
+        for tokens, cost, shape in zip(self.shape_tokens, self.shape_costs, self.shapes, strict=True):
+            if not (tokens > 0 and cost > 0):
+                raise ValueError(f"Every planned clip must have tokens and a cost above 0, but {shape} has not.")
+
+    @classmethod
+    def of(cls, clips: Sequence[PlannedClip], shards: Sequence[int]) -> "Candidates":
+        """Candidates from single clips, each with its shard."""
+        kinds = list(dict.fromkeys((clip.shape, clip.tokens, clip.cost) for clip in clips))
+        places = {kind: place for place, kind in enumerate(kinds)}
+        return cls(
+            [shape for shape, _, _ in kinds],
+            np.array([tokens for _, tokens, _ in kinds], np.int64),
+            np.array([cost for _, _, cost in kinds], np.float64),
+            np.array([clip.entry_index for clip in clips], np.int32),
+            np.array([places[clip.shape, clip.tokens, clip.cost] for clip in clips], np.int32),
+            np.array(shards, np.int32),
+        )
+
+    @cached_property
+    def shape_ranks(self) -> NDArray[np.int64]:
+        """Of each shape, its place among them all by size: frames, then height, then width."""
+        return np.lexsort(np.array(self.shapes).T[::-1]).argsort()
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """Tokens of each clip."""
+        return self.shape_tokens[self.shape_ids]
+
+    @property
+    def costs(self) -> NDArray[np.float64]:
+        """Cost of each clip."""
+        return self.shape_costs[self.shape_ids]
+
+    def largest_step(self, clips_per_step: int) -> NDArray[np.int64]:
+        """Tokens of the clips of the largest step that can come up, falling; the ends of two epochs may meet in it."""
+        copies = 1 if len(self) >= 3 * clips_per_step else clips_per_step // len(self) + 2
+        counts = copies * np.bincount(self.shape_ids, minlength=len(self.shapes))
+        tokens = np.repeat(self.shape_tokens, np.minimum(counts, clips_per_step))
+        return np.sort(tokens)[::-1][:clips_per_step]
+
+    def __len__(self) -> int:
+        return len(self.entry_index)
+
+    def __getitem__(self, place: int) -> PlannedClip:  # type: ignore[override]  # no slices
+        kind = int(self.shape_ids[place])
+        tokens, cost = int(self.shape_tokens[kind]), float(self.shape_costs[kind])
+        return PlannedClip(int(self.entry_index[place]), self.shapes[kind], tokens, cost)
+
+    def __iter__(self) -> Iterator[PlannedClip]:
+        return (self[place] for place in range(len(self)))
+
+    def take(self, places: NDArray[np.int64]) -> "Candidates":
+        """Some of the clips, in the given order."""
+        columns = {name: getattr(self, name)[places] for name in ("entry_index", "shape_ids", "shards")}
+        return replace(self, **columns)
 
 
 @dataclass
@@ -37,47 +126,76 @@ def plan_clips(
     require_captions: bool = True,
     max_clips: int | None = None,
     cost: Callable[[int], float] = float,
-) -> tuple[list[PlannedClip], KeepReport]:
+) -> tuple[Candidates, KeepReport]:
     """Give every usable clip its shape, tokens and cost, and count the others by reason.
 
     `cost` maps a clip's tokens to the work of training on it. Raises ValueError for an illegal shape (with
     the nearest legal ones), and when no clip remains.
     """
     legal = [geometry.check(shape) for shape in shapes]
-    tokens = {shape: geometry.num_tokens(shape) for shape in legal}
-    report = KeepReport(total=len(index.entries))
-    clips: list[PlannedClip] = []
-    for number, entry in enumerate(index.entries):
-        record = entry.record
-        shape = assign_shape(record, legal, fps)
-        reason = None
-        if rights is not None and (refusal := rights.refusal(record)):
-            reason = refusal
-        elif require_captions and not record.caption.strip():
-            reason = "no caption"
-        elif shape is None:
-            reason = "too short"
-        elif shape.frames > 1 and record.fps < 0.95 * fps:  # frames would be shown twice; 23.976 passes for 24
-            reason = "frame rate below data.fps"
-        if reason is None and max_clips is not None and len(clips) >= max_clips:
-            reason = "beyond data.max_clips"
-        if reason is None and shape is not None:
-            clips.append(PlannedClip(number, shape, tokens[shape], cost(tokens[shape])))
-        else:
-            report.dropped[str(reason)] += 1
-            report.dropped_by_source[record.source] += 1
-    report.kept = len(clips)
-    if not clips:
-        raise ValueError(_nothing_left(index, legal, fps, report))
+    columns = columns_of(index.entries)
+    shape_ids = assign_shapes(columns, legal, fps)
+    kept = np.ones(len(columns), np.bool_)
+    report = KeepReport(total=len(columns))
+    refusals = [*_refused_by(rights, index, columns)] if rights else []
+    if require_captions:
+        refusals.append(("no caption", ~columns.captioned))
+    refusals.append(("too short", shape_ids < 0))
+    moving = np.array([shape.frames > 1 for shape in legal])[shape_ids]
+    # Frames would be shown twice; 23.976 passes for 24.
+    refusals.append(("frame rate below data.fps", moving & (columns.fps < 0.95 * fps)))
+    for reason, refused in refusals:  # a clip counts under the first that applies
+        _drop(report, columns, reason, kept & refused)
+        kept &= ~refused
+    if max_clips is not None:
+        beyond = kept & (np.cumsum(kept) > max_clips)
+        _drop(report, columns, "beyond data.max_clips", beyond)
+        kept &= ~beyond
+    report.kept = int(kept.sum())
+    if not report.kept:
+        raise ValueError(_nothing_left(index, columns, legal, fps, report))
+    tokens = [geometry.num_tokens(shape) for shape in legal]
+    clips = Candidates(
+        legal,
+        np.array(tokens, np.int64),
+        np.array([cost(number) for number in tokens], np.float64),
+        np.flatnonzero(kept).astype(np.int32),
+        shape_ids[kept],
+        columns.shard.codes[kept],
+    )
     return clips, report
 
 
-def _nothing_left(index: DatasetIndex, shapes: Sequence[ClipShape], fps: float, report: KeepReport) -> str:
-    longest = max((entry.record.duration_seconds for entry in index.entries), default=0.0)
-    fastest = max((entry.record.fps for entry in index.entries), default=0.0)
+def _refused_by(rights: RightsPolicy, index: DatasetIndex, columns: Columns) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """The reasons of `RightsPolicy.refusal`, in its order, each with the rows that it refuses."""
+    for column, refused in (
+        (columns.license, rights.refused_license),
+        (columns.consent, rights.refused_consent),
+        (columns.generated, rights.refused_generated),
+        (columns.source, rights.refused_source),
+    ):
+        for code, name in enumerate(column.names):
+            if reason := refused(name):
+                yield reason, column.codes == code
+    if rights.excluded_keys:
+        reasons = [rights.refused_key(entry.record.key) for entry in index.entries]
+        for reason in filter(None, dict.fromkeys(reasons)):
+            yield reason, np.array([other == reason for other in reasons])
+
+
+def _drop(report: KeepReport, columns: Columns, reason: str, rows: NDArray[np.bool_]) -> None:
+    if rows.any():
+        report.dropped[reason] += int(rows.sum())
+        report.dropped_by_source.update(columns.source.count(rows))
+
+
+def _nothing_left(
+    index: DatasetIndex, columns: Columns, shapes: Sequence[ClipShape], fps: float, report: KeepReport
+) -> str:
     fewest = min(shape.frames for shape in shapes)
     return (
         f"No clip of {index.folder} can be used: {report.line()}. The shortest of data.shapes needs {fewest} "
-        f"frames at data.fps={fps}, {fewest / fps:.2f} s; the longest clip lasts {longest:.2f} s and the "
-        f"fastest has {fastest:g} frames a second. Type fewer frames, another data.fps, or other data."
+        f"frames at data.fps={fps}, {fewest / fps:.2f} s; the longest clip lasts "
+        f"{columns.duration_seconds.max(initial=0.0):.2f} s and the fastest has {columns.fps.max(initial=0.0):g} "
+        "frames a second. Type fewer frames, another data.fps, or other data."
     )

@@ -4,12 +4,15 @@ import os
 import tempfile
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor  # which a program that only writes videos need not load
 
 FRAME_TICKS = 90_000
 """Time base of the video stream: every usual frame rate is a whole number of ticks, or within 11
@@ -19,7 +22,7 @@ microseconds.
 
 def write_video(
     path: str | Path,
-    frames: Tensor | NDArray[np.uint8],
+    frames: "Tensor | NDArray[np.uint8]",
     fps: float,
     *,
     crf: float = 18,
@@ -58,7 +61,7 @@ def write_video(
 
 
 def encode_video(
-    frames: Tensor | NDArray[np.uint8],
+    frames: "Tensor | NDArray[np.uint8]",
     fps: float,
     *,
     crf: float = 18,
@@ -80,8 +83,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return dict(container.metadata)
 
 
-def _checked(frames: Tensor | NDArray[np.uint8], fps: float) -> NDArray[np.uint8]:
-    pictures = frames.cpu().numpy() if isinstance(frames, Tensor) else frames
+def _checked(frames: "Tensor | NDArray[np.uint8]", fps: float) -> NDArray[np.uint8]:
+    pictures = frames if isinstance(frames, np.ndarray) else frames.cpu().numpy()
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3 or len(pictures) == 0:
         raise ValueError(
             f"frames of type {pictures.dtype} and shape {pictures.shape} must be uint8 (T >= 1, H, W, 3). "

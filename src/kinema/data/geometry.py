@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kinema.data.columns import Columns, columns_of_records
 from kinema.data.sample import ClipRecord
+
+ROWS_AT_ONCE = 1 << 18
+"""Clips that are given shapes in one go, to bound memory."""
 
 
 class ClipShape(NamedTuple):
@@ -111,26 +118,45 @@ class Geometry:
         return rest == 0 and (groups + 1) % frame_step == 0 and whole_sides
 
 
-def assign_shape(record: ClipRecord, shapes: Sequence[ClipShape], fps: float) -> ClipShape | None:
-    """Give a clip the shape of nearest aspect ratio, and of those the longest that it can fill at `fps`.
+def assign_shapes(columns: Columns, shapes: Sequence[ClipShape], fps: float) -> NDArray[np.int32]:
+    """Give each clip the shape of nearest aspect ratio, and of those the longest that it can fill at `fps`.
 
     Shapes of equal aspect ratio and length are told apart by area: the largest that needs no enlarging, else
-    the smallest. None when the clip is shorter than every shape of its aspect ratio; the caller counts it.
+    the smallest. Returns places in `shapes`, -1 where the clip is shorter than every shape of its aspect
+    ratio; the caller counts it.
     """
-    aspect = math.log(record.width / record.height)
-    misfits = [abs(math.log(shape.width / shape.height) - aspect) for shape in shapes]
-    matching = [shape for shape, misfit in zip(shapes, misfits, strict=True) if misfit < min(misfits) + 1e-9]
-    # Durations are rounded when written; a thousandth of a frame is not a missing frame.
-    fitting = [shape for shape in matching if shape.frames <= record.duration_seconds * fps + 1e-3]
-    if not fitting:
-        return None
+    ids = np.full(len(columns), -1, np.int32)
+    for first in range(0, len(columns), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        width, height, seconds = columns.width[rows], columns.height[rows], columns.duration_seconds[rows]
+        aspect = np.log(width / height)
+        misfits = np.stack([np.abs(math.log(shape.width / shape.height) - aspect) for shape in shapes])
+        nearest = misfits < misfits.min(axis=0) + 1e-9
+        best = np.full((3, len(width)), -np.inf)  # of the preferred shape so far: frames, not enlarged, area
+        for place, shape in enumerate(shapes):
+            enlarged = (shape.height > height) | (shape.width > width)
+            area = shape.height * shape.width
+            preference = np.stack([np.full(len(width), shape.frames), ~enlarged, np.where(enlarged, -area, area)])
+            # Durations are rounded when written; a thousandth of a frame is not a missing frame.
+            fits = nearest[place] & (shape.frames <= seconds * fps + 1e-3)
+            wins = fits & _greater(preference, best)
+            ids[rows][wins] = place
+            best = np.where(wins, preference, best)
+    return ids
 
-    def preference(shape: ClipShape) -> tuple[int, bool, int]:
-        enlarged = shape.height > record.height or shape.width > record.width
-        area = shape.height * shape.width
-        return shape.frames, not enlarged, -area if enlarged else area
 
-    return max(fitting, key=preference)
+def assign_shape(record: ClipRecord, shapes: Sequence[ClipShape], fps: float) -> ClipShape | None:
+    """The shape that `assign_shapes` gives one clip, or None."""
+    place = int(assign_shapes(columns_of_records([record], [""]), shapes, fps)[0])
+    return None if place < 0 else shapes[place]
+
+
+def _greater(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether the columns of `one` come after those of `other`, compared row by row from the first."""
+    greater = np.zeros(one.shape[1], np.bool_)
+    for ours, theirs in zip(one[::-1], other[::-1], strict=True):
+        greater = (ours > theirs) | ((ours == theirs) & greater)
+    return greater
 
 
 def _around(value: float, step: int) -> list[int]:

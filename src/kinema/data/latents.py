@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
+from kinema.data.candidates import PlannedClip
 from kinema.data.decoding import DecodeError, Decoder, decode_clip
 from kinema.data.geometry import ClipShape
-from kinema.data.plan import PlannedClip
 from kinema.data.shards import DamagedSample, DatasetIndex, read_member, write_aside
 from kinema.data.store import Member
 

@@ -11,9 +11,10 @@ from torch.utils.data import Dataset
 
 from kinema.data.config import Crop, Window
 from kinema.data.decoding import DecodeError, Decoder, decode_clip
+from kinema.data.keyed import keyed_seed
 from kinema.data.latents import LatentCache
 from kinema.data.pack import Failure, Pack
-from kinema.data.plan import Plan, Slot, keyed_seed
+from kinema.data.plan import Plan, Slot
 from kinema.data.rights import RightsPolicy, contradiction
 from kinema.data.shards import DamagedSample, DatasetIndex, read_member
 from kinema.data.store import store_of

@@ -163,6 +163,11 @@ class ShardWriter:
         if len(self._records) == self.max_samples:
             self._close_shard()
 
+    def end_shard(self) -> None:
+        """Have the next clip begin a new shard, whatever `max_samples`."""
+        if self._tar is not None:
+            self._close_shard()
+
     def _open_shard(self) -> None:
         from webdataset.writer import TarWriter
 

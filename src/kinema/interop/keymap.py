@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -231,6 +231,11 @@ class Rule:
     def all_theirs(self) -> tuple[str, ...]:
         """Their names, be it one or several."""
         return _names(self.theirs)
+
+    def renamed(self, words: Mapping[str, str]) -> "Rule":
+        """The same tensors where each part of their names that `words` holds is called otherwise."""
+        theirs = (".".join(words.get(part, part) for part in name.split(".")) for name in self.all_theirs)
+        return replace(self, theirs=tuple(theirs))
 
 
 @dataclass(frozen=True)

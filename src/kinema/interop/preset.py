@@ -9,6 +9,8 @@ from torch import nn
 from kinema.interop.keymap import KeyMap
 
 Record = dict[str, Any]
+Names = tuple[str, str]
+"""Of a tensor or a module: theirs and ours."""
 
 
 @dataclass(frozen=True)

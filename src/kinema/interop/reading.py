@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-Record = dict[str, Any]
+from kinema.interop.preset import Record
+
 Shape = tuple[int, ...]
 
 INDEX = "*.safetensors.index.json"

@@ -14,9 +14,9 @@ from kinema.conditioning.image import ImageEncoder
 from kinema.conditioning.text import TextEncoder
 from kinema.data.config import DataConfig
 from kinema.data.geometry import Geometry
+from kinema.data.keyed import keyed_seed
 from kinema.data.pack import Pack
 from kinema.data.pixels import to_model_range
-from kinema.data.plan import keyed_seed
 from kinema.diffusion.objective import Objective
 from kinema.diffusion.timesteps import in_range
 from kinema.distributed.engine import Engine

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kinema.data.keyed import keyed_seed
 from kinema.data.pack import Pack
 from kinema.data.pixels import to_model_range
-from kinema.data.plan import keyed_seed
 from kinema.distributed.engine import Engine, ParallelConfig, Precision
 from kinema.models.vae import CausalVAE, LatentStatistics
 from kinema.models.vae.losses import VAELoss, VAELossConfig, psnr

@@ -6,9 +6,9 @@ from typing import cast
 from torch import nn
 
 from kinema.interop.keymap import Chain, Fused, Inverse, KeyMap, Layout, Reshaped, Rule, Same
-from kinema.interop.preset import Preset, Record
+from kinema.interop.preset import Names, Preset, Record
 from kinema.interop.presets.described import check_described
-from kinema.interop.presets.rules import fixed_choices, require
+from kinema.interop.presets.rules import fixed_choices, require, width_of
 from kinema.models.dit import (
     Activation,
     DiT,
@@ -39,7 +39,6 @@ FIXED = {
     "patch_bias": True,
 }
 
-Names = tuple[str, str]
 """Name in `diffusers`, and here."""
 
 NAMES: list[Names] = [
@@ -112,7 +111,7 @@ def describe(module: nn.Module) -> Record:
 
 def key_map(record: Record) -> KeyMap:
     """Names in `diffusers`."""
-    width, side = record["num_attention_heads"] * record["attention_head_dim"], record["patch_size"]
+    width, side = width_of(record), record["patch_size"]
     kernel: Layout = Same()
     if record["patch_size_t"] is None:
         kernel = Reshaped((width, record["in_channels"], side, side), (width, -1))

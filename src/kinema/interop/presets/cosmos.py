@@ -5,9 +5,9 @@ from typing import cast
 from torch import nn
 
 from kinema.interop.keymap import KeyMap, PermutedRows, Rule
-from kinema.interop.preset import Preset, Record
+from kinema.interop.preset import Names, Preset, Record
 from kinema.interop.presets.described import check_described
-from kinema.interop.presets.rules import fixed_choices, require
+from kinema.interop.presets.rules import fixed_choices, require, width_of
 from kinema.models.dit import (
     DiT,
     DiTConfig,
@@ -29,7 +29,6 @@ FIXED = {
 TRAINED = [128, 240, 240]
 """Latent frames, rows and columns of the largest clip of every release; only learned places read them."""
 
-Names = tuple[str, str]
 """Name in `diffusers`, and here."""
 
 EDGES: list[Names] = [
@@ -127,7 +126,7 @@ def key_map(record: Record) -> KeyMap:
 
 
 def _config(record: Record) -> DiTConfig:
-    width, head = record["num_attention_heads"] * record["attention_head_dim"], record["attention_head_dim"]
+    width, head = width_of(record), record["attention_head_dim"]
     side, learned = head // 6 * 2, record["extra_pos_embed_type"] == "learnable"
     sizes = zip(record["max_size"], record["patch_size"], strict=True)
     return DiTConfig(

@@ -6,12 +6,11 @@ from typing import cast
 from torch import nn
 
 from kinema.interop.keymap import Chain, Fused, Inverse, KeyMap, Layout, ReorderedRows, Reshaped, Rule
-from kinema.interop.preset import Preset, Record
+from kinema.interop.preset import Names, Preset, Record
 from kinema.interop.presets.described import check_described
-from kinema.interop.presets.rules import fixed_choices, require
+from kinema.interop.presets.rules import fixed_choices, require, width_of
 from kinema.models.dit import Activation, DiT, DiTConfig, ModulationSource, QKNorm, TextEdge, TextEmbedding
 
-Names = tuple[str, str]
 """Name in `diffusers` or in Tencent's files, and here."""
 
 EDGES: list[Names] = [
@@ -151,7 +150,7 @@ def describe(module: nn.Module) -> Record:
 
 def key_map(record: Record) -> KeyMap:
     """Names in `diffusers`."""
-    width, dual = _width(record), record["num_layers"]
+    width, dual = width_of(record), record["num_layers"]
     rules = [Rule(theirs, ours) for theirs, ours in EDGES + (GUIDANCE if record["guidance_embeds"] else [])]
     rules += [Rule(f"context_embedder.{theirs}", f"text_embedding.{ours}") for theirs, ours in REFINER]
     rules += [Rule("x_embedder.proj.weight", "patch_embedding.weight", kernel(record))]
@@ -166,7 +165,7 @@ def key_map(record: Record) -> KeyMap:
 
 def original_key_map(record: Record) -> KeyMap:
     """Names in Tencent's own files, where queries, keys and values are one tensor."""
-    width, dual = _width(record), record["num_layers"]
+    width, dual = width_of(record), record["num_layers"]
     qkv, hidden = Fused((width,) * 3), round(width * record["mlp_ratio"])
     edges = ORIGINAL_EDGES + ORIGINAL_POOLED + (ORIGINAL_GUIDANCE if record["guidance_embeds"] else [])
     rules = [Rule(theirs, ours) for theirs, ours in edges] + original_refiner_rules(width)
@@ -220,11 +219,7 @@ def original_refiner_rules(width: int) -> list[Rule]:
 def kernel(record: Record) -> Layout:
     """A convolution over patches as a linear layer."""
     patch = (record["patch_size_t"], record["patch_size"], record["patch_size"])
-    return Reshaped((_width(record), record["in_channels"], *patch), (_width(record), -1))
-
-
-def _width(record: Record) -> int:
-    return record["num_attention_heads"] * record["attention_head_dim"]
+    return Reshaped((width_of(record), record["in_channels"], *patch), (width_of(record), -1))
 
 
 def _slots(width: int) -> Layout:
@@ -237,7 +232,7 @@ def _inside(module: str, names: Sequence[str]) -> tuple[str, ...]:
 
 def _config(record: Record) -> DiTConfig:
     return DiTConfig(
-        width=_width(record),
+        width=width_of(record),
         depth=record["num_layers"] + record["num_single_layers"],
         single_depth=record["num_single_layers"],
         num_heads=record["num_attention_heads"],

@@ -17,7 +17,7 @@ from kinema.interop.presets.hunyuan import (
     original_dual_rules,
     original_refiner_rules,
 )
-from kinema.interop.presets.rules import fixed_choices
+from kinema.interop.presets.rules import fixed_choices, width_of
 from kinema.models.dit import Activation, DiT, DiTConfig, ModulationSource, QKNorm, TextEdge, TextEmbedding
 
 GLYPH_HIDDEN = 2048  # of the reference, whatever its config says
@@ -92,16 +92,16 @@ def key_map(record: Record) -> KeyMap:
     rules += [Rule(f"context_embedder.{theirs}", f"text_embedding.{ours}") for theirs, ours in REFINER]
     rules += [Rule("x_embedder.proj.weight", "patch_embedding.weight", kernel(record))]
     rules += [Rule("norm_out.linear.{p}", "head_modulation.{p}", ReorderedRows((1, 0)))]
-    return KeyMap(rules + dual_rules(record["num_layers"], _width(record)))
+    return KeyMap(rules + dual_rules(record["num_layers"], width_of(record)))
 
 
 def original_key_map(record: Record) -> KeyMap:
     """Names in Tencent's own files, where only the captions' own transformer has queries, keys and values in one."""
     rules = [Rule(theirs, ours) for theirs, ours in ORIGINAL_EDGES + ORIGINAL_SOURCES]
-    rules += original_refiner_rules(_width(record))
+    rules += original_refiner_rules(width_of(record))
     rules += [Rule("img_in.proj.weight", "patch_embedding.weight", kernel(record))]
     for block in range(record["num_layers"]):
-        rules += original_dual_rules(block, _width(record))
+        rules += original_dual_rules(block, width_of(record))
         for prefix, segment in SEGMENTS:
             there, here = (
                 f"double_blocks.{block}.{prefix}_attn_",
@@ -111,13 +111,9 @@ def original_key_map(record: Record) -> KeyMap:
     return KeyMap(rules)
 
 
-def _width(record: Record) -> int:
-    return record["num_attention_heads"] * record["attention_head_dim"]
-
-
 def _config(record: Record) -> DiTConfig:
     return DiTConfig(
-        width=_width(record),
+        width=width_of(record),
         depth=record["num_layers"],
         num_heads=record["num_attention_heads"],
         mlp_ratio=record["mlp_ratio"],

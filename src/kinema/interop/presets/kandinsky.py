@@ -5,7 +5,7 @@ from typing import cast
 from torch import nn
 
 from kinema.interop.keymap import Along, KeyMap, PermutedRows, Rule
-from kinema.interop.preset import Preset, Record
+from kinema.interop.preset import Names, Preset, Record
 from kinema.interop.presets.described import check_described
 from kinema.interop.presets.rules import fixed_choices, require
 from kinema.models.dit import DiT, DiTConfig, ModulationSource, TextEmbedding
@@ -27,7 +27,6 @@ FIXED = {
     "attention_method": None,
 }
 
-Names = tuple[str, str]
 """Name in `diffusers`, and here."""
 
 EDGES: list[Names] = [

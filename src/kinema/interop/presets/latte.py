@@ -5,9 +5,9 @@ from typing import cast
 from torch import nn
 
 from kinema.interop.keymap import KeyMap, PermutedRows, Reshaped, Rule
-from kinema.interop.preset import Preset, Record
+from kinema.interop.preset import Names, Preset, Record
 from kinema.interop.presets.described import check_described
-from kinema.interop.presets.rules import fixed_choices, require, same_width
+from kinema.interop.presets.rules import channels_out, fixed_choices, require, same_width, width_of
 from kinema.models.dit import (
     Activation,
     AttentionPattern,
@@ -34,7 +34,6 @@ FIXED = {
     "norm_eps": HEAD_EPSILON,
 }
 
-Names = tuple[str, str]
 """Name in `diffusers`, and here."""
 
 EDGES: list[Names] = [
@@ -88,8 +87,8 @@ def describe(module: nn.Module) -> Record:
 
 def key_map(record: Record) -> KeyMap:
     """Names in `diffusers`, which are the maker's own."""
-    width, side = record["num_attention_heads"] * record["attention_head_dim"], record["patch_size"]
-    rows = PermutedRows((side, side, _out_channels(record)), (2, 0, 1))
+    width, side = width_of(record), record["patch_size"]
+    rows = PermutedRows((side, side, channels_out(record)), (2, 0, 1))
     kernel = Reshaped((width, record["in_channels"], side, side), (width, -1))
     blocks = [
         rule
@@ -124,7 +123,7 @@ def block_rules(theirs: str, ours: str, width: int, attentions: list[str]) -> li
 
 
 def _config(record: Record) -> DiTConfig:
-    width, side = record["num_attention_heads"] * record["attention_head_dim"], record["patch_size"]
+    width, side = width_of(record), record["patch_size"]
     extent, scale = record["sample_size"] // side, float(max(record["sample_size"] // BASE_SAMPLE, 1))
     return DiTConfig(
         width=width,
@@ -142,12 +141,8 @@ def _config(record: Record) -> DiTConfig:
         position_scale=[1.0, scale, scale],
         position_extent=[0, extent, extent],
         text_activation=Activation.gelu_tanh,
-        learned_variance=_out_channels(record) == 2 * record["in_channels"],
+        learned_variance=channels_out(record) == 2 * record["in_channels"],
     )
-
-
-def _out_channels(record: Record) -> int:
-    return record["out_channels"] or record["in_channels"]
 
 
 def _check(record: Record) -> None:
@@ -155,7 +150,7 @@ def _check(record: Record) -> None:
     same_width(record)
     given = record["in_channels"]
     rule = f"only in_channels, {given}, or twice as many for the variance, is implemented"
-    require(_out_channels(record) in (given, 2 * given), record, "out_channels", rule)
+    require(channels_out(record) in (given, 2 * given), record, "out_channels", rule)
 
 
 LATTE = Preset("latte", "LatteTransformer3DModel", _check, build, describe, key_map)

@@ -5,15 +5,14 @@ from typing import cast
 from torch import nn
 
 from kinema.interop.keymap import KeyMap, Reshaped, Rule
-from kinema.interop.preset import Preset, Record
+from kinema.interop.preset import Names, Preset, Record
 from kinema.interop.presets.described import check_described
-from kinema.interop.presets.rules import fixed_choices, same_channels, same_width
+from kinema.interop.presets.rules import fixed_choices, same_channels, same_width, width_of
 from kinema.models.dit import Activation, CrossNorm, DiT, DiTConfig, HeadModulation, NormKind, QKNorm, Rope
 
 HEAD_EPSILON = 1e-6  # of the reference's last norm, whatever its config says
 QK_EPSILON = 1e-5
 
-Names = tuple[str, str]
 """Name in `diffusers`, and here; the vendor's files differ as `ORIGINAL` says."""
 
 NAMES: list[Names] = [
@@ -80,12 +79,12 @@ def key_map(record: Record) -> KeyMap:
 
 def original_key_map(record: Record) -> KeyMap:
     """Names in Lightricks' own files, without the prefix `model.diffusion_model.` that some have."""
-    return KeyMap([Rule(_original(str(rule.theirs)), rule.ours, rule.layout) for rule in _rules(record)])
+    return KeyMap([rule.renamed(ORIGINAL) for rule in _rules(record)])
 
 
 def _config(record: Record) -> DiTConfig:
     return DiTConfig(
-        width=record["num_attention_heads"] * record["attention_head_dim"],
+        width=width_of(record),
         depth=record["num_layers"],
         num_heads=record["num_attention_heads"],
         mlp_ratio=4.0,
@@ -103,7 +102,7 @@ def _config(record: Record) -> DiTConfig:
 
 
 def _rules(record: Record) -> list[Rule]:
-    width = record["num_attention_heads"] * record["attention_head_dim"]
+    width = width_of(record)
     attention = [
         Rule(f"transformer_blocks.{{i}}.attn{place + 1}.{theirs}", f"blocks.{{i}}.sublayers.{place}.operation.{ours}")
         for place in range(2)
@@ -115,10 +114,6 @@ def _rules(record: Record) -> list[Rule]:
         Rule("transformer_blocks.{i}.scale_shift_table", "blocks.{i}.modulation.table", Reshaped((6, width), (-1,))),
         Rule("scale_shift_table", "head_modulation.table", Reshaped((2, width), (-1,))),
     ]
-
-
-def _original(name: str) -> str:
-    return ".".join(ORIGINAL.get(part, part) for part in name.split("."))
 
 
 def _check(record: Record) -> None:

@@ -5,9 +5,9 @@ from typing import cast
 from torch import nn
 
 from kinema.interop.keymap import Chain, KeyMap, Layout, PermutedRows, ReorderedRows, Reshaped, Rule, Same
-from kinema.interop.preset import Preset, Record
+from kinema.interop.preset import Names, Preset, Record
 from kinema.interop.presets.described import check_described
-from kinema.interop.presets.rules import fixed_choices, require, same_channels, same_width
+from kinema.interop.presets.rules import fixed_choices, require, same_channels, same_width, width_of
 from kinema.models.dit import (
     Activation,
     CrossNorm,
@@ -44,7 +44,6 @@ FIXED = {
     "use_keyframes_abs_pos_embedding": False,
 }
 
-Names = tuple[str, str]
 """Name in `diffusers`, and here; the vendor's files differ as `ORIGINAL` says."""
 
 STREAM: list[Names] = [
@@ -157,12 +156,12 @@ def key_map(record: Record) -> KeyMap:
 
 def original_key_map(record: Record) -> KeyMap:
     """Names in Lightricks' own files, without the prefix `model.diffusion_model.`."""
-    return KeyMap([Rule(_original(str(rule.theirs)), rule.ours, rule.layout) for rule in _rules(record)])
+    return KeyMap([rule.renamed(ORIGINAL) for rule in _rules(record)])
 
 
 def _rules(record: Record) -> list[Rule]:
     heads = record["num_attention_heads"], record["audio_num_attention_heads"]
-    widths = heads[0] * record["attention_head_dim"], heads[1] * record["audio_attention_head_dim"]
+    widths = width_of(record), width_of(record, "audio_")
     rules = []
     for prefix, tower, width, count in zip(("", "audio_"), ("", "audio."), widths, heads, strict=True):
         there, here = f"transformer_blocks.{{i}}.{prefix}", f"{tower}blocks.{{i}}"
@@ -218,13 +217,9 @@ def _turned(record: Record, width: int, heads: int) -> Layout:
     return PermutedRows((heads, 2, width // heads // 2), (0, 2, 1))
 
 
-def _original(name: str) -> str:
-    return ".".join(ORIGINAL.get(part, part) for part in name.split("."))
-
-
 def _config(record: Record) -> DiTConfig:
     return DiTConfig(
-        width=record["num_attention_heads"] * record["attention_head_dim"],
+        width=width_of(record),
         depth=record["num_layers"],
         num_heads=record["num_attention_heads"],
         mlp_ratio=4.0,
@@ -247,7 +242,7 @@ def _config(record: Record) -> DiTConfig:
         text_activation=Activation.gelu_tanh,
         audio=StreamConfig(
             channels=record["audio_in_channels"],
-            width=record["audio_num_attention_heads"] * record["audio_attention_head_dim"],
+            width=width_of(record, "audio_"),
             num_heads=record["audio_num_attention_heads"],
             extent=float(record["audio_pos_embed_max_pos"]),
             stride=record["audio_scale_factor"],

@@ -5,7 +5,7 @@ from typing import cast
 from torch import nn
 
 from kinema.interop.keymap import Fused, KeyMap, PairedHeads, PermutedRows, Rule
-from kinema.interop.preset import Preset, Record
+from kinema.interop.preset import Names, Preset, Record
 from kinema.interop.presets.described import check_described
 from kinema.interop.presets.rules import fixed_choices, require
 from kinema.models.dit import (
@@ -23,7 +23,6 @@ from kinema.models.dit import (
 SPANS = [5 / 3 * frames for frames in (1, 4, 4, 4, 4)]
 """Steps of the clock that latent frames take: those of 17 frames at 24 a second, where a latent of sound takes one."""
 
-Names = tuple[str, str]
 EDGES: list[Names] = [
     ("proj_in.{p}", "patch_embedding.{p}"),
     ("audio_proj_in.{p}", "audio_embedding.{p}"),

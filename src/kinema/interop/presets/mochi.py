@@ -17,9 +17,9 @@ from kinema.interop.keymap import (
     Reshaped,
     Rule,
 )
-from kinema.interop.preset import Preset, Record
+from kinema.interop.preset import Names, Preset, Record
 from kinema.interop.presets.described import check_described
-from kinema.interop.presets.rules import fixed_choices, require, same_channels
+from kinema.interop.presets.rules import fixed_choices, require, same_channels, width_of
 from kinema.models.dit import (
     Activation,
     DiT,
@@ -38,7 +38,6 @@ FIXED = {"qk_norm": "rms_norm", "activation_fn": "swiglu"}
 UNREAD = {"max_sequence_length": 256}
 """What pipelines pad captions to; the model takes any number of words."""
 
-Names = tuple[str, str]
 """Name in `diffusers` or in Genmo's files, and here."""
 
 EDGES: list[Names] = [
@@ -194,7 +193,7 @@ def _slots(record: Record, block: int) -> Layout:
 
 def _widths(record: Record) -> tuple[int, int]:
     """Of the video and of captions."""
-    return record["num_attention_heads"] * record["attention_head_dim"], record["pooled_projection_dim"]
+    return width_of(record), record["pooled_projection_dim"]
 
 
 def _hidden(width: int) -> int:

@@ -8,7 +8,7 @@ from kinema.interop.keymap import KeyMap, PermutedRows, Reshaped, Rule
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
 from kinema.interop.presets.latte import BASE_SAMPLE, EDGES, block_rules
-from kinema.interop.presets.rules import fixed_choices, require, same_width
+from kinema.interop.presets.rules import channels_out, fixed_choices, require, same_width, width_of
 from kinema.models.dit import Activation, CrossNorm, DiT, DiTConfig, HeadModulation, PositionEmbedding, QKNorm, Rope
 
 FIXED = {
@@ -58,7 +58,7 @@ def describe(module: nn.Module) -> Record:
 
 def key_map(record: Record) -> KeyMap:
     """Names in `diffusers`."""
-    width, side = record["num_attention_heads"] * record["attention_head_dim"], record["patch_size"]
+    width, side = width_of(record), record["patch_size"]
     return KeyMap(
         [
             *(Rule(theirs, ours) for theirs, ours in EDGES),
@@ -69,7 +69,7 @@ def key_map(record: Record) -> KeyMap:
                 Reshaped((width, record["in_channels"], side, side), (width, -1)),
             ),
             Rule("scale_shift_table", "head_modulation.table", Reshaped((2, width), (-1,))),
-            Rule("proj_out.{p}", "head.{p}", PermutedRows((side, side, _out_channels(record)), (2, 0, 1))),
+            Rule("proj_out.{p}", "head.{p}", PermutedRows((side, side, channels_out(record)), (2, 0, 1))),
         ]
     )
 
@@ -78,7 +78,7 @@ def _config(record: Record) -> DiTConfig:
     sample_size, side = record["sample_size"], record["patch_size"]
     scale = float(record["interpolation_scale"] or max(sample_size // BASE_SAMPLE, 1))
     return DiTConfig(
-        width=record["num_attention_heads"] * record["attention_head_dim"],
+        width=width_of(record),
         depth=record["num_layers"],
         num_heads=record["num_attention_heads"],
         patch_size=[1, side, side],
@@ -92,12 +92,8 @@ def _config(record: Record) -> DiTConfig:
         position_scale=[1.0, scale, scale],
         position_extent=[0, sample_size // side, sample_size // side],
         text_activation=Activation.gelu_tanh,
-        learned_variance=_out_channels(record) == 2 * record["in_channels"],
+        learned_variance=channels_out(record) == 2 * record["in_channels"],
     )
-
-
-def _out_channels(record: Record) -> int:
-    return record["out_channels"] or record["in_channels"]
 
 
 def _check(record: Record) -> None:
@@ -106,7 +102,7 @@ def _check(record: Record) -> None:
     same_width(record)
     given, asks_size = record["in_channels"], record["use_additional_conditions"]
     rule = f"only in_channels, {given}, or twice as many for the variance, is implemented"
-    require(_out_channels(record) in (given, 2 * given), record, "out_channels", rule)
+    require(channels_out(record) in (given, 2 * given), record, "out_channels", rule)
     sized = record["sample_size"] == SIZED_SAMPLE if asks_size is None else asks_size
     rule = f"only False is implemented, which None does not mean at sample_size={SIZED_SAMPLE}"
     require(not sized, record, "use_additional_conditions", rule)

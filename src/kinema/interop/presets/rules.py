@@ -24,10 +24,19 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
+def width_of(config: Record, prefix: str = "") -> int:
+    """Channels of a token: those of all heads."""
+    return config[f"{prefix}num_attention_heads"] * config[f"{prefix}attention_head_dim"]
+
+
+def channels_out(config: Record) -> int:
+    """Channels of the head; None stands for as many as go in."""
+    return config["out_channels"] or config["in_channels"]
+
+
 def same_width(config: Record, prefix: str = "") -> None:
     """ValueError unless cross-attention reads captions at the width of the stream."""
-    width = config[f"{prefix}num_attention_heads"] * config[f"{prefix}attention_head_dim"]
-    fixed_choices(config, **{f"{prefix}cross_attention_dim": width})
+    fixed_choices(config, **{f"{prefix}cross_attention_dim": width_of(config, prefix)})
 
 
 def same_channels(config: Record, prefix: str = "") -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from kinema.interop.keymap import KeyMap, PermutedRows, Reshaped, Rule
 from kinema.interop.preset import Preset, Record
 from kinema.interop.presets.described import check_described
-from kinema.interop.presets.rules import fixed_choices, require
+from kinema.interop.presets.rules import fixed_choices, require, width_of
 from kinema.models.dit import Activation, CrossNorm, DiT, DiTConfig, HeadModulation, QKNorm
 
 TIMESTEPS = 1000.0
@@ -121,7 +121,7 @@ def _record(model: DiT) -> Record:
 
 
 def _config(record: Record) -> DiTConfig:
-    width, head = record["num_attention_heads"] * record["attention_head_dim"], record["attention_head_dim"]
+    width, head = width_of(record), record["attention_head_dim"]
     side = head // 6 * 2
     return DiTConfig(
         width=width,
@@ -151,7 +151,7 @@ def _map(
 ) -> KeyMap:
     image, tower = record["image_dim"] is not None, "vace_layers" in record
     rules = [Rule(name[side], name[2]) for name in EDGES + (IMAGE if image else []) + (CONTROL if tower else [])]
-    width = record["num_attention_heads"] * record["attention_head_dim"]
+    width = width_of(record)
     for theirs, ours in TOWERS.items() if tower else [("blocks", "blocks")]:
         blocks = _block_names(record, side, attentions)
         rules += [Rule(f"{theirs}.{{i}}.{there}", f"{ours}.{{i}}.{here}") for there, here in blocks]
@@ -185,7 +185,7 @@ def _block_names(record: Record, side: int, attentions: tuple[str, str]) -> list
 
 def _check(record: Record) -> None:
     """Of any `qk_norm`: the reference's class always has the same norms and never reads it."""
-    width, has_image = record["num_attention_heads"] * record["attention_head_dim"], record["image_dim"] is not None
+    width, has_image = width_of(record), record["image_dim"] is not None
     fixed_choices(record, added_kv_proj_dim=width if has_image else None)
     require(has_image or record["pos_embed_seq_len"] is None, record, "pos_embed_seq_len", "it needs an image_dim")
 

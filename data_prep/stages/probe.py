@@ -1,0 +1,122 @@
+"""Stage probe: what each file holds, and whether it is whole."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+
+from data_prep.pipeline.rows import Dropped, Outcome, Row
+from data_prep.pipeline.stage import Place, Stage
+from data_prep.source_video import UnreadableVideo, decode_frames, nominal_fps, square_pixels
+
+EVEN_STEPS = 1.5
+"""A frame shown this many times longer than the usual one makes the frame rate variable."""
+CUT_SHORT_SECONDS, CUT_SHORT_FRACTION = 0.5, 0.02
+"""A file whose packets end this much before its header's end was cut short."""
+
+
+@dataclass
+class Probe(Stage):
+    """Reads header and packets, and decodes the first picture; what is no whole video fails by name."""
+
+    min_side: int = 16
+    """Pixels; smaller videos are dropped."""
+    max_side: int = 8192
+    max_seconds: float = 6 * 3600.0
+    max_fps: float = 240.0
+
+    def apply(self, row: Row, place: Place) -> Iterable[Outcome]:
+        """The row with size, duration, rate, rotation, colour and sound, unless the video is out of bounds."""
+        found = {**row, **probe_video(Path(row["path"]))}
+        reason = self.out_of_bounds(found)
+        yield Dropped(found, reason) if reason else found
+
+    def out_of_bounds(self, row: Row) -> str:
+        """Why a video is not taken, or nothing."""
+        if min(row["width"], row["height"]) < self.min_side:
+            return "smaller than probe.min_side"
+        if max(row["width"], row["height"]) > self.max_side:
+            return "larger than probe.max_side"
+        if row["duration_seconds"] > self.max_seconds:
+            return "longer than probe.max_seconds"
+        return "" if row["fps"] <= self.max_fps else "more frames a second than probe.max_fps"
+
+
+def probe_video(path: Path) -> dict[str, Any]:
+    """Facts about a video; raises UnreadableVideo. Sizes are as displayed: upright and with square pixels."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UnreadableVideo("has no video stream")
+            stream = container.streams.video[0]
+            times = _packet_times(container, stream)
+            facts = {**_rate(times, stream), **_sound(container)}
+            _check_end(times, stream)
+            facts |= {"codec": stream.codec_context.name, "pixel_format": stream.codec_context.pix_fmt}
+            stretch = float(stream.sample_aspect_ratio or 1)
+    except av.FFmpegError as error:
+        raise UnreadableVideo(f"cannot be opened: {error}") from error
+    return facts | _picture(path, stretch)
+
+
+def _packet_times(container: Any, stream: av.VideoStream) -> list[float]:
+    """Start of each frame in order of time, and the end of the last one."""
+    base, shown = float(stream.time_base or 1), 0.0
+    times = list[float]()
+    for packet in container.demux(stream):
+        if packet.pts is not None and packet.size:
+            times.append(packet.pts * base)
+            shown = (packet.duration or 0) * base
+    if not times:
+        raise UnreadableVideo("has no frames")
+    times.sort()
+    return [*times, times[-1] + (shown or (times[-1] - times[0]) / max(1, len(times) - 1))]
+
+
+def _rate(times: list[float], stream: av.VideoStream) -> dict[str, Any]:
+    """Measured on the packets: some programs write the clock's rate into the header."""
+    steps = sorted(after - before for before, after in pairwise(times[:-1]))
+    seconds, frames = times[-1] - times[0], len(times) - 1
+    if not steps or not seconds > 0:
+        fps = float(stream.average_rate or 25)
+        return {"fps": nominal_fps(fps), "frames": frames, "duration_seconds": 1 / fps, "variable_rate": False}
+    usual = steps[len(steps) // 2]
+    return {
+        "fps": nominal_fps((frames - 1) / sum(steps)),
+        "frames": frames,
+        "duration_seconds": round(seconds, 6),
+        "variable_rate": steps[-1] > EVEN_STEPS * usual,
+    }
+
+
+def _check_end(times: list[float], stream: av.VideoStream) -> None:
+    if stream.duration and stream.time_base:
+        stated = float(stream.duration * stream.time_base)
+        slack = max(CUT_SHORT_SECONDS, CUT_SHORT_FRACTION * stated)
+        if times[-1] - times[0] < stated - slack:
+            raise UnreadableVideo(f"cut short: it ends after {times[-1] - times[0]:.2f} of {stated:.2f} s")
+
+
+def _sound(container: Any) -> dict[str, Any]:
+    if not container.streams.audio:
+        return {"audio": None}
+    stream = container.streams.audio[0]
+    return {"audio": {"codec": stream.codec_context.name, "rate": stream.rate, "channels": stream.channels}}
+
+
+def _picture(path: Path, stretch: float) -> dict[str, Any]:
+    """What only a decoded picture tells."""
+    frame = next(iter(decode_frames(path))).frame
+    width, height = square_pixels(frame.width, frame.height, stretch)
+    sideways = frame.rotation // 90 % 2
+    return {
+        "width": height if sideways else width,
+        "height": width if sideways else height,
+        "rotation": frame.rotation,
+        "stretch": stretch,
+        "colour_space": int(frame.colorspace),
+        "colour_transfer": int(frame.color_trc),
+    }

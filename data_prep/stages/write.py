@@ -1,0 +1,118 @@
+"""Stage write: clips into shards with their index and manifest."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data_prep.pipeline.rows import Dropped, Outcome, Row, row_digest, write_json
+from data_prep.pipeline.stage import Place, Stage
+from kinema.data.sample import ClipRecord
+from kinema.data.shards import DatasetIndex, ShardWriter
+
+NOT_IN_SHARDS = ("path", "clip", "clip_bytes", "bytes", "modified_ns", "number")
+"""Of this machine and this working folder."""
+HISTORY = "prepare.json"
+"""Beside the shards: the settings of every stage, and what each of them kept."""
+
+
+@dataclass
+class Write(Stage):
+    """Rows become samples of a data set, in shards of about equal size."""
+
+    light: ClassVar[bool] = True
+
+    out: str = ""
+    """Folder of the data set."""
+    overwrite: bool = False
+    """Replace the data set that lies there."""
+    shard_mib: float = 256.0
+    """Size of a shard at most, unless a single clip is larger."""
+    mixed: bool = True
+    """Spread the clips of a video over all shards, so that even reading in order mixes them."""
+    require_captions: bool = True
+    """Drop clips without a caption."""
+
+    def __post_init__(self) -> None:
+        if not self.shard_mib > 0:
+            raise ValueError(f"write.shard_mib={self.shard_mib} must be above 0, e.g. 256.")
+
+    def apply(self, row: Row, place: Place) -> Iterable[Outcome]:
+        """The row, if it may be written."""
+        if self.require_captions and not row["caption"].strip():
+            return [Dropped(row, "no caption")]
+        return [row]
+
+    def finish(self, rows: Iterator[Row], place: Place) -> Iterable[Outcome]:
+        """Write the data set; each row learns its shard."""
+        ordered = list(rows)
+        if self.mixed:
+            ordered.sort(key=lambda row: hashlib.sha256(row["key"].encode()).digest())
+        if ordered:  # else the pipeline says that nothing is left, and what dropped it
+            self.write_dataset(ordered, place)
+            shards = {e.record.key: e.shard for e in DatasetIndex.load(self.out).entries}
+            yield from ({**row, "shard": shards[row["key"]]} for row in ordered)
+
+    def write_dataset(self, rows: list[Row], place: Place) -> None:
+        """Publish shards, manifest and history in one rename, unless that was done before."""
+        mine = {name: value for name, value in self.settings().items() if name not in ("out", "overwrite")}
+        history = {"rows": _digest(rows), "stages": place.history(), "write": mine}
+        if _read(Path(self.out) / HISTORY) == json.loads(json.dumps(history)):
+            return
+        writer = ShardWriter(self.out, max_samples=sys.maxsize, command=_command(), overwrite=self.overwrite)
+        sizes = [row["clip_bytes"] for row in rows]
+        ends = shard_ends(sizes, self.shard_mib * 2**20)
+        with writer:
+            for number, row in enumerate(rows, 1):
+                writer.write(clip_record(row), place.find(row["clip"]).read_bytes())
+                if number in ends:
+                    writer.end_shard()
+            write_json(writer.building / HISTORY, history)
+
+
+def clip_record(row: Row) -> ClipRecord:
+    """The record of a row: its fields where it has them, and everything else that is known under `extra`."""
+    names = {f.name for f in fields(ClipRecord)}
+    extra = {name: value for name, value in row.items() if name not in names and name not in NOT_IN_SHARDS}
+    known = {name: value for name, value in row.items() if name in names}
+    return ClipRecord.from_dict({**known, "extra": extra}, allow_missing_caption=True)
+
+
+def shard_ends(sizes: list[int], most: float) -> set[int]:
+    """After how many clips each shard ends: as few shards of at most `most` bytes as there can be, about equal."""
+    total = sum(sizes)
+    count = max(1, -(-total // int(most)))
+    while True:
+        ends, largest = _even_ends(sizes, count)
+        if largest <= max(most, *sizes) or count >= len(sizes):
+            return ends
+        count += 1
+
+
+def _even_ends(sizes: list[int], count: int) -> tuple[set[int], int]:
+    """Ends where the running sum passes each `count`-th of the total, and the size of the largest shard."""
+    total, done, begun, ends, largest = sum(sizes), 0, 0, set[int](), 0
+    for number, size in enumerate(sizes, 1):
+        done += size
+        if done * count >= total * (len(ends) + 1) or number == len(sizes):
+            ends.add(number)
+            largest, begun = max(largest, done - begun), done
+    return ends, largest
+
+
+def _digest(rows: list[Row]) -> str:
+    return row_digest({"rows": [row_digest(row) for row in rows]})
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _command() -> str:
+    """What was typed, without what changes nothing about the data."""
+    free = ("engine", "work=", "out=", "overwrite=", "stages=")
+    given = [argument for argument in sys.argv[1:] if not argument.startswith(free)]
+    return " ".join(["python data_prep/prepare.py", *given])

@@ -1,0 +1,1 @@
+"""The libraries that decode video, each behind the same small interface."""

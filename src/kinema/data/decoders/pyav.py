@@ -1,0 +1,64 @@
+"""Video through PyAV: it reads every format that FFmpeg reads."""
+
+import io
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kinema.data.decoders.packets import Packets, only_video_stream, read_packets
+from kinema.data.decoders.video import BATCH, DecodeError, Header, OpenVideo
+
+
+def open_video(mp4: bytes) -> OpenVideo:
+    """Frames are told apart by their timestamps, so no count of the container can mislead."""
+    packets = read_packets(mp4)
+    return OpenVideo(packets.header, packets.starts, packets.end, read=lambda indices: _read(mp4, packets, indices))
+
+
+def _read(mp4: bytes, packets: Packets, indices: list[int]) -> Iterator[NDArray[np.uint8]]:
+    """Batches of the wanted frames, decoded from the key frame before the first of them up to the last."""
+    from av.video.reformatter import VideoReformatter
+
+    waiting = deque(packets.pts[index] for index in indices)
+    held, reformatter = list[NDArray[np.uint8]](), VideoReformatter()
+    for frame in _frames_from(mp4, packets, indices[0]):
+        if frame.pts == waiting[0]:
+            waiting.popleft()
+            held.append(_upright(frame, packets.header, reformatter))
+        if held and (len(held) == BATCH or not waiting):
+            yield np.stack(held)
+            held = []
+        if not waiting:
+            return
+    raise DecodeError(f"{len(waiting)} of the {len(indices)} frames asked for do not decode")
+
+
+def _frames_from(mp4: bytes, packets: Packets, first: int) -> Iterator[Any]:
+    """Decoded frames from a key frame at or before frame `first`, or from the beginning where seeking overshoots."""
+    import av
+
+    key = max((number for number in range(first + 1) if packets.is_key[number]), default=0)
+    for seeking in (True, False):
+        with av.open(io.BytesIO(mp4), "r") as container:
+            stream = only_video_stream(container)
+            stream.codec_context.thread_count = 1
+            if seeking and key > 0:
+                container.seek(packets.pts[key], stream=stream, backward=True)
+            frames = container.decode(stream)
+            opening = next(frames, None)
+            if opening is not None and opening.pts is not None and opening.pts <= packets.pts[first]:
+                yield opening
+                yield from frames
+                return
+
+
+def _upright(frame: Any, header: Header, reformatter: Any) -> NDArray[np.uint8]:
+    if (frame.width, frame.height) != (header.width, header.height):
+        raise DecodeError("the pictures change their size within the video")
+    if frame.rotation % 90:
+        raise DecodeError(f"the pictures are turned by {frame.rotation} degrees, which is no multiple of 90")
+    rgb: NDArray[np.uint8] = reformatter.reformat(frame, format="rgb24").to_ndarray()
+    return np.rot90(rgb, frame.rotation // 90)

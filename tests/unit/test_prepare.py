@@ -1,0 +1,101 @@
+"""Footage to shards: the engine's promises, on stages made for the purpose and on real videos."""
+
+import os
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data_prep.pipeline.engines import LocalEngine
+from data_prep.pipeline.rows import Dropped, RowFailed, read_rows, write_rows
+from data_prep.pipeline.run import Limits, Pipeline
+from data_prep.pipeline.stage import Stage
+from kinema.data.ledger import DataBudgetError
+
+
+@dataclass
+class Square(Stage):
+    """Squares numbers; some rows misbehave as real decoders do."""
+
+    calls: str = ""
+    """A file that gets one letter for each row worked on."""
+
+    def apply(self, row, place):
+        if self.calls:
+            with open(self.calls, "a") as file:
+                file.write("x")
+        match row.get("misbehave"):
+            case "segfault":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "hang":
+                signal.pause()
+            case "fail":
+                raise RowFailed("odd: nobody knows why")
+            case "bug":
+                raise KeyError("caption")
+        if row["n"] % 5 == 4:
+            return [Dropped(row, "a five")]
+        return [{**row, "key": f"{row['key']}-{part}", "square": row["n"] ** 2} for part in range(2)]
+
+
+def pipeline(work: Path, rows: Iterable[dict], engine=None, stage=None, **limits) -> Pipeline:
+    work.mkdir(exist_ok=True)
+    write_rows(work / "input.jsonl", rows)
+    return Pipeline({"square": stage or Square()}, work, engine or LocalEngine(workers=2), Limits(**limits))
+
+
+def numbers(count, **misbehave):
+    return [{"key": f"row-{n}", "n": n, "misbehave": misbehave.get(f"row_{n}", "")} for n in range(count)]
+
+
+def test_rows_come_out_in_the_order_of_the_input_and_are_counted(tmp_path):
+    for workers in (0, 2):
+        [report] = pipeline(tmp_path / str(workers), numbers(20), LocalEngine(workers)).run(["square"], show=False)
+        assert (report.given, report.kept, report.dropped) == (20, 32, {"a five": 4})
+        rows = list(read_rows(tmp_path / str(workers) / "01-square" / "rows.jsonl"))
+        assert [row["key"] for row in rows] == [f"row-{n}-{part}" for n in range(20) if n % 5 < 4 for part in (0, 1)]
+    for name in ("rows.jsonl", "dropped.jsonl"):
+        assert len({(tmp_path / workers / "01-square" / name).read_bytes() for workers in ("0", "2")}) == 1
+
+
+def test_rows_that_crash_hang_or_fail_are_named_and_the_others_go_on(tmp_path):
+    given = numbers(12, row_1="segfault", row_3="hang", row_6="fail", row_8="bug")
+    engine = LocalEngine(workers=2, timeout_seconds=1.0)
+    [report] = pipeline(tmp_path / "w", given, engine, max_failed_fraction=0.5).run(["square"], show=False)
+    assert report.kept == 2 * (12 - 4 - 2)
+    assert report.failed == {"killed its process": 1, "took too long": 1, "odd": 1, "KeyError": 1}
+    failed = {row["key"]: row["reason"] for row in read_rows(tmp_path / "w" / "01-square" / "failed.jsonl")}
+    assert failed["row-1"] == "killed its process: SIGSEGV, 2 times"
+    assert failed["row-3"] == "took too long: over 1 s"
+
+
+def test_too_many_failures_stop_the_stage_and_are_kept(tmp_path):
+    given = numbers(10, row_2="fail", row_3="fail")
+    with pytest.raises(DataBudgetError, match=r"limits\.max_failed_fraction=0\.1(.|\n)*row-3: odd"):
+        pipeline(tmp_path, given, LocalEngine(0), max_failed_fraction=0.1).run(["square"], show=False)
+    assert not (tmp_path / "01-square" / "report.json").exists()
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    calls = tmp_path / "calls"
+    stage = Square(str(calls))
+
+    def run(count, stage=stage):
+        calls.write_text("")
+        pipeline(tmp_path / "w", numbers(count), LocalEngine(0), stage).run(["square"], show=False)
+        return len(calls.read_text())
+
+    assert run(6) == 6
+    assert run(6) == 0
+    assert run(9) == 3  # more rows: only these
+    journal = tmp_path / "w" / "01-square" / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-30])  # a crash in the middle of a line
+    (journal.with_name("report.json")).unlink()
+    assert run(9) == 1
+    Square.version = 2
+    try:
+        assert run(9) == 9  # other code
+    finally:
+        Square.version = 1
