@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from kinema.conditioning.text import CachedTextEncoder, TextEncoder, build_text_encoder
 from kinema.config import Config, changed_keys
+from kinema.data.address import redacted
 from kinema.data.candidates import Candidates, KeepReport, plan_clips
 from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
@@ -521,7 +522,7 @@ def describe_run(
         "name": config.name,
         "task": "dit" if config.model is not None else "vae",
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(sys.argv),
+        "command": redacted(" ".join(sys.argv)),
         "steps": config.steps,
         "world_size": process.world_size,
         "device": device_name(process),

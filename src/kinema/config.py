@@ -179,11 +179,7 @@ def resolved_yaml(composed: DictConfig) -> str:
 
     Without what is secret in addresses: users, passwords and signed queries.
     """
-    text = OmegaConf.to_yaml(composed, resolve=True)
-    for value in _leaves(OmegaConf.to_container(composed, resolve=True)).values():
-        if isinstance(value, str) and redacted(value) != value:
-            text = text.replace(value, redacted(value))
-    return text
+    return redacted(OmegaConf.to_yaml(composed, resolve=True))
 
 
 def changed_keys(before: str, now: str) -> list[str]:

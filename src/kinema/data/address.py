@@ -1,5 +1,6 @@
 """Addresses of remote data sets: joined, and shown without what is secret in them."""
 
+import re
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -55,10 +56,14 @@ class Address:
 
 
 def redacted(text: str) -> str:
-    """An address without user, password, query and fragment; any other text as it is."""
-    parts = urlsplit(text) if "://" in text else None
-    if parts is None or not (parts.query or parts.fragment or "@" in parts.netloc):
-        return text
-    user, at, host = parts.netloc.rpartition("@")
-    shown = parts._replace(netloc=f"{HIDDEN}@{host}" if user or at else host)
+    """Any text, every address in it without user, password, query and fragment."""
+    return re.sub(r"\w+://[^\s'\"]+", lambda found: _shown(found[0]), text)
+
+
+def _shown(address: str) -> str:
+    parts = urlsplit(address)
+    if not (parts.query or parts.fragment or "@" in parts.netloc):
+        return address
+    host = parts.netloc.rpartition("@")[2]
+    shown = parts._replace(netloc=f"{HIDDEN}@{host}" if "@" in parts.netloc else host)
     return urlunsplit(shown._replace(query=HIDDEN if parts.query else "", fragment=HIDDEN if parts.fragment else ""))

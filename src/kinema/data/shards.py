@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from kinema.data.address import redacted
 from kinema.data.sample import ClipRecord
 from kinema.data.store import MANIFEST, Member, StoredFolder, WrongBytes, store_of
 
@@ -120,7 +121,7 @@ class ShardWriter:
         self.folder = Path(folder)
         self.prefix, self.max_samples = prefix, max_samples
         self.name = name or self.folder.resolve().name
-        self.command = command if command is not None else " ".join(sys.argv)
+        self.command = command if command is not None else redacted(" ".join(sys.argv))
         self.building = self.folder.with_name(self.folder.name + BUILDING_SUFFIX)
         self._check_target(overwrite)
         self._records: list[ClipRecord] = []
