@@ -344,10 +344,10 @@ def build_data(config: Config, geometry: Geometry, process: Process, run: Run, v
         cache = LatentCache.load(data.latents, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps)
         cache.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in clips])
     if process.is_main:
-        tqdm.write(f"data {data.path}: {kept.line()}")
+        tqdm.write(f"data {redacted(data.path)}: {kept.line()}")
         if heldout_plan is None and config.validation.every_steps:
             tqdm.write(
-                f"data {data.path}: no clip is in split {data.heldout_split!r}, so nothing is validated. Prepare the "
+                f"data {redacted(data.path)}: no clip is in split {data.heldout_split!r}, so nothing is validated. Prepare the "
                 "data with a held-out share, name another data.heldout_split, or type validation.every_steps=0."
             )
     return Data(
