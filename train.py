@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from kinema.build import build_dit, build_vae, start_run
 from kinema.config import Reads, register_schemas, resolved_yaml, to_config
-from kinema.console import explain_errors, run_script
+from kinema.console import explain_errors, leave_with_status, run_script
 from kinema.distributed.process import start_process, stop_process, strip_launcher_arguments
 from kinema.training.dit_task import DiTTaskConfig
 
@@ -32,4 +32,4 @@ def main(composed: DictConfig) -> int:
 
 if __name__ == "__main__":
     sys.argv = strip_launcher_arguments(sys.argv)
-    run_script(main, "train")
+    leave_with_status(lambda: run_script(main, "train"))

@@ -1,5 +1,6 @@
 """How a script meets its user: errors in one line that says what to type, and exit statuses with one meaning each."""
 
+import atexit
 import functools
 import os
 import sys
@@ -29,6 +30,39 @@ def run_script(main: Callable[[], Any], config_name: str, configs: Path | None =
         fail(f"{first_cause(error)} {_suggestions(config_name, configs)}".strip(), EXIT_CONFIG)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+
+
+def leave_with_status(script: Callable[[], None]) -> None:
+    """Run the script and end this process with its status; with several ranks, before libraries are taken down.
+
+    When a process ends in the usual way, C++ libraries destroy what they hold while their threads may still run, and
+    one thread that was not joined aborts the process ("terminate called without an active exception"). A launcher
+    then reports a rank that had finished as failed. What Python itself has to do is done: tracebacks, functions
+    registered with `atexit` (Weights & Biases, worker processes, logging), and the streams.
+    """
+    if not _several_ranks():
+        script()
+        return
+    status = _status(script)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _status(script: Callable[[], None]) -> int:
+    """What the interpreter would leave with after running this."""
+    try:
+        script()
+    except SystemExit as request:
+        if request.code is None or isinstance(request.code, int):
+            return request.code or 0
+        print(request.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
 
 
 def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
@@ -61,9 +95,13 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
 
 def fail(message: str, status: int) -> None:
     """One line on stderr, with the rank where there are several, and out."""
-    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    rank = f" (rank {os.environ['RANK']})" if _several_ranks() else ""
     print(f"error{rank}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def _several_ranks() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def first_cause(error: BaseException) -> str:
