@@ -7,7 +7,6 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from kinema.data.address import redacted
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_folder
@@ -100,6 +99,6 @@ def check_toy_data(checkpoint: Checkpoint, run: str) -> None:
     if others := {e.record.caption for e in index.entries if not is_toy_caption(e.record.caption)}:
         shown = ", ".join(repr(caption[:80]) for caption in sorted(others)[:3])
         raise ValueError(
-            f"run={run} was trained on {redacted(data.path)}, with {len(others)} captions that kinema evaluate cannot judge, "
+            f"run={run} was trained on {data.path}, with {len(others)} captions that kinema evaluate cannot judge, "
             f"such as {shown}. It judges captions of data_prep/toy.py only: look at sample.py's videos instead."
         )
