@@ -348,7 +348,8 @@ def build_data(config: Config, geometry: Geometry, process: Process, run: Run, v
         if heldout_plan is None and config.validation.every_steps:
             tqdm.write(
                 f"data {redacted(data.path)}: no clip is in split {data.heldout_split!r}, so nothing is validated. "
-                "Prepare the data with a held-out share, name another data.heldout_split, or type validation.every_steps=0."
+                "Prepare the data with a held-out share, name another data.heldout_split, or type "
+                "validation.every_steps=0."
             )
     return Data(
         data, index, heldout, build_plan(config, clips), heldout_plan,
