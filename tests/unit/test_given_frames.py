@@ -160,7 +160,7 @@ def pack(latents=None) -> Pack:
     names = [f"clip{i}" for i in range(len(clips))]
     return Pack(
         step=3, lane=1, keys=names, captions=["a red ball", "a blue one"], shapes=[SHAPE] * 2,
-        frames=None if latents else clips, latents=latents, weights=torch.ones(2),
+        frames=None if latents else clips, latents=latents, weights=torch.ones(2), cost=2.0,
         positions=[0, 1], epochs=[0, 0], failures=[], fps=8.0, seconds=0.0,
     )  # fmt: skip
 

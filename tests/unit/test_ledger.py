@@ -31,6 +31,7 @@ def pack(numbers, *, failed=(), epoch=0):
         frames=None,
         latents=None,
         weights=torch.tensor([float(number not in failed) for number in numbers]),
+        cost=1.0,
         positions=list(numbers),
         epochs=[epoch] * len(keys),
         failures=[Failure(f"clip-{number:03d}", "shard", "no video stream") for number in failed],

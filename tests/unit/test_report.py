@@ -48,6 +48,7 @@ def train_records(task="dit", steps=STEPS, seed=0, factor=1.0):
             "tokens": 2560,
         }
         record["grad_norm"] = float(3 * level * np.exp(0.4 * rng.standard_normal()))
+        record["lanes"] = {"efficiency": 0.97, "slowest": 1.0 + 0.1 * rng.random(), "padding": 0.0, "seconds": 0.2}
         seconds = np.array([0.01, 0.05, 0.2, 0.38, 0.03, 0.01]) * np.exp(0.08 * rng.standard_normal(6))
         record["seconds"] = dict(zip(PHASES, (seconds * (4 if step == 1 else 1)).tolist(), strict=True))
         if task == "dit":
@@ -240,6 +241,8 @@ def test_page_says_what_the_run_did(built):
     assert "finished, 400 of 400 steps" in text
     assert "inside demo" in text  # found by experiment=demo in the command
     assert "1 in quarantine" in text
+    assert "Lanes" in text
+    assert "cost, mean / largest" in html
     assert "75% of 64 followed, 80% needed" in text
     assert "colour shape all at once 100 % 90 % 75 %" in text
     assert "toy 1,599 1 1,200 3 3.39 k CC0-1.0 (1,599)" in text

@@ -2,13 +2,15 @@
 
 import itertools
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kinema.identity import fingerprint, from_plain, to_plain
+from kinema.training.balance import Balance
 from kinema.training.ema import EMAConfig
-from kinema.training.loop import due
+from kinema.training.loop import Window, due
 from kinema.training.metrics import LoggingConfig, MetricsFile, WandbMode, WandbTracker
 from kinema.training.optim import AdamW
 from kinema.training.schedule import Constant, Cosine
@@ -136,3 +138,23 @@ def test_a_tracker_that_cannot_start_neither_stops_nor_stalls_a_run(tmp_path, mo
 def test_due_includes_the_last_step_and_zero_means_never():
     assert [step for step in range(1, 8) if due(step, 3, 7)] == [3, 6, 7]
     assert not any(due(step, 0, 7) for step in range(1, 8))
+
+
+def test_lanes_are_measured_over_all_ranks():
+    """Two ranks of two lanes each; each knows its own, and their sum knows all."""
+    ranks = Balance(4), Balance(4)
+    for lane, (cost, seconds) in enumerate([(4.0, 0.5), (3.0, 0.3), (4.0, 0.4), (1.0, 0.4)]):
+        ranks[lane // 2].add(SimpleNamespace(lane=lane, cost=cost), seconds)
+    values = [a + b for a, b in zip(ranks[0].values(), ranks[1].values(), strict=True)]
+    assert Balance.summary(values) == pytest.approx(
+        {"lanes/efficiency": 3 / 4, "lanes/slowest": 0.5 / 0.4, "lanes/seconds": 0.4}
+    )
+
+
+def test_a_window_is_the_mean_of_its_steps_by_group():
+    window = Window()
+    for efficiency, seconds in ((0.5, 1.0), (1.0, 3.0)):
+        window.add({"loss": 2.0, "lanes/efficiency": efficiency, "lanes/seconds": seconds, "term_kl": 4.0})
+    assert window.close() == {
+        "steps": 2, "loss": 2.0, "terms": {"kl": 4.0}, "lanes": {"efficiency": 0.75, "seconds": 2.0},
+    }  # fmt: skip

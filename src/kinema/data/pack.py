@@ -37,6 +37,8 @@ class Pack:
     """Posterior mean and log-variance, float32 (C, t, h, w)."""
     weights: Tensor
     """float32 (B,): 1, or 0 for a failed clip."""
+    cost: float
+    """Of training on it, as planned; only ratios matter."""
     positions: list[int]
     epochs: list[int]
     failures: list[Failure]

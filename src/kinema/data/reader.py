@@ -83,6 +83,7 @@ class ClipReader(Dataset):
             frames=contents if self.latents is None else None,
             latents=None if self.latents is None else contents,
             weights=weights,
+            cost=sum(slot.clip.cost for slot in slots),
             positions=[slot.position for slot in slots],
             epochs=[slot.epoch for slot in slots],
             failures=failures,

@@ -10,6 +10,7 @@ from kinema.report.plots import Line
 from kinema.report.run_folder import Record, RunRecord, Series, keys_of, series
 
 PHASES = ("data", "encode", "forward", "backward", "optimizer", "other")
+LANES = {"efficiency": "cost, mean / largest", "slowest": "seconds, largest / mean", "padding": "padding"}
 MOST_COLUMNS = 8
 """Columns of the sample grid; of more the page shows an even choice, the first and the last among them."""
 MOST_ROWS = 50
@@ -212,9 +213,17 @@ def speed(run: RunRecord) -> dict[str, Any] | None:
             )
             for index, (unit, curve) in enumerate(rates.items())
             if len(curve[0])
-        ],
+        ]
+        + _lanes(records),
         "mfu": _mfu(run.info, step_seconds),
     }
+
+
+def _lanes(records: list[Record]) -> list[tuple[str, str]]:
+    """How evenly steps were dealt to lanes, and what was computed for nothing; empty where no record says it."""
+    lines = [Line(label, series(records, "lanes", key), i) for i, (key, label) in enumerate(LANES.items())]
+    lines = [line for line in lines if len(line.curve[0])]
+    return [("Lanes", plots.lines_plot("lanes", lines, zero=True))] if lines else []
 
 
 def _phase_order(name: str) -> tuple[int, str]:

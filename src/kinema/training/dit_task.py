@@ -132,7 +132,7 @@ class DiTTask:
     def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
         """One pack's share of the step: forward, backward, and the engine's step. Returns sums, to be reduced."""
         with clock.phase("encode"):
-            generators = [self.generator("noise", pack.step, pack.lane, i) for i in range(len(pack.keys))]
+            generators = [self.generator("noise", position) for position in pack.positions]
             posteriors = self.encode(pack)
             latents = self.draw(posteriors, generators)
             words, null = embed(self.text_encoder, pack.captions), null_words(self.text_encoder)
@@ -151,6 +151,8 @@ class DiTTask:
             losses = self.loss(latents, conditions, timesteps, noise, tokens)  # (B,)
             weights = pack.weights.to(self.device)
             loss = (losses * weights).sum() / total_weight
+            # Read here, where the lane waits for no other: the phases of a GPU's lanes are then their own.
+            levels = by_noise_level(losses.detach().cpu(), timesteps.cpu(), pack.weights)
         with clock.phase("backward"):
             self.engine.backward(loss)
         with clock.phase("optimizer"):
@@ -159,9 +161,10 @@ class DiTTask:
             "loss": float(loss.detach()),
             "clips": float((weights > 0).sum()),
             "tokens": float(sum(tokens)),
+            "padding_tokens": float(sum(n for n, weight in zip(tokens, pack.weights, strict=True) if not weight)),
             "captions_dropped": float(sum(dropped)),
             **({"images_dropped": float(sum(without))} if self.condition.num_images() else {}),
-            **by_noise_level(losses.detach().cpu(), timesteps.cpu(), pack.weights),
+            **levels,
         }
 
     def timestep(self, generator: torch.Generator, tokens: int) -> Tensor:
@@ -249,7 +252,7 @@ class DiTTask:
 
     def seeds(self, name: str, pack: Pack) -> list[int]:
         """One seed for each clip of a pack, for draws of this name."""
-        return [keyed_seed(self.seed, name, pack.step, pack.lane, i) for i in range(len(pack.keys))]
+        return [keyed_seed(self.seed, name, position) for position in pack.positions]
 
     def generator(self, *key: int | str) -> torch.Generator:
         """The generator of one clip's draws; a function of the seed and the key alone."""

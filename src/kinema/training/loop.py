@@ -21,6 +21,7 @@ from kinema.distributed.collectives import all_sum, from_main, gather_objects
 from kinema.distributed.engine import MOMENTS, Engine
 from kinema.distributed.process import Process
 from kinema.identity import fingerprint
+from kinema.training.balance import Balance
 from kinema.training.checkpoint import (
     Checkpoint,
     CheckpointConfig,
@@ -39,6 +40,10 @@ EXIT_PREEMPTED = 75
 """Exit status of a run that a signal stopped after its checkpoint was written."""
 EXIT_FAILED_CHECK = 1
 """Exit status of a run whose final check says FAIL."""
+
+
+LANE_PHASES = ("encode", "forward")
+"""What a lane does without waiting for another, by phases of the clock; the backward of the last one waits."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -202,9 +207,12 @@ class Trainer:
             raise ValueError(f"every clip of step {self.step} failed to decode: {packs[0].failures[:3]}.")
         learning_rate = self.learning_rate(self.step)
         sums: dict[str, float] = {}
+        balance = Balance(self.plan.lanes)
         for pack in packs:
+            before = clock.spent(*LANE_PHASES)
             for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
                 sums[key] = sums.get(key, 0.0) + value
+            balance.add(pack, clock.spent(*LANE_PHASES) - before)
             for key, value in pack.storage.items():
                 sums[key] = sums.get(key, 0.0) + value
             self.ledger.record(pack, self.index)
@@ -212,7 +220,8 @@ class Trainer:
             self.ema.update(self.step + 1)
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["stop_signals"] = float(self._stop_signal is not None)
-        totals = dict(zip(sums, all_sum(list(sums.values())), strict=True))
+        over_ranks = all_sum([*sums.values(), *balance.values()])
+        totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
         if not math.isfinite(totals["loss"]):
             keys = [key for everyone in gather_objects([k for p in packs for k in p.keys]) for key in everyone]
             raise NonFiniteLoss(
@@ -222,6 +231,7 @@ class Trainer:
         if totals.pop("failures"):
             self._quarantine([failure for pack in packs for failure in pack.failures])
         self._stop = next(filter(None, gather_objects(self._stop_signal))) if totals.pop("stop_signals") else None
+        totals["lanes/padding"] = totals.pop("padding_tokens") / totals["tokens"]
         totals["lr"] = learning_rate
         totals["grad_norm"] = self._model_engine().grad_norm()
         return totals
@@ -408,9 +418,10 @@ class Window:
         record: dict[str, Any] = {"steps": steps}
         if "noise_sum_0" in totals:
             record["loss_by_noise"] = noise_table(totals)
-        terms = {key.removeprefix("term_"): totals.pop(key) / steps for key in list(totals) if key.startswith("term_")}
-        if terms:
-            record["terms"] = terms
+        for group, prefix in (("terms", "term_"), ("lanes", "lanes/")):
+            members = {key.removeprefix(prefix): totals.pop(key) for key in list(totals) if key.startswith(prefix)}
+            if members:
+                record[group] = {key: value / steps for key, value in members.items()}
         return {**record, **{key: value / steps for key, value in totals.items()}}
 
 

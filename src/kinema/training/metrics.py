@@ -157,6 +157,10 @@ class Clock:
         finally:
             self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - started
 
+    def spent(self, *names: str) -> float:
+        """Seconds of these phases together since the last reading."""
+        return sum(self._phases.get(name, 0.0) for name in names)
+
     def read(self, steps: int) -> dict[str, float]:
         """Mean seconds a step by phase; starts over."""
         total = time.perf_counter() - self._started

@@ -77,7 +77,7 @@ class VAETask:
 
     def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
         """One pack's share of the step: forward, backward, and the engines' steps. Returns sums, to be reduced."""
-        sums: dict[str, float] = {"clips": float((pack.weights > 0).sum()), "tokens": 0.0}
+        sums: dict[str, float] = {"clips": float((pack.weights > 0).sum()), "tokens": 0.0, "padding_tokens": 0.0}
         losses, judged = [], []
         for video, weights, positions in self.batches(pack):
             with clock.phase("forward"):
@@ -90,7 +90,9 @@ class VAETask:
             for name, term in terms.items():
                 key = f"term_{name}"
                 sums[key] = sums.get(key, 0.0) + float((term * weights).sum()) / total_weight
-            sums["tokens"] += float(posterior.mean[:, 0].numel())
+            tokens = posterior.mean[0, 0].numel()
+            sums["tokens"] += float(tokens * len(video))
+            sums["padding_tokens"] += float(tokens * (weights == 0).sum())
         loss = torch.stack(losses).sum()
         with clock.phase("backward"):
             self.engine.backward(loss)
