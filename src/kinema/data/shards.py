@@ -10,15 +10,19 @@ import sys
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from kinema.data.address import redacted
+from kinema.data.columns import Columns, columns_of
+from kinema.data.compiled import load_table
+from kinema.data.entry import ClipEntry
 from kinema.data.sample import ClipRecord
 from kinema.data.store import MANIFEST, Member, StoredFolder, WrongBytes, store_of
+from kinema.data.table import ClipTable
 
 FORMAT_VERSION = 1
 BUILDING_SUFFIX = ".building"
@@ -37,21 +41,18 @@ class DamagedSample(Exception):
 
 
 @dataclass(frozen=True)
-class ClipEntry:
-    """One clip of the index: its record (without `extra`), its shard's file name, members by extension."""
-
-    record: ClipRecord
-    shard: str
-    members: dict[str, Member]
-
-
-@dataclass(frozen=True)
 class DatasetIndex:
     """Every clip of a data set, or of one split of it, in the stable order shard by shard."""
 
     folder: Path | StoredFolder
     manifest: dict[str, Any]
-    entries: list[ClipEntry]
+    entries: Sequence[ClipEntry]
+    """Made as they are asked for: of a large data set, use `columns` to look at all of them."""
+
+    @property
+    def columns(self) -> Columns:
+        """What planning needs to know of each entry, in their order."""
+        return self.entries.columns if isinstance(self.entries, ClipTable) else columns_of(self.entries)
 
     @property
     def hash(self) -> str:
@@ -68,13 +69,15 @@ class DatasetIndex:
         """
         folder = folder if isinstance(folder, StoredFolder) else Path(folder)
         manifest = load_manifest(folder)
-        entries = []
+        local = Path(folder)
         for shard in manifest["shards"]:
             if isinstance(folder, Path):  # elsewhere, `resolve_folder` looked
                 _check_shard_file(folder, shard)
-            entries += _load_index(Path(folder), shard)
-        if split is not None:
-            entries = [entry for entry in entries if entry.record.split == split]
+            _check_index_file(local, shard)
+        identity = hashlib.sha256("".join(shard["index_sha256"] for shard in manifest["shards"]).encode()).hexdigest()
+        entries = load_table(
+            local, identity, manifest["clips"], split, lambda: (_load_index(local, s) for s in manifest["shards"])
+        )
         return cls(folder, manifest, entries)
 
 
@@ -279,10 +282,14 @@ def _check_shard_file(folder: Path, shard: dict[str, Any]) -> None:
         )
 
 
-def _load_index(folder: Path, shard: dict[str, Any]) -> list[ClipEntry]:
+def _check_index_file(folder: Path, shard: dict[str, Any]) -> None:
     path = folder / index_name(shard["file"])
     if not path.is_file():
         raise ValueError(f"{path}, the index of {shard['file']}, is missing. Copy it, or build the data set again.")
+
+
+def _load_index(folder: Path, shard: dict[str, Any]) -> list[ClipEntry]:
+    path = folder / index_name(shard["file"])
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
         raise ValueError(f"{path} is not the index that the manifest knows (sha256). Copy both, or build again.")
