@@ -8,9 +8,13 @@ from hydra.core.config_store import ConfigStore
 
 from data_prep.pipeline.engines import LocalEngine, RayEngine
 from data_prep.pipeline.run import Limits, Pipeline
+from data_prep.stages.borders import CutBorders
+from data_prep.stages.caption import CaptionFromColumns, CaptionWithCommand, CaptionWithModel
 from data_prep.stages.cut import Cut
+from data_prep.stages.filter import Filter
 from data_prep.stages.ingest import Ingest
 from data_prep.stages.probe import Probe
+from data_prep.stages.score import Score
 from data_prep.stages.split import Split
 from data_prep.stages.write import Write
 
@@ -38,6 +42,10 @@ class PrepareConfig:
     probe: Any = None
     split: Any = None
     cut: Any = None
+    borders: Any = None
+    score: Any = None
+    filter: Any = None
+    caption: Any = None
     write: Any = None
 
     def __post_init__(self) -> None:
@@ -72,6 +80,10 @@ STAGES: dict[str, dict[str, type]] = {
     "probe": {"probe": Probe},
     "split": {"shots": Split},
     "cut": {"clips": Cut},
+    "borders": {"borders": CutBorders},
+    "score": {"scores": Score},
+    "filter": {"thresholds": Filter},
+    "caption": {"columns": CaptionFromColumns, "command": CaptionWithCommand, "model": CaptionWithModel},
     "write": {"shards": Write},
 }
 """The classes of each stage. `configs/prep/STAGE/*.yaml` starts from `schema_NAME` and says what differs."""

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from data_prep.scores.measure import UNITS
 
+KEY = "filter.thresholds"
+"""Where the ranges stand in the config."""
 BINS = 40
 OUTLIERS = 1.0
 """Per cent of the values at either end that a histogram puts into its last bin, or one of them stretches it."""
@@ -16,19 +18,22 @@ OUTLIERS = 1.0
 
 @dataclass
 class Range:
-    """The values of a score with which a clip stays."""
+    """The values of a score with which a clip stays; without bounds, all."""
 
     min: float | None = None
     max: float | None = None
     allow_missing: bool = False
     """Keep clips that have no such value, as a single picture has no motion."""
 
+    @property
+    def active(self) -> bool:
+        """Whether it has any bound."""
+        return self.min is not None or self.max is not None
+
     def check(self, name: str) -> None:
-        """Raise ValueError, naming the config key, for a range that takes nothing or everything."""
-        if self.min is None and self.max is None:
-            raise ValueError(f"filters.{name} has neither min nor max: give one, or leave the filter out.")
+        """Raise ValueError, naming the config key, for a range that no value lies in."""
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"filters.{name}.min={self.min} is above filters.{name}.max={self.max}: no clip is left.")
+            raise ValueError(f"{KEY}.{name}.min={self.min} is above {KEY}.{name}.max={self.max}: no clip is left.")
 
     def reasons(self, name: str, values: NDArray[np.float64]) -> list[str]:
         """Why each clip goes, `` if it stays; values (N,) with NaN for none."""
@@ -104,8 +109,10 @@ def apply_filters(scores: Sequence[Mapping[str, float | None]], filters: Mapping
     known = {name for one in scores for name in one}
     for name, allowed in filters.items():
         allowed.check(name)
+        if not allowed.active:
+            continue
         if scores and name not in known:
-            raise ValueError(f"filters.{name}: no clip has this score. There are {', '.join(sorted(known)) or 'none'}.")
+            raise ValueError(f"{KEY}.{name}: no clip has this score. There are {', '.join(sorted(known)) or 'none'}.")
         values = score_values(scores, name)
         reasons = allowed.reasons(name, values)
         bounds = [bound for bound in (allowed.min, allowed.max) if bound is not None]
@@ -141,6 +148,12 @@ def histogram(values: NDArray[np.float64], bounds: Sequence[float] = ()) -> dict
     edges = np.linspace(low, high, BINS + 1)
     counts, _ = np.histogram(np.clip(values, low, high), edges)
     return {"edges": [float(f"{edge:.6g}") for edge in edges], "counts": counts.tolist(), "clips": len(values)}
+
+
+def all_histograms(scores: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
+    """`unit` and `histogram` of every score that any clip has, by name."""
+    names = sorted({name for one in scores for name in one})
+    return {name: {"unit": UNITS.get(name, ""), "histogram": histogram(score_values(scores, name))} for name in names}
 
 
 def nearest_inside(

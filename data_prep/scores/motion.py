@@ -6,8 +6,10 @@ from data_prep.scores.sample import Sample
 
 FLOW_SHORT_SIDE = 128
 """Pixels of the shorter side at which optical flow is computed, so that every clip costs the same."""
-STILL_LEVELS = 0.75
-"""Mean difference of luma, of 255, up to which two frames count as one picture: coding noise is below it."""
+STILL_CELLS = 16
+"""Cells along the shorter side whose means are compared: they lose noise, but no small thing that moves."""
+STILL_LEVELS = 1.5
+"""Luma, of 255, by which the mean of a cell may differ between two frames that show the same picture."""
 
 
 def motion(sample: Sample) -> float | None:
@@ -36,6 +38,6 @@ def still_share(sample: Sample) -> float | None:
     """Share of near frames that show the same picture, 0 to 1: 1 for a photograph or a frozen stream."""
     if not sample.pairs:
         return None
-    pictures = sample.luma.astype(np.int16)
-    same = [np.abs(pictures[a] - pictures[b]).mean() <= STILL_LEVELS for a, b in sample.pairs]
+    cells = sample.luma_at(STILL_CELLS).astype(np.int16)
+    same = [np.abs(cells[before] - cells[after]).max() <= STILL_LEVELS for before, after in sample.pairs]
     return float(np.mean(same))

@@ -27,6 +27,7 @@ from kinema.data.ledger import Ledger, Quarantine
 from kinema.data.loading import make_loader
 from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
+from kinema.data.quarantine import condemned_clips
 from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_folder
@@ -276,6 +277,8 @@ class Data:
     seed: int
     kept: KeepReport
     rights: RightsPolicy
+    condemned: dict[str, str]
+    """Clips that killed a decoding process in this run before it was resumed, and are not tried again."""
 
     @property
     def lanes_per_rank(self) -> int:
@@ -300,7 +303,7 @@ class Data:
             first_step,
             num_steps,
             fps=self.config.fps,
-            decoder=self.config.decoder,
+            decoding=self.config.decoding,
             window=self.config.window,
             crop=self.config.crop,
             seed=self.seed,
@@ -309,6 +312,7 @@ class Data:
             timeout_seconds=self.config.timeout_seconds,
             latents=None if heldout else self.cache,
             rights=self.rights,
+            condemned=self.condemned,
         )
 
     def some_packs(self, clips: int) -> list[list[Pack]]:
@@ -354,6 +358,7 @@ def build_data(config: Config, geometry: Geometry, process: Process, run: Run, v
     return Data(
         data, index, heldout, build_plan(config, clips), heldout_plan,
         lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept, rights,
+        from_main(condemned_clips(run.folder) if process.is_main else {}),
     )  # fmt: skip
 
 
@@ -479,7 +484,9 @@ def assemble(
         validation=config.validation,
         logging=config.logging,
         outputs=run.outputs,
-        quarantine=Quarantine(config.data.max_failed_fraction, config.data.min_failed_clips),
+        quarantine=Quarantine(
+            config.data.max_failed_fraction, config.data.min_failed_clips, config.data.max_fallback_fraction
+        ),
         manifest=manifest,
         config_yaml=run.config_yaml,
         sample_every_steps=sample_every_steps,

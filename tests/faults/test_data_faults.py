@@ -89,10 +89,10 @@ def harmed(monkeypatch, number, harm):
     """Decoding this clip in a worker does harm to the worker."""
     read, parent = ClipReader._read_frames, os.getpid()
 
-    def read_or_harm(dataset, slot):
+    def read_or_harm(dataset, slot, *rest):
         if slot.clip.entry_index == number and os.getpid() != parent:
             harm()
-        return read(dataset, slot)
+        return read(dataset, slot, *rest)
 
     monkeypatch.setattr(ClipReader, "_read_frames", read_or_harm)
     monkeypatch.setattr(workers, "POLL_SECONDS", 0.2)
@@ -143,7 +143,7 @@ def test_full_shared_memory_is_named(sound, monkeypatch):
 
 
 def test_a_bug_in_reading_is_raised_and_not_counted(sound, monkeypatch):
-    def broken(dataset, slot):
+    def broken(dataset, slot, *rest):
         raise KeyError("a bug")
 
     monkeypatch.setattr(ClipReader, "_read_frames", broken)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from kinema.data.candidates import plan_clips
+from kinema.data.clip_decoder import DecodingRules
 from kinema.data.config import Crop, DataConfig, Window
-from kinema.data.decoding import Decoder
+from kinema.data.decoders.video import Decoder
 from kinema.data.geometry import ClipShape
 from kinema.data.loading import make_loader
 from kinema.data.plan import lanes_of
@@ -144,7 +145,7 @@ def test_workers_end_with_the_loader(index):
 
 def test_every_decoder_serves_the_loader(index):
     plan = make_plan(index)
-    one, *others = (load(index, plan, 0, 4, decoder=decoder) for decoder in Decoder)
+    one, *others = (load(index, plan, 0, 4, decoding=DecodingRules(decoder)) for decoder in Decoder)
     for other in others:
         assert (pixels(one).int() - pixels(other).int()).abs().max() <= 3
 

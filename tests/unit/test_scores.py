@@ -17,28 +17,7 @@ from data_prep.scores.picture import exposure, sharpness
 from data_prep.scores.sample import Sample, frames_to_sample
 from data_prep.scores.text import text_share
 from kinema.data.encoding import encode_video
-
-FPS, FRAMES, HEIGHT, WIDTH = 24, 48, 120, 160
-
-
-def scenery(seed=0, height=HEIGHT, width=WIDTH, smooth=2.0):
-    """A still picture with detail everywhere, uint8 (H, W, 3): no two seeds look alike."""
-    noise = np.random.default_rng(seed).random((height, width, 3)).astype(np.float32)
-    broad = cv2.GaussianBlur(noise, (0, 0), 12) * 14 - 6.5
-    fine = cv2.GaussianBlur(noise, (0, 0), smooth)
-    return (np.clip(0.6 * broad + 2 * fine - 0.7, 0.15, 0.9) * 255).astype(np.uint8)
-
-
-def panned(pixels_per_second, seed=0):
-    """A camera that moves to the right over a broad scenery."""
-    wide = scenery(seed, width=WIDTH + 400).astype(np.float32)
-    shifts = np.arange(FRAMES) / FPS * pixels_per_second
-    moves = [np.float32([[1, 0, -shift], [0, 1, 0]]) for shift in shifts]
-    return (
-        np.stack([cv2.warpAffine(wide, move, (WIDTH, HEIGHT), flags=cv2.INTER_CUBIC) for move in moves])
-        .clip(0, 255)
-        .astype(np.uint8)
-    )
+from tests.unit.made_clips import FPS, FRAMES, HEIGHT, WIDTH, panned, scenery, still
 
 
 def moving_square(pixels_per_second, side=40):
@@ -49,10 +28,6 @@ def moving_square(pixels_per_second, side=40):
         left = 4 + round(number / FPS * pixels_per_second)
         frame[40 : 40 + side, left : left + side] = square
     return frames
-
-
-def still(picture):
-    return np.repeat(picture[None], FRAMES, axis=0)
 
 
 def sample(frames, fps=FPS):
@@ -129,6 +104,13 @@ def test_a_still_picture_with_coding_noise_has_no_motion():
     assert motion(noisy) < 0.005
     assert still_share(noisy) == 1
     assert still_share(sample(panned(15))) == 0
+
+
+def test_one_small_thing_that_moves_is_not_still():
+    frames = still(scenery())
+    for number in range(FRAMES):
+        frames[number, 50:58, number * 3 : number * 3 + 8] = 255
+    assert still_share(sample(frames)) == 0
 
 
 def test_a_stream_that_freezes_half_way_is_half_still():

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kinema.data.address import Address
-from kinema.data.decoding import Decoder
+from kinema.data.clip_decoder import DecodingRules
+from kinema.data.decoders.video import Decoder
 from kinema.data.geometry import ClipShape
 from kinema.data.remote import StorageConfig
 from kinema.data.rights import RightsConfig
@@ -45,6 +46,12 @@ class DataConfig:
     window: Window = Window.random
     crop: Crop = Crop.center
     decoder: Decoder = Decoder.decord
+    decoder_fallback: list[Decoder] = field(default_factory=list)
+    """Decoders that are tried, in this order, on a clip that `decoder` cannot read; counted and limited."""
+    decode_timeout_seconds: float = 30.0
+    """Longest time for one clip with one decoder: its process is then killed, and the clip has failed."""
+    max_decoded_mib: float = 4096.0
+    """Most memory that the frames of one clip may take at the size of the file, before they are resized."""
     clips_per_step: int = 16
     """Global batch: clips in one optimizer step, all ranks together."""
     lanes: int = 4
@@ -64,6 +71,8 @@ class DataConfig:
     max_failed_fraction: float = 0.01
     """More damaged clips than this share, and more than min_failed_clips, stop the run."""
     min_failed_clips: int = 3
+    max_fallback_fraction: float = 0.05
+    """More clips than this share read by a fallback, and more than min_failed_clips, stop the run."""
     rights: RightsConfig = field(default_factory=RightsConfig)
     """What may be used, by licence, consent, generation, source and key."""
     require_captions: bool = True
@@ -76,7 +85,7 @@ class DataConfig:
     """Folder of cached embeddings to read in place of loading the text encoder (`kinema data encode-text`)."""
 
     def __post_init__(self) -> None:
-        for name in ("fps", "timeout_seconds"):
+        for name in ("fps", "timeout_seconds", "decode_timeout_seconds", "max_decoded_mib"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be above 0.")
         for name in ("clips_per_step", "lanes", "max_pack_tokens", "shuffle_block_shards", "prefetch"):
@@ -91,10 +100,31 @@ class DataConfig:
                 f"{math.ceil(2 * self.storage.patience_seconds)}, twice as long as data.storage may wait for a store "
                 "(retries, time-outs, pauses): otherwise a clip would be blamed for it."
             )
-        if not 0 <= self.max_failed_fraction <= 1:
-            raise ValueError(f"data.max_failed_fraction={self.max_failed_fraction} must lie in 0 to 1.")
+        for name in ("max_failed_fraction", "max_fallback_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} must lie in 0 to 1.")
+        self._check_decoders()
         if not self.shapes or any(len(shape) != 3 for shape in self.shapes):
             raise ValueError(f"data.shapes={self.shapes} must list [frames, height, width], e.g. [[17,64,64]].")
+
+    def _check_decoders(self) -> None:
+        names = [decoder.name for decoder in self.decoding.decoders]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"data.decoder_fallback={names[1:]} must name other decoders than data.decoder={names[0]}, each once. "
+                "Type for example data.decoder_fallback=[pyav]."
+            )
+        longest = len(names) * self.decode_timeout_seconds
+        if longest >= self.timeout_seconds:
+            raise ValueError(
+                f"data.timeout_seconds={self.timeout_seconds:g} must be above the {longest:g} s that one clip may take "
+                f"(data.decode_timeout_seconds={self.decode_timeout_seconds:g} with each of {len(names)} decoders)."
+            )
+
+    @property
+    def decoding(self) -> DecodingRules:
+        """The decoders, their order and what they may take."""
+        return DecodingRules(self.decoder, self.decoder_fallback, self.decode_timeout_seconds, self.max_decoded_mib)
 
     @property
     def clip_shapes(self) -> list[ClipShape]:

@@ -45,6 +45,16 @@ def contact_sheet(
     _save(_arrange(cells, columns, title), Path(path))
 
 
+def save_strip(frames: NDArray[np.uint8], path: str | Path, count: int = 5) -> None:
+    """Write a JPEG of evenly spread frames of one clip (T, H, W, 3) side by side, without words."""
+    pictures = _pick_frames(frames, min(count, len(frames)), None)
+    width, height = pictures[0].size
+    strip = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height), PAPER)
+    for place, picture in enumerate(pictures):
+        strip.paste(picture, (place * (width + GAP), 0))
+    _save(strip, Path(path), "JPEG")
+
+
 def _pick_frames(frames: NDArray[np.uint8], count: int, scale: float | None) -> list[Image.Image]:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) == 0:
         raise ValueError(f"frames of type {frames.dtype} and shape {frames.shape} must be uint8 (T, H, W, 3).")
@@ -95,8 +105,8 @@ def _wrap(caption: str, font: Font, width: int) -> list[str]:
     return lines
 
 
-def _save(sheet: Image.Image, path: Path) -> None:
+def _save(sheet: Image.Image, path: Path, kind: str = "PNG") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.part")
-    sheet.save(unfinished, format="PNG")
+    sheet.save(unfinished, format=kind, quality=85)  # of a JPEG
     os.replace(unfinished, path)

@@ -1,5 +1,6 @@
 """From mp4 bytes to the frames at given times, through any of the decoders behind one function."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,12 +23,14 @@ def decode_clip(
     decoder: Decoder,
     *,
     crop: tuple[float, float] = (0.5, 0.5),
+    max_mib: float = math.inf,
 ) -> Tensor:
     """Frames shown nearest to start_seconds + i / fps, cropped to the shape's aspect ratio and resized.
 
     `crop` places the crop along height and width, from 0 (top, left) to 1; the default is the centre. Frames
     are chosen by timestamp, so a variable frame rate is no special case. Pictures come upright and with square
-    pixels, whatever the file stores. Returns uint8 (T, H, W, 3); raises DecodeError.
+    pixels, whatever the file stores. A clip whose frames would take more than `max_mib` at their full size is not
+    decoded. Returns uint8 (T, H, W, 3); raises DecodeError.
     """
     times = start_seconds + np.arange(shape.frames) / fps
     check_installed(decoder)  # a broken installation is not a damaged clip
@@ -35,6 +38,7 @@ def decode_clip(
         video = _OPEN[decoder](mp4)
         _check_times(times, video)
         unique, where = np.unique(nearest_frames(video.starts, times), return_inverse=True)
+        _check_size(len(unique), video, max_mib)
         batches = video.read(unique.tolist())
         parts = [resize_and_crop(frames, shape, crop, _stretch(video, frames)) for frames in batches]
     except DecodeError:
@@ -87,6 +91,15 @@ def _check_times(times: NDArray[np.float64], video: OpenVideo) -> None:
     if times[0] < 0 or times[-1] > video.end + 1e-3:
         raise DecodeError(
             f"frames from {times[0]:.3f} s to {times[-1]:.3f} s were asked of a video that lasts {video.end:.3f} s"
+        )
+
+
+def _check_size(frames: int, video: OpenVideo, max_mib: float) -> None:
+    width, height = video.header.width, video.header.height
+    mib = frames * width * height * 3 / 2**20
+    if mib > max_mib:
+        raise DecodeError(
+            f"{frames} frames of {width} x {height} take {mib:.0f} MiB, more than data.max_decoded_mib={max_mib:g}"
         )
 
 

@@ -50,6 +50,7 @@ class Ledger:
         self.shards: dict[str, Account] = {}
         self.sources: dict[str, Account] = {}
         self.reasons: Counter[str] = Counter()
+        self.fallbacks: Counter[str] = Counter()  # clips by `decord -> pyav: reason`; they are decoded
         self._index: DatasetIndex | None = None
         self._entries: dict[str, ClipEntry] = {}
 
@@ -67,6 +68,7 @@ class Ledger:
             self._account(self.shards, entry.shard).add(account)
             self._account(self.sources, entry.record.source).add(account)
         self.reasons.update(failure.reason for failure in pack.failures)
+        self.fallbacks.update(fallback.cause() for fallback in pack.fallbacks)
 
     def record_kept(self, report: KeepReport) -> None:
         """Enter, once, the clips that were left out before the first step."""
@@ -87,6 +89,7 @@ class Ledger:
             for name, account in theirs.items():
                 self._account(mine, name).add(account)
         self.reasons.update(other.reasons)
+        self.fallbacks.update(other.fallbacks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for json."""
@@ -94,6 +97,7 @@ class Ledger:
             "shards": {name: _plain(account) for name, account in sorted(self.shards.items())},
             "sources": {name: _plain(account) for name, account in sorted(self.sources.items())},
             "reasons": dict(self.reasons),
+            "fallbacks": dict(self.fallbacks),
         }
 
     @classmethod
@@ -103,6 +107,7 @@ class Ledger:
         ledger.shards = {name: _account_from(account) for name, account in values["shards"].items()}
         ledger.sources = {name: _account_from(account) for name, account in values["sources"].items()}
         ledger.reasons = Counter(values["reasons"])
+        ledger.fallbacks = Counter(values.get("fallbacks", {}))
         return ledger
 
     @staticmethod
@@ -117,10 +122,13 @@ class Quarantine:
     max_failed_fraction: float
     min_failed_clips: int
     """So many may always fail, lest the first damaged clip of a run stop it."""
+    max_fallback_fraction: float = 1.0
+    """Of the clips, that another decoder may read than the first one."""
 
     def check(self, ledger: Ledger) -> None:
-        """Raise DataBudgetError, with the commonest reasons, when the ledger's failures exceed the limit."""
+        """Raise DataBudgetError, with the commonest reasons, when the ledger's failures or fallbacks exceed a limit."""
         total = ledger.total
+        self._check_fallbacks(ledger.fallbacks, total.clips)
         if total.failed <= max(self.min_failed_clips, self.max_failed_fraction * total.clips):
             return
         reasons = "; ".join(f"{count} x {reason}" for reason, count in ledger.reasons.most_common(5))
@@ -130,6 +138,16 @@ class Quarantine:
             f"{total.failed} of {total.clips} clips ({total.failed / total.clips:.1%}) are damaged, more "
             f"than data.max_failed_fraction={self.max_failed_fraction:g} allows. Reasons: {reasons}. "
             f"Worst shards: {shards}. Run `kinema data check` on the data set, or raise the limit on purpose."
+        )
+
+    def _check_fallbacks(self, fallbacks: Counter[str], clips: int) -> None:
+        if fallbacks.total() <= max(self.min_failed_clips, self.max_fallback_fraction * clips):
+            return
+        causes = "; ".join(f"{count} x {cause}" for cause, count in fallbacks.most_common(5))
+        raise DataBudgetError(
+            f"{fallbacks.total()} times in {clips} clips another decoder had to step in, more than "
+            f"data.max_fallback_fraction={self.max_fallback_fraction:g} allows: {causes}. Type the decoder that can "
+            "read them as data.decoder, or raise the limit on purpose."
         )
 
 

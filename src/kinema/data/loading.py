@@ -1,9 +1,9 @@
 """Packs in the order of the plan, read by worker processes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from kinema.data.clip_decoder import DecodingRules
 from kinema.data.config import Crop, Window
-from kinema.data.decoding import Decoder
 from kinema.data.latents import LatentCache
 from kinema.data.pack import Pack
 from kinema.data.plan import Plan
@@ -11,6 +11,8 @@ from kinema.data.reader import ClipReader
 from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
 from kinema.data.workers import Readers, StepsAndLanes
+
+DECORD = DecodingRules()
 
 
 def make_loader(
@@ -21,7 +23,7 @@ def make_loader(
     num_steps: int,
     *,
     fps: float,
-    decoder: Decoder = Decoder.decord,
+    decoding: DecodingRules = DECORD,
     window: Window = Window.start,
     crop: Crop = Crop.center,
     seed: int,
@@ -30,18 +32,29 @@ def make_loader(
     timeout_seconds: float = 300.0,
     latents: LatentCache | None = None,
     rights: RightsPolicy | None = None,
+    condemned: Mapping[str, str] | None = None,
 ) -> Iterator[list[Pack]]:
     """Yield the packs of these lanes, one list a step, for steps start_step to start_step + num_steps.
 
     A pack depends on (data, plan, seed, step, lane) only, so any number of workers yields the same. Closing
-    the iterator, or dropping it, ends the workers.
+    the iterator, or dropping it, ends the workers. Each of them, and this process where there are none, decodes in
+    a further process; `condemned` are the clips, by key, that are not tried, with the reason.
     """
     if latents is not None:
         if crop is not Crop.center:
             raise ValueError(f"data.crop={crop.name} cannot be used with data.latents, which cache the centre crop.")
         latents.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in plan.clips])
     dataset = ClipReader(
-        index, plan, fps=fps, decoder=decoder, window=window, crop=crop, seed=seed, latents=latents, rights=rights
+        index,
+        plan,
+        fps=fps,
+        decoding=decoding,
+        window=window,
+        crop=crop,
+        seed=seed,
+        latents=latents,
+        rights=rights,
+        condemned=condemned,
     )
     wanted = StepsAndLanes(range(start_step, start_step + num_steps), list(lanes))
     return _read(dataset, wanted, num_workers, prefetch, timeout_seconds)
@@ -51,8 +64,11 @@ def _read(
     dataset: ClipReader, wanted: StepsAndLanes, num_workers: int, prefetch: int, timeout_seconds: float
 ) -> Iterator[list[Pack]]:
     if num_workers == 0:
-        for step in wanted.steps:
-            yield [dataset[step, lane] for lane in wanted.lanes]
+        try:
+            for step in wanted.steps:
+                yield [dataset[step, lane] for lane in wanted.lanes]
+        finally:
+            dataset.decoder.close()
         return
     readers = Readers(dataset, num_workers, prefetch, timeout_seconds)
     try:

@@ -16,6 +16,23 @@ class Failure:
     key: str
     shard: str
     reason: str
+    fatal: bool = False
+    """Decoding it killed a process, or had to be killed: nobody tries it again in this run."""
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A clip that one decoder could not read and another one did."""
+
+    key: str
+    shard: str
+    failed: str
+    used: str
+    reason: str
+
+    def cause(self) -> str:
+        """What equal cases are counted by, e.g. `decord -> pyav: no video stream`."""
+        return f"{self.failed} -> {self.used}: {self.reason}"
 
 
 @dataclass
@@ -50,6 +67,8 @@ class Pack:
     """Counts of reading from an address (requests, bytes, retries, cache); empty for a local folder."""
     withdrawn: list[Failure] = field(default_factory=list)
     """Clips of the plan that data.rights no longer lets anyone read: whole, but with weight 0 as well."""
+    fallbacks: list[Fallback] = field(default_factory=list)
+    """Clips that another decoder read than the first one."""
 
 
 def flatten(pack: Pack) -> tuple[Pack, Tensor]:

@@ -3,17 +3,19 @@
 import os
 import signal
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kinema.data.clip_decoder import ClipDecoder, DecodingRules
 from kinema.data.config import Crop, Window
-from kinema.data.decoding import DecodeError, Decoder, decode_clip
+from kinema.data.decoders.video import DecodeError, DecoderDied
 from kinema.data.keyed import keyed_seed
 from kinema.data.latents import LatentCache
-from kinema.data.pack import Failure, Pack
+from kinema.data.pack import Failure, Fallback, Pack
 from kinema.data.plan import Plan, Slot
 from kinema.data.rights import RightsPolicy, contradiction
 from kinema.data.shards import DamagedSample, DatasetIndex, read_member
@@ -29,18 +31,20 @@ class ClipReader(Dataset):
         plan: Plan,
         *,
         fps: float,
-        decoder: Decoder,
+        decoding: DecodingRules,
         window: Window,
         crop: Crop,
         seed: int,
         latents: LatentCache | None,
         rights: RightsPolicy | None = None,
+        condemned: Mapping[str, str] | None = None,
     ) -> None:
-        self.index, self.plan, self.fps, self.decoder = index, plan, fps, decoder
+        self.index, self.plan, self.fps = index, plan, fps
+        self.decoder = ClipDecoder(decoding)
         self.window, self.crop, self.seed, self.latents = window, crop, seed, latents
         self.rights = rights
         self.compared: set[int] = set()  # entries whose json in the tar says the same as the index
-        self.condemned: dict[int, str] = {}  # entries that killed or hung a worker, with the reason
+        self.condemned = dict(condemned or {})  # keys of clips that killed or hung a process, with the reason
         self.progress = torch.full((1, 3), -1, dtype=torch.int64)
         self.worker = 0
 
@@ -58,18 +62,18 @@ class ClipReader(Dataset):
         slots = self.plan.step(step)[lane]
         self._expect(slots)
         contents: list[Any] = []
-        failures, withdrawn = [], []
+        failures, withdrawn, fallbacks = [], [], list[Fallback]()
         for slot in slots:
             if refusal := self._refusal(slot):
                 withdrawn.append(refusal)
                 contents.append(None)
                 continue
             try:
-                contents.append(self._read_clip(slot))
+                contents.append(self._read_clip(slot, fallbacks))
             except (DamagedSample, DecodeError) as error:
                 entry = self.index.entries[slot.clip.entry_index]
                 reason = error.reason if isinstance(error, DamagedSample) else str(error)
-                failures.append(Failure(entry.record.key, entry.shard, reason))
+                failures.append(Failure(entry.record.key, entry.shard, reason, isinstance(error, DecoderDied)))
                 contents.append(None)
         weights = torch.tensor([float(content is not None) for content in contents])
         contents = [self._blank(slot) if c is None else c for slot, c in zip(slots, contents, strict=True)]
@@ -90,6 +94,7 @@ class ClipReader(Dataset):
             fps=self.fps,
             seconds=time.perf_counter() - began,
             withdrawn=withdrawn,
+            fallbacks=fallbacks,
             storage=store_of(self.index.folder).take_counts(),
         )
 
@@ -117,22 +122,30 @@ class ClipReader(Dataset):
             raise DamagedSample(entry.record.key, entry.shard, difference)
         self.compared.add(number)
 
-    def _read_clip(self, slot: Slot) -> Any:
+    def _read_clip(self, slot: Slot, fallbacks: list[Fallback]) -> Any:
         number = slot.clip.entry_index
-        if number in self.condemned:
-            raise DecodeError(self.condemned[number])
+        key = self.index.entries[number].record.key
+        if key in self.condemned:
+            raise DecoderDied(self.condemned[key])
         self.progress[self.worker, 1:] = torch.tensor([number, time.monotonic_ns()])
-        contents = self._read_frames(slot) if self.latents is None else self._read_latents(slot)
-        self.progress[self.worker, 1] = -1
-        return contents
+        try:
+            return self._read_frames(slot, fallbacks) if self.latents is None else self._read_latents(slot)
+        except DecoderDied as error:
+            self.condemned[key] = str(error)
+            raise
+        finally:
+            self.progress[self.worker, 1] = -1
 
-    def _read_frames(self, slot: Slot) -> Tensor:
+    def _read_frames(self, slot: Slot, fallbacks: list[Fallback]) -> Tensor:
         entry = self.index.entries[slot.clip.entry_index]
         self._compare_record(slot.clip.entry_index)
         spare = entry.record.duration_seconds - slot.clip.shape.frames / self.fps
         start, top, left = self._window_and_crop(slot, max(spare, 0.0))
         mp4 = read_member(self.index.folder, entry, "mp4")
-        return decode_clip(mp4, slot.clip.shape, self.fps, start, self.decoder, crop=(top, left))
+        clip = self.decoder.decode(mp4, slot.clip.shape, self.fps, start, (top, left))
+        for failed, reason in clip.refusals:
+            fallbacks.append(Fallback(entry.record.key, entry.shard, failed.name, clip.decoder.name, reason))
+        return clip.frames
 
     def _window_and_crop(self, slot: Slot, spare_seconds: float) -> tuple[float, float, float]:
         """Start in seconds, and the crop's place along height and width: keyed by (seed, position)."""

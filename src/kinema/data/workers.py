@@ -76,7 +76,7 @@ class Readers:
                 if not isinstance(error, RuntimeError):  # a pack cannot be fetched from a worker that just died
                     time.sleep(0.2)
                 dead = self._dead()
-                hung = time.monotonic() >= deadline and not dead
+                hung = time.monotonic() >= max(deadline, self._last_start() + self.timeout_seconds) and not dead
                 if not (dead or hung):
                     if "DataLoader timed out" in str(error):
                         continue
@@ -87,6 +87,8 @@ class Readers:
                 deadline = time.monotonic() + self.timeout_seconds
                 continue
             self.restarts_in_a_row = 0
+            # Workers that are forked later need not find out for themselves.
+            self.dataset.condemned.update({f.key: f.reason for f in pack.failures if f.fatal})
             return pack
 
     def stop(self) -> None:
@@ -97,6 +99,10 @@ class Readers:
             if child.pid in pids:
                 child.kill()
                 child.join()
+
+    def _last_start(self) -> float:
+        """When a worker last began with a clip: a pack of many slow clips is not a hanging one."""
+        return self.dataset.progress[:, 2].max().item() / 1e9
 
     def _dead(self) -> dict[int, int | None]:
         """{worker: exit code} of the workers that ended, None where it is unknown."""
@@ -111,15 +117,17 @@ class Readers:
                 "A reading process ran out of shared memory (/dev/shm). Type a lower data.prefetch or "
                 "data.num_workers, or give the machine or container more shared memory."
             ) from error
-        now, before = time.monotonic_ns(), len(self.dataset.condemned)
+        now, condemned = time.monotonic_ns(), self.dataset.condemned
+        before = len(condemned)
         for worker, (_, entry, since) in enumerate(self.dataset.progress.tolist()):
             if entry < 0:
                 continue
+            key = self.dataset.index.entries[entry].record.key
             if worker in dead and dead[worker] != -signal.SIGTERM:  # that is the scheduler's doing, not the clip's
-                self.dataset.condemned[entry] = f"decoding it killed the process (exit code {dead[worker]})"
+                condemned[key] = f"decoding it killed the process (exit code {dead[worker]})"
             elif hung and now - since > 0.5e9 * self.timeout_seconds:
-                self.dataset.condemned[entry] = f"decoding it takes over data.timeout_seconds={self.timeout_seconds:g}"
-        if len(self.dataset.condemned) == before and self.restarts_in_a_row > 3:
+                condemned[key] = f"decoding it takes over data.timeout_seconds={self.timeout_seconds:g}"
+        if len(condemned) == before and self.restarts_in_a_row > 3:
             raise DataWorkerError(
                 f"Reading processes ended or hung {self.restarts_in_a_row} times without a clip at fault "
                 f"(exit codes {list(dead.values())}). Type data.num_workers=0 to see the cause."

@@ -1,10 +1,9 @@
 """The training loop: steps, checkpoints, validation, samples. What a pack costs is the task's business."""
 
-import json
 import math
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -14,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kinema.data.ledger import Ledger, Quarantine
-from kinema.data.pack import Failure, Pack
+from kinema.data.pack import Failure, Fallback, Pack
 from kinema.data.plan import Plan
+from kinema.data.quarantine import write_failures
 from kinema.data.shards import DatasetIndex
 from kinema.distributed.collectives import all_sum, from_main, gather_objects
 from kinema.distributed.engine import MOMENTS, Engine
@@ -153,6 +153,7 @@ class Trainer:
         self._resume()
         self._catch_signals()
         validation = self.load_validation() if self.load_validation and self.validation.every_steps else None
+        self._tell_heldout_failures(validation or [])
         clock, window = Clock(), Window()
         bar = tqdm(
             total=self.steps, initial=self.step, desc=self.outputs.run_dir.name, unit="step",
@@ -219,6 +220,7 @@ class Trainer:
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
+        sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
         sums["stop_signals"] = float(self._stop_signal is not None)
         over_ranks = all_sum([*sums.values(), *balance.values()])
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
@@ -230,6 +232,8 @@ class Trainer:
         self.step += 1
         if totals.pop("failures"):
             self._quarantine([failure for pack in packs for failure in pack.failures])
+        if totals.pop("fallbacks"):
+            self._tell_fallbacks([fallback for pack in packs for fallback in pack.fallbacks])
         self._stop = next(filter(None, gather_objects(self._stop_signal))) if totals.pop("stop_signals") else None
         totals["lanes/padding"] = totals.pop("padding_tokens") / totals["tokens"]
         totals["lr"] = learning_rate
@@ -268,11 +272,24 @@ class Trainer:
         """Write damaged clips down, on the main rank, and stop all ranks together when there are too many."""
         everyone = [failure for rank in gather_objects(failures) for failure in rank]
         if self.process.is_main:
-            with (self.outputs.run_dir / "quarantine.jsonl").open("a") as handle:
-                for failure in everyone:
-                    handle.write(json.dumps({"step": self.step, **asdict(failure)}) + "\n")
+            write_failures(self.outputs.run_dir, self.step, everyone)
         for failure in everyone:
             self.outputs.event(self.step, "quarantine", f"{failure.key} in {failure.shard}: {failure.reason}")
+        self.quarantine.check(self._whole_ledger())
+
+    def _tell_heldout_failures(self, validation: list[list[Pack]]) -> None:
+        """Held-out clips are read once, before the first step; those that fail are missing from every validation."""
+        failures = [failure for packs in validation for pack in packs for failure in pack.failures]
+        for failure in (failure for rank in gather_objects(failures) for failure in rank):
+            self.outputs.event(self.step, "held-out clip failed", f"{failure.key} in {failure.shard}: {failure.reason}")
+
+    def _tell_fallbacks(self, fallbacks: list[Fallback]) -> None:
+        """Show which decoders stepped in, once for each cause, and stop all ranks when it happens too often."""
+        causes: dict[str, list[str]] = {}
+        for fallback in (fallback for rank in gather_objects(fallbacks) for fallback in rank):
+            causes.setdefault(fallback.cause(), []).append(fallback.key)
+        for cause, keys in causes.items():
+            self.outputs.event(self.step, "fallback", f"{len(keys)} clip(s), {cause} ({', '.join(keys[:5])})")
         self.quarantine.check(self._whole_ledger())
 
     def _whole_ledger(self) -> Ledger:

@@ -24,6 +24,10 @@ class DecodeError(Exception):
     """A video could not be decoded, or does not hold the frames that were asked of it."""
 
 
+class DecoderDied(DecodeError):
+    """Decoding a video killed its process, or took so long that the process was killed."""
+
+
 class Header(NamedTuple):
     """What a video says of itself before any frame is decoded."""
 
