@@ -70,9 +70,10 @@ class ClipTable(Sequence[ClipEntry]):
     @cached_property
     def columns(self) -> Columns:
         """The facts that planning reads; the arrays are the table's own."""
-        numbers = {name: self.arrays[name] for name in (*NUMBERS, "captioned")}
-        coded = {name: self._coded(name) for name in ("license", "consent", "generated", "source", "shard")}
-        return Columns(**numbers, **coded)
+        columns: dict[str, Any] = {name: self.arrays[name] for name in (*NUMBERS, "captioned")}
+        for name in ("license", "consent", "generated", "source", "shard"):
+            columns[name] = Coded(self.words[name], self.arrays[name])
+        return Columns(**columns)
 
     def text(self, name: str, row: int) -> str:
         """A text field of one clip, without the rest of its record."""
@@ -103,9 +104,6 @@ class ClipTable(Sequence[ClipEntry]):
     def __reduce__(self) -> tuple[Any, ...]:
         # A spawned worker maps the files itself; only a table in memory travels.
         return (ClipTable.open, (self.folder,)) if self.folder else (ClipTable, (self.arrays, self.words))
-
-    def _coded(self, name: str) -> Coded:
-        return Coded(self.words[name], self.arrays[name])
 
     def _members(self, row: int) -> dict[str, Member]:
         ends = self.arrays["members.end"]
@@ -189,8 +187,8 @@ class TableWriter:
             os.fsync(file.fileno())
             file.close()
         facts = {"format_version": FORMAT_VERSION, "lengths": self._lengths, "words": self._chunk.words}
-        with open(self.building / FACTS, "w", encoding="utf-8") as file:
-            json.dump(facts, file, ensure_ascii=False)
+        with open(self.building / FACTS, "wb") as file:
+            file.write(json.dumps(facts, ensure_ascii=False).encode())
             file.flush()
             os.fsync(file.fileno())
         os.rename(self.building, self.folder)
