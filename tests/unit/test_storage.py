@@ -7,6 +7,7 @@ import time
 import pytest
 
 from kinema.data.address import Address, redacted
+from kinema.data.locking import locked
 from kinema.data.member_cache import KEPT_SHARE, MemberCache
 from kinema.data.remote import RemoteStore, StorageConfig
 from kinema.data.store import StoredFolder
@@ -86,3 +87,18 @@ def test_killed_writers_leave_a_whole_and_bounded_cache(tmp_path):
     MemberCache(tmp_path, limit)
     assert not list(tmp_path.glob("??/*.part"))
     assert KEPT_SHARE < 1
+
+
+def test_a_lock_does_not_stay_with_a_process_that_was_forked_meanwhile(tmp_path):
+    with locked(tmp_path / "lock") as file:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        child.start()
+        file.write("mine")
+    began = time.monotonic()
+    with locked(tmp_path / "lock") as file:
+        assert time.monotonic() - began < 10
+        file.seek(0)
+        assert file.read() == "mine"
+    assert child.is_alive()
+    child.kill()
+    child.join()

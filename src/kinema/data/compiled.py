@@ -1,12 +1,12 @@
 """The columns of a large data set: made once from its indexes, then only mapped."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kinema.data.entry import ClipEntry
+from kinema.data.locking import locked
 from kinema.data.sample import SPLITS
 from kinema.data.table import FORMAT_VERSION, ClipTable, TableWriter
 
@@ -31,8 +31,7 @@ def load_table(
     place = _place(folder, identity)
     place.mkdir(parents=True, exist_ok=True)
     name = ALL if split is None else split
-    with open(place / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine makes them, the others find them
+    with locked(place / ".lock"):  # one process of the machine makes them, the others find them
         if not (place / name).is_dir():
             _write_tables(place, name, chunks())
             _remove_earlier(folder, place)

@@ -1,6 +1,5 @@
 """Members of remote shards kept on this machine's disk: bounded, and shared by its processes."""
 
-import fcntl
 import hashlib
 import itertools
 import os
@@ -8,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from kinema.data.locking import locked
 
 LEFT_OVER_SECONDS = 600
 """An unfinished file this old was left by a killed process."""
@@ -97,8 +98,7 @@ class MemberCache:
 
     @contextmanager
     def _locked_total(self) -> Iterator["_Total"]:
-        with open(self.folder / "total", "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.folder / "total") as file:
             file.seek(0)
             total = _Total(int(file.read() or 0))
             yield total

@@ -1,6 +1,5 @@
 """Where shards lie: a folder, or an address of which only manifest and indexes are brought here."""
 
-import fcntl
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kinema.data.address import Address
+from kinema.data.locking import locked
 from kinema.data.member_cache import MemberCache
 from kinema.data.remote import RemoteStore, StorageConfig, Unreadable
 from kinema.data.shards import index_name, write_aside
@@ -34,8 +34,7 @@ def resolve_folder(path: str, cache_folder: str | Path, settings: StorageConfig 
     shards, data_hash = _shards_of(content, address)
     folder = cache_folder / f"{address.name}-{hashlib.sha256(content).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine fetches, the others find the files
+    with locked(folder / ".lock"):  # one process of the machine fetches, the others find the files
         missing = [shard for shard in shards if not (folder / index_name(shard["file"])).is_file()]
         with ThreadPoolExecutor(CONCURRENT_INDEXES) as pool:
             list(pool.map(lambda shard: _fetch_index(store, shard, folder), missing))
