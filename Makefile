@@ -36,8 +36,9 @@ demo: $(READY)
 	$(BIN)/python sample.py run=runs/demo prompt="a large purple circle moves slowly left"
 	$(BIN)/kinema evaluate runs/demo; status=$$?; $(BIN)/kinema report runs/demo_vae runs/demo && exit $$status
 
+# Two processes with a thread each; a file's tests stay together, since they share what takes long to make.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-quick: $(READY)
 	$(BIN)/python -m pytest tests/unit

@@ -44,7 +44,12 @@ class Video:
     @property
     def key(self) -> str:
         """The name without suffix, as a clip key may hold it."""
-        return re.sub(r"[^A-Za-z0-9_-]+", "-", self.name.rpartition(".")[0]).strip("-") or "video"
+        return as_key(self.name.rpartition(".")[0])
+
+
+def as_key(name: str) -> str:
+    """A name as a clip key may hold it."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "video"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.pipeline.engines import Engine, LocalEngine
+from data_prep.pipeline.engines import Crew, Engine, work_here
 from data_prep.pipeline.journal import Journal, Result
 from data_prep.pipeline.rows import (
     Dropped,
@@ -29,6 +29,7 @@ from data_prep.pipeline.rows import (
 from data_prep.pipeline.stage import Place, Stage
 from kinema.data.ledger import DataBudgetError
 
+INPUT = "input.jsonl"
 ROWS, DROPPED, FAILED, REPORT, JOURNAL = "rows.jsonl", "dropped.jsonl", "failed.jsonl", "report.json", "journal.jsonl"
 
 
@@ -91,28 +92,29 @@ class Pipeline:
     def run(self, names: Iterable[str], show: bool = True) -> list[Report]:
         """Run these stages, each on what the one before it left; those that are done already only report."""
         reports = []
-        for name in names:
-            reports.append(self._run_stage(name, show))
-            if show:
-                print(reports[-1].line(), flush=True)
+        with self.engine.crew() as crew:
+            for name in names:
+                reports.append(self._run_stage(name, crew, show))
+                if show:
+                    print(reports[-1].line(), flush=True)
         return reports
 
     def reports(self) -> list[Report]:
         """Of all stages that are done, in order: the keep table."""
         return [report for name in self.stages if (report := read_report(self.place(name))) is not None]
 
-    def _run_stage(self, name: str, show: bool) -> Report:
+    def _run_stage(self, name: str, crew: Crew, show: bool) -> Report:
         given = self._input_of(name)
         report = Report(name, self.stages[name].identity(name), self.stages[name].settings(), _sha256(given))
         before = read_report(self.place(name))
         if before and (before.identity, before.input_sha256) == (report.identity, report.input_sha256):
             return before
-        return StageRun(self, name, given, report).run(show)
+        return StageRun(self, name, given, report).run(crew, show)
 
     def _input_of(self, name: str) -> Path:
         names = list(self.stages)
         if name == names[0]:
-            return self.work / "input.jsonl"
+            return self.work / INPUT
         earlier = names[names.index(name) - 1]
         rows = self.place(earlier).folder / ROWS
         if not rows.exists():
@@ -125,16 +127,16 @@ class StageRun:
 
     def __init__(self, pipeline: Pipeline, name: str, given: Path, report: Report) -> None:
         self.stage, self.place = pipeline.stages[name], pipeline.place(name)
-        self.engine, self.limits, self.given, self.report = pipeline.engine, pipeline.limits, given, report
+        self.limits, self.given, self.report = pipeline.limits, given, report
         self.failures: list[Row] = []
 
-    def run(self, show: bool) -> Report:
+    def run(self, crew: Crew, show: bool) -> Report:
         """Work on the rows that the journal lacks, then put everything in the order of the input."""
         started = time.monotonic()
         self._open_folder()
         self.report.given = sum(1 for _ in read_rows(self.given))
         with Journal(self.place.folder / JOURNAL) as journal:
-            self._work(journal, show)
+            self._work(journal, work_here if self.stage.light else crew, show)
             self._collect(journal)
         self.report.seconds = round(time.monotonic() - started, 2)
         write_json(self.place.folder / REPORT, asdict(self.report))
@@ -154,7 +156,7 @@ class StageRun:
         """What `apply` gets, one after the other."""
         return bundled(read_rows(self.given), self.stage.bundle)
 
-    def _work(self, journal: Journal, show: bool) -> None:
+    def _work(self, journal: Journal, crew: Crew, show: bool) -> None:
         done = 0
         for row in self._rows():
             if row_digest(row) in journal:
@@ -164,8 +166,7 @@ class StageRun:
             return
         todo = (row for row in self._rows() if row_digest(row) not in journal)
         bar = tqdm(total=self.report.given, initial=done, unit="row", desc=self.report.stage, disable=not show)
-        engine = LocalEngine(workers=0) if self.stage.light else self.engine
-        with bar, closing(engine.run(self.stage, self.place, todo)) as results:
+        with bar, closing(crew(self.stage, self.place, todo)) as results:
             for result in results:
                 journal.add(result)
                 self._check(result)

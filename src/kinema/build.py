@@ -19,7 +19,7 @@ from tqdm import tqdm
 from kinema.conditioning.text import CachedTextEncoder, TextEncoder, build_text_encoder
 from kinema.config import Config, changed_keys
 from kinema.data.address import redacted
-from kinema.data.candidates import Candidates, KeepReport, plan_clips
+from kinema.data.candidates import KeepReport
 from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.latents import LatentCache
@@ -27,15 +27,16 @@ from kinema.data.ledger import Ledger, Quarantine
 from kinema.data.loading import make_loader
 from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
+from kinema.data.planning import Planner
 from kinema.data.quarantine import condemned_clips
-from kinema.data.rights import RightsPolicy
+from kinema.data.rights import RightsPolicy, change_of_rights
 from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_folder
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process, seed_everything
 from kinema.identity import digest, to_plain
-from kinema.models.dit import DiT, Expert, Experts, make_denoiser
+from kinema.models.dit import Expert, make_denoiser
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
 from kinema.sampling.conditioner import numbers_told
@@ -59,9 +60,11 @@ from kinema.training.run_folder import (
     open_base,
     open_run_folder,
     remove_refused,
+    rights_of_plan,
     unadapted,
     write_config,
 )
+from kinema.training.seen import Start
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
 
@@ -135,7 +138,11 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     model = make_denoiser(config.model, vae.config.latent_channels, text_encoder.width)
     check_embedded_guidance(config.task.embedded_guidance, config.model, "task.embedded_guidance")
     check_training(config.condition, config.data, vae.config)
-    data = build_data(config, geometry, process, run, vae_identity["hash"])
+
+    def clip_flops(shape: ClipShape) -> float:
+        return model.flops(geometry.token_grid(shape), config.text.max_tokens)
+
+    data = build_data(config, geometry, process, run, vae_identity["hash"], clip_flops)
     check_captions(text_encoder, config, data)
     line, base = start_weights(config, model, run, process)
     twin = deepcopy(model)
@@ -193,7 +200,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         save_timesteps(
             run.folder, config.objective, config.task.samples, geometry, data.shapes, config.model.timestep_range
         )
-    describe_run(config, run, process, model, line, flops_per_step=dit_flops(config, model, data, geometry))
+    describe_run(config, run, process, model, line, flops_per_step=3 * sum(map(clip_flops, data.step_shapes)))
     trainer = assemble(
         config,
         run,
@@ -317,30 +324,37 @@ class Data:
 
     def some_packs(self, clips: int) -> list[list[Pack]]:
         """The packs of the first steps of the plan that hold at least `clips` clips together, freshly decoded."""
-        steps = -(-clips // self.config.clips_per_step)
-        return list(self.load(0, steps, workers=0))
+        return list(self.load(0, self.plan.steps_of(clips), workers=0))
 
     def heldout_packs(self, clips: int) -> list[list[Pack]]:
         """As `some_packs`, of the held-out clips."""
         if self.heldout_plan is None:
             return []
-        steps = -(-clips // self.config.clips_per_step)
-        return list(self.load(0, steps, heldout=True, workers=0))
+        return list(self.load(0, self.heldout_plan.steps_of(clips), heldout=True, workers=0))
 
 
-def build_data(config: Config, geometry: Geometry, process: Process, run: Run, vae_hash: str | None) -> Data:
-    """Index, shapes and plan of the training and held-out clips; every refusal is counted and shown."""
-    data, shapes = config.data, config.data.clip_shapes
-    for shape in shapes:
-        geometry.check(shape)
+def build_data(
+    config: Config,
+    geometry: Geometry,
+    process: Process,
+    run: Run,
+    vae_hash: str | None,
+    clip_flops: Callable[[ClipShape], float] | None = None,
+) -> Data:
+    """Index, shapes and plan of the training and held-out clips; every refusal is counted and shown.
+
+    `clip_flops` is what a clip costs, where the configuration does not say.
+    """
+    data, shapes, rights = config.data, config.data.clip_shapes, config.data.rights.policy()
     path = resolve_folder(data.path, data.cache_folder, data.storage)
     index = DatasetIndex.load(path, split=data.train_split)
     heldout = DatasetIndex.load(path, split=data.heldout_split)
-    rights = data.rights.policy()
-    clips, kept = choose_clips(config, index, geometry, rights)
-    heldout_plan = None
-    if heldout.entries:
-        heldout_plan = build_plan(config, choose_clips(config, heldout, geometry, rights)[0])
+    planned = from_main(rights_of_plan(run.folder, rights, bool(run.store.steps())) if process.is_main else None)
+    planner = Planner(data, geometry, planned, config.seed, clip_flops)
+    clips, kept = planner.choose(index)
+    if line := change_of_rights((index.entries[clip.entry_index].record for clip in clips), planned, rights):
+        run.outputs.event(0, "rights", line)
+    heldout_plan = planner.plan(planner.choose(heldout)[0]) if heldout.entries else None
     cache = None
     if data.latents is not None:
         if vae_hash is None:
@@ -356,7 +370,7 @@ def build_data(config: Config, geometry: Geometry, process: Process, run: Run, v
                 "validation.every_steps=0."
             )
     return Data(
-        data, index, heldout, build_plan(config, clips), heldout_plan,
+        data, index, heldout, planner.plan(clips), heldout_plan,
         lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept, rights,
         from_main(condemned_clips(run.folder) if process.is_main else {}),
     )  # fmt: skip
@@ -374,43 +388,6 @@ def check_captions(encoder: TextEncoder, config: Config, data: Data) -> None:
     if isinstance(encoder, CachedTextEncoder):
         captions = [entry.record.caption for entry in (*data.index.entries, *data.heldout.entries)]
         encoder.check_covers(captions, config.task.samples.captions(), str(data.index.folder))
-
-
-def choose_clips(
-    config: Config, index: DatasetIndex, geometry: Geometry, rights: RightsPolicy
-) -> tuple[Candidates, KeepReport]:
-    """The clips that a run uses, and why it leaves others out."""
-    data = config.data
-    return plan_clips(
-        index,
-        data.clip_shapes,
-        data.fps,
-        geometry,
-        rights=rights,
-        require_captions=data.require_captions,
-        max_clips=data.max_clips,
-        cost=lambda tokens: step_cost(tokens, config.model.width if config.model else None),
-    )
-
-
-def step_cost(tokens: int, width: int | None) -> float:
-    """Work of one clip relative to others: linear layers grow with its tokens, attention with their square.
-
-    Per token and block about 24 D^2 + 4 D N floating-point operations (forward, width D, N tokens); a VAE is linear.
-    """
-    return float(tokens) if width is None else tokens * (1 + tokens / (6 * width))
-
-
-def build_plan(config: Config, clips: Candidates) -> Plan:
-    """The plan that deals planned clips to steps and lanes."""
-    return Plan(
-        clips,
-        seed=config.seed,
-        lanes=config.data.lanes,
-        clips_per_step=config.data.clips_per_step,
-        max_pack_tokens=config.data.max_pack_tokens,
-        shuffle_block_shards=config.data.shuffle_block_shards,
-    )
 
 
 def start_weights(config: Config, model: nn.Module, run: Run, process: Process) -> tuple[str, str | None]:
@@ -464,9 +441,11 @@ def assemble(
 ) -> Trainer:
     """The trainer from its parts; the same for every task."""
     barrier()
-    ledger = Ledger()
+    ledger, start = Ledger(), Start()
     if process.is_main:
         ledger.record_kept(data.kept)
+        if config.init_from is not None and not run.store.steps():
+            start = Start.of(checkpoint_of(config.init_from, "init_from"))
     heldout = (lambda: data.heldout_packs(config.validation.clips)) if data.heldout_plan else None
     schedule, peak, steps = config.schedule, config.optim.learning_rate, config.steps
     return Trainer(
@@ -493,6 +472,7 @@ def assemble(
         make_samples=make_samples,
         unread_keys=unread_keys,
         ledger=ledger,
+        start=start,
     )
 
 
@@ -507,16 +487,11 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
         "finetune": to_plain(config.finetune),
         "data": {
             "hash": data.index.hash,
-            "licenses": data.index.manifest["licenses"],
             "kept": data.kept.line(),
+            "rights": data.rights.to_dict(),
         },
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def dit_flops(config: Config, model: DiT | Experts, data: Data, geometry: Geometry) -> float:
-    """Floating-point operations of one step: three times the forward pass of every clip of a step."""
-    return 3 * sum(model.flops(geometry.token_grid(shape), config.text.max_tokens) for shape in data.step_shapes)
 
 
 def describe_run(

@@ -15,4 +15,5 @@ def parity_recorder(request):
     yield recorder
     if request.config.getoption("--write-parity-table", default=False):
         assert not request.session.testsfailed, "a table of failing tests is not written"
+        assert not hasattr(request.config, "workerinput"), "with -n each process has only some of the rows"
         write(recorder.rows)

@@ -20,7 +20,7 @@ def index(tmp_path_factory):
     return build(tmp_path_factory.mktemp("data") / "set", 8, **facts)
 
 
-def pack(numbers, *, failed=(), epoch=0):
+def pack(numbers, *, failed=(), withdrawn=(), epoch=0):
     keys = [f"clip-{number:03d}" for number in numbers]
     return Pack(
         step=0,
@@ -30,13 +30,15 @@ def pack(numbers, *, failed=(), epoch=0):
         shapes=[ClipShape(9, 32, 32)] * len(keys),
         frames=None,
         latents=None,
-        weights=torch.tensor([float(number not in failed) for number in numbers]),
+        weights=torch.tensor([float(number not in (*failed, *withdrawn)) for number in numbers]),
         cost=1.0,
         positions=list(numbers),
         epochs=[epoch] * len(keys),
         failures=[Failure(f"clip-{number:03d}", "shard", "no video stream") for number in failed],
         fps=8.0,
         seconds=0.1,
+        entries=list(numbers),
+        withdrawn=[Failure(f"clip-{number:03d}", "shard", "withdrawn") for number in withdrawn],
     )
 
 

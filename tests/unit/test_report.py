@@ -153,7 +153,8 @@ def write_run(folder: Path, task="dit", factor=1.0) -> Path:
     )
     ledger = Ledger()
     ledger.sources["toy"] = Account(1599, 1, 1200, 3, 3391.5, Counter({"CC0-1.0": 1599}))
-    ledger.shards |= {f"clips-{i:06d}.tar": Account(200, 0, 150, 0, 424.0, Counter({"CC0-1.0": 200})) for i in range(8)}
+    for i in range(8):
+        ledger.shards[f"clips-{i:06d}.tar"] = Account(200, 0, 150, 0, 424.0, Counter({"CC0-1.0": 200}))
     ledger.reasons["no frame at 1.2 s"] = 1
     (folder / "ledger.json").write_text(json.dumps(ledger.to_dict()))
     write_lines(

@@ -3,7 +3,7 @@
 import pytest
 
 from kinema.training.checkpoint import CheckpointStore, json_writer
-from kinema.training.start import check_same_vae
+from kinema.training.start import check_same_data, check_same_vae
 
 
 def published(folder, manifest):
@@ -22,3 +22,12 @@ def test_the_vae_of_the_weights_is_demanded_by_its_hash(tmp_path):
 def test_weights_that_came_without_their_vae_are_said_to_be_unchecked(tmp_path):
     source = published(tmp_path / "a", {"task": "dit"})
     assert "does not say which VAE" in check_same_vae(source, {"hash": "one"}, allow_other=False)
+
+
+def test_a_run_goes_on_in_the_data_that_it_began_with_and_in_no_other(tmp_path):
+    found = published(tmp_path / "a", {"data": {"hash": "1" * 64}})
+    check_same_data(found, "1" * 64)
+    with pytest.raises(
+        ValueError, match=r"data\.path: the data set has changed since step-00000000, from hash 1+ to 2+"
+    ):
+        check_same_data(found, "2" * 64)

@@ -173,10 +173,11 @@ def main(argv: list[str] | None = None) -> int:
 def _reports(folder: Path, entries: Sequence[ClipEntry], shown: set[int], workers: int) -> Iterator[ClipReport]:
     """A report for each entry, in order; decoding leaves Python's lock, so threads are enough."""
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(lambda i: _check_clip(folder, entries[i], i in shown), range(len(entries)))
+        yield from pool.map(lambda i: check_clip(folder, entries[i], i in shown), range(len(entries)))
 
 
-def _check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
+def check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
+    """Decode one clip and compare it with its record; with `show`, five of its frames are kept."""
     record, key = entry.record, entry.record.key
     try:
         mp4 = read_member(folder, entry, "mp4")

@@ -1,6 +1,7 @@
-"""What the model really saw, by shard and by source, and the limit on what may be damaged."""
+"""What the model really saw, by shard, source, licence and generation, and the limit on what may be damaged."""
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,9 +17,10 @@ class DataBudgetError(Exception):
 
 @dataclass
 class Account:
-    """Totals of one shard or one source."""
+    """Totals of one shard, one source, one licence, ..."""
 
     decoded: int = 0
+    """Times a clip was shown to the model."""
     failed: int = 0
     repeated: int = 0
     """Of the decoded, those of a second or later epoch."""
@@ -28,52 +30,93 @@ class Account:
     """Of video shown to the model."""
     licenses: Counter[str] = field(default_factory=Counter)
     """Decoded clips by licence."""
+    distinct: int = 0
+    """Clips that were shown at least once; entered when a checkpoint is written."""
+    withdrawn: int = 0
+    """Left out of a step because data.rights has changed since the plan was made."""
 
     @property
     def clips(self) -> int:
-        """Clips that were asked for."""
+        """Clips that were asked for and may be used."""
         return self.decoded + self.failed
+
+    @property
+    def epochs(self) -> float:
+        """How often each of the distinct clips was shown, on average."""
+        return self.decoded / self.distinct if self.distinct else 0.0
 
     def add(self, other: "Account") -> None:
         """Add the other's totals to these."""
-        for name in ("decoded", "failed", "repeated", "dropped", "seconds"):
+        for name in ("decoded", "distinct", "failed", "withdrawn", "repeated", "dropped", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.licenses.update(other.licenses)
 
 
+BY: dict[str, Callable[[ClipEntry], str]] = {
+    "shards": lambda entry: entry.shard,
+    "sources": lambda entry: entry.record.source,
+    "licenses": lambda entry: entry.record.license,
+    "consent": lambda entry: entry.record.consent,
+    "generated": lambda entry: entry.record.generated,
+    "attributions": lambda entry: entry.record.attribution,
+}
+"""What the accounts are kept by."""
+MOST_NAMES = 10_000
+"""Accounts of one kind; what has another name after these goes into one account, so that a ledger stays small."""
+OTHERS = f"(not among the first {MOST_NAMES} names)"
+
+
 class Ledger:
-    """Accounts by shard and by source, and the reasons of failures; plain values for checkpoints and for
-    ranks to add.
-    """
+    """Accounts by name, and the reasons of what was not shown; plain values for checkpoints and for ranks to add."""
 
     def __init__(self) -> None:
-        self.shards: dict[str, Account] = {}
-        self.sources: dict[str, Account] = {}
+        self.accounts: dict[str, dict[str, Account]] = {kind: {} for kind in BY}
         self.reasons: Counter[str] = Counter()
-        self.fallbacks: Counter[str] = Counter()  # clips by `decord -> pyav: reason`; they are decoded
-        self._index: DatasetIndex | None = None
-        self._entries: dict[str, ClipEntry] = {}
+        """Of failed clips."""
+        self.left_out: Counter[str] = Counter()
+        """Clips of the data set that the plan leaves out, by reason."""
+        self.withdrawn: Counter[str] = Counter()
+        """Times that a clip of the plan was left out of a step, by reason."""
+        self.fallbacks: Counter[str] = Counter()
+        """Decoded clips by `decord -> pyav: reason`."""
+
+    @property
+    def shards(self) -> dict[str, Account]:
+        """Accounts by shard."""
+        return self.accounts["shards"]
+
+    @property
+    def sources(self) -> dict[str, Account]:
+        """Accounts by source."""
+        return self.accounts["sources"]
 
     def record(self, pack: Pack, index: DatasetIndex) -> None:
         """Enter one pack that the model has trained on."""
-        if index is not self._index:
-            self._index, self._entries = index, {entry.record.key: entry for entry in index.entries}
-        for key, shape, weight, epoch in zip(pack.keys, pack.shapes, pack.weights.tolist(), pack.epochs, strict=True):
-            entry = self._entries[key]
+        withdrawn = {left.key for left in pack.withdrawn}
+        rows = zip(pack.entries, pack.keys, pack.shapes, pack.weights.tolist(), pack.epochs, strict=True)
+        for number, key, shape, weight, epoch in rows:
+            entry = index.entries[number]
             if weight > 0:
                 seconds, licenses = shape.frames / pack.fps, Counter({entry.record.license: 1})
-                account = Account(decoded=1, repeated=int(epoch > 0), seconds=seconds, licenses=licenses)
+                self._enter(entry, Account(decoded=1, repeated=int(epoch > 0), seconds=seconds, licenses=licenses))
+            elif key in withdrawn:
+                self._enter(entry, Account(withdrawn=1))
             else:
-                account = Account(failed=1)
-            self._account(self.shards, entry.shard).add(account)
-            self._account(self.sources, entry.record.source).add(account)
+                self._enter(entry, Account(failed=1))
         self.reasons.update(failure.reason for failure in pack.failures)
+        self.withdrawn.update(left.reason for left in pack.withdrawn)
         self.fallbacks.update(fallback.cause() for fallback in pack.fallbacks)
 
     def record_kept(self, report: KeepReport) -> None:
         """Enter, once, the clips that were left out before the first step."""
+        self.left_out.update(report.dropped)
         for source, count in report.dropped_by_source.items():
-            self._account(self.sources, source).add(Account(dropped=count))
+            self._account("sources", source).add(Account(dropped=count))
+
+    def record_distinct(self, entries: Iterable[ClipEntry]) -> None:
+        """Enter clips that were shown for the first time."""
+        for entry in entries:
+            self._enter(entry, Account(distinct=1))
 
     @property
     def total(self) -> Account:
@@ -83,36 +126,55 @@ class Ledger:
             total.add(account)
         return total
 
+    def shown(self) -> dict[str, dict[str, dict[str, float]]]:
+        """What manifests and model cards say of the data: {kind: {name: clips, times they were shown, seconds}}."""
+        return {
+            kind: {
+                name: {"clips": account.distinct, "shown": account.decoded, "seconds": round(account.seconds, 3)}
+                for name, account in sorted(self.accounts[kind].items())
+                if account.decoded and name
+            }
+            for kind in ("licenses", "sources", "generated", "consent", "attributions")
+        }
+
     def merge(self, other: "Ledger") -> None:
         """Add another rank's entries to these."""
-        for mine, theirs in ((self.shards, other.shards), (self.sources, other.sources)):
-            for name, account in theirs.items():
-                self._account(mine, name).add(account)
-        self.reasons.update(other.reasons)
-        self.fallbacks.update(other.fallbacks)
+        for kind, accounts in other.accounts.items():
+            for name, account in accounts.items():
+                self._account(kind, name).add(account)
+        for mine, theirs in zip(self._counters().values(), other._counters().values(), strict=True):
+            mine.update(theirs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for json."""
-        return {
-            "shards": {name: _plain(account) for name, account in sorted(self.shards.items())},
-            "sources": {name: _plain(account) for name, account in sorted(self.sources.items())},
-            "reasons": dict(self.reasons),
-            "fallbacks": dict(self.fallbacks),
+        accounts = {
+            kind: {name: _plain(account) for name, account in sorted(accounts.items())}
+            for kind, accounts in self.accounts.items()
         }
+        return {**accounts, **{name: dict(counts) for name, counts in self._counters().items()}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Ledger":
-        """The ledger that gave these values."""
+        """The ledger that gave these values; one from before an account was kept lacks it."""
         ledger = cls()
-        ledger.shards = {name: _account_from(account) for name, account in values["shards"].items()}
-        ledger.sources = {name: _account_from(account) for name, account in values["sources"].items()}
-        ledger.reasons = Counter(values["reasons"])
-        ledger.fallbacks = Counter(values.get("fallbacks", {}))
+        for kind in BY:
+            accounts = values.get(kind, {})
+            ledger.accounts[kind] = {name: _account_from(account) for name, account in accounts.items()}
+        for name, counts in ledger._counters().items():
+            counts.update(values.get(name, {}))
         return ledger
 
-    @staticmethod
-    def _account(accounts: dict[str, Account], name: str) -> Account:
-        return accounts.setdefault(name, Account())
+    def _counters(self) -> dict[str, Counter[str]]:
+        return {name: getattr(self, name) for name in ("reasons", "left_out", "withdrawn", "fallbacks")}
+
+    def _enter(self, entry: ClipEntry, account: Account) -> None:
+        for kind, name_of in BY.items():
+            self._account(kind, name_of(entry)).add(account)
+
+    def _account(self, kind: str, name: str) -> Account:
+        accounts = self.accounts[kind]
+        known = name in accounts or len(accounts) < MOST_NAMES
+        return accounts.setdefault(name if known else OTHERS, Account())
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ class ClipReader(Dataset):
             failures=failures,
             fps=self.fps,
             seconds=time.perf_counter() - began,
+            entries=[slot.clip.entry_index for slot in slots],
             withdrawn=withdrawn,
             fallbacks=fallbacks,
             storage=store_of(self.index.folder).take_counts(),

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import translate
 from functools import cached_property
@@ -157,6 +157,30 @@ def contradiction(record: ClipRecord, stated: bytes) -> str | None:
         if name in values and (values[name] or UNSTATED) != (getattr(record, name) or UNSTATED):
             return f"the tar says {name}={values[name]!r}, the index {getattr(record, name)!r}"
     return None
+
+
+def change_of_rights(planned: Iterable[ClipRecord], before: RightsPolicy, now: RightsPolicy) -> str | None:
+    """What a policy that was changed after planning does to the clips of a plan, as a line for people."""
+    if before == now:
+        return None
+    left: dict[str, list[str]] = {}
+    total = 0
+    for record in planned:
+        total += 1
+        if refusal := now.refusal(record):
+            left.setdefault(refusal, []).append(record.key)
+    count = sum(map(len, left.values()))
+    reasons = "; ".join(f"{reason} {len(keys)} ({first_few(keys)})" for reason, keys in left.items())
+    return (
+        f"data.rights has changed since the plan was made: {count} of its {total} clips are no longer read"
+        f"{': ' if reasons else ''}{reasons}. They keep their places with weight 0, so every other clip comes when it "
+        "would have come; clips that were refused then stay out of this run."
+    )
+
+
+def first_few(keys: Sequence[str], few: int = 5) -> str:
+    """`a, b, c, ...`"""
+    return ", ".join(keys[:few]) + (", ..." if len(keys) > few else "")
 
 
 class _Matcher:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 
 def all_sum(values: list[float]) -> list[float]:
@@ -13,6 +15,15 @@ def all_sum(values: list[float]) -> list[float]:
         tensor = tensor.cuda()
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def all_sum_array(values: NDArray[np.int32]) -> NDArray[np.int32]:
+    """An array summed over all ranks; its length must be the same on every rank."""
+    tensor = torch.from_numpy(values.copy())
+    if dist.get_backend() == "nccl":
+        tensor = tensor.cuda()
+    dist.all_reduce(tensor)
+    return tensor.cpu().numpy()
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from kinema.interop.data_card import data_section, licenses_seen
 from kinema.interop.loading import Held
 from kinema.interop.preset import Preset
 
@@ -16,7 +17,7 @@ def model_card(held: Held, presets: dict[str, Preset], weights: str, lines: list
         f"{_origin(manifest)} `manifest.json` holds all of this for programs.",
         _table({"weights": weights, **_facts(manifest, presets)}),
         "## Compared after loading\n\n" + "\n".join(f"- {line}" for line in lines),
-        _licences(manifest),
+        data_section(manifest),
         _text(manifest),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -29,7 +30,7 @@ def _origin(manifest: dict[str, Any]) -> str:
 
 
 def _header(manifest: dict[str, Any], presets: dict[str, Preset]) -> str:
-    licences = sorted(manifest.get("data", {}).get("licenses", {}))
+    licences = licenses_seen(manifest)
     license_name = licences[0].lower() if len(licences) == 1 else "other"
     lines = ["---", f"license: {license_name}", "library_name: diffusers", "tags: [kinema, video]"]
     if "transformer" in presets:
@@ -59,14 +60,6 @@ def _facts(manifest: dict[str, Any], presets: dict[str, Preset]) -> dict[str, st
 
 def _table(facts: dict[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())])
-
-
-def _licences(manifest: dict[str, Any]) -> str:
-    if "published" in manifest:
-        return ""
-    seen = manifest.get("data", {}).get("licenses", {})
-    rows = [f"- {licence}: {clips} clips" for licence, clips in sorted(seen.items())]
-    return "## Licences of the data seen\n\n" + ("\n".join(rows) or "Not known.")
 
 
 def _text(manifest: dict[str, Any]) -> str:

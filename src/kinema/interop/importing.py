@@ -229,7 +229,7 @@ def _common(found: Found, part: Transformer, tensors: dict[str, Tensor]) -> dict
             "naming": part.naming,
             "config": json.loads(json.dumps(part.config)),
         },
-        "data": {"hash": None, "licenses": {}, "kept": "published weights: what they were trained on is not known"},
+        "data": {"hash": None, "kept": "published weights: what they were trained on is not known"},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

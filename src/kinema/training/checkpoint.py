@@ -4,6 +4,7 @@ Layout of `checkpoints/step-00000200/`:
 
     model.safetensors, ema.safetensors, optimizer.safetensors   float32 tensors by parameter name
     training.json    step, plan position, ledger: what the loop continues from
+    seen.safetensors how often each clip was shown
     manifest.json    what the weights are: the sampler and the exporter obey it
     config.yaml      the resolved configuration
     seal.json        size and CRC-32 of every other file; written last, so a folder without it is no checkpoint
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,8 @@ class CheckpointStore:
             shutil.rmtree(self.folder / f"step-{step:08d}")
 
 
-def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every byte is as it was written."""
+def verify(folder: Path, only: Collection[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint folder, or with some of its files; None when every byte is as it was written."""
     try:
         seal = json.loads((folder / SEAL).read_text())
         own = seal.pop("crc32")
@@ -159,6 +160,8 @@ def verify(folder: Path) -> str | None:
     if version != FORMAT_VERSION:
         return f"it has format version {version}; this Kinema reads {FORMAT_VERSION}"
     for name, expected in files.items():
+        if only is not None and name not in only:
+            continue
         path = folder / name
         if not path.exists():
             return f"{name} is missing"

@@ -17,7 +17,8 @@ from kinema.data.pack import Failure, Fallback, Pack
 from kinema.data.plan import Plan
 from kinema.data.quarantine import write_failures
 from kinema.data.shards import DatasetIndex
-from kinema.distributed.collectives import all_sum, from_main, gather_objects
+from kinema.data.sightings import SeenKeys, Sightings
+from kinema.distributed.collectives import all_sum, all_sum_array, from_main, gather_objects
 from kinema.distributed.engine import MOMENTS, Engine
 from kinema.distributed.process import Process
 from kinema.identity import fingerprint
@@ -35,6 +36,8 @@ from kinema.training.checkpoint import (
 from kinema.training.dit_task import noise_table
 from kinema.training.ema import EMA
 from kinema.training.metrics import Clock, LoggingConfig, MetricsFile, WandbTracker
+from kinema.training.seen import KEYS, Start, data_seen, keys_writer, seen_by
+from kinema.training.start import check_same_data
 
 EXIT_PREEMPTED = 75
 """Exit status of a run that a signal stopped after its checkpoint was written."""
@@ -141,6 +144,9 @@ class Trainer:
     """EMA weights -> passed, verdict; runs on the main rank after the last step."""
     step: int = 0
     ledger: Ledger = field(default_factory=Ledger)
+    start: Start = field(default_factory=Start)
+    """What the weights had seen before this run; the main rank's counts."""
+    sightings: Sightings = field(init=False)
     _stop_signal: str | None = None
     _stop: str | None = None
     _failed_saves: int = 0
@@ -205,10 +211,13 @@ class Trainer:
         # The weight of the whole step must be known before the first backward: failed clips count 0 everywhere.
         total_weight = all_sum([sum(float(pack.weights.sum()) for pack in packs)])[0]
         if total_weight == 0:
-            raise ValueError(f"every clip of step {self.step} failed to decode: {packs[0].failures[:3]}.")
+            raise ValueError(
+                f"no clip of step {self.step} can be shown: {(packs[0].failures + packs[0].withdrawn)[:3]}. If "
+                "data.rights withdrew them, start a new run from the last checkpoint: another name, and init_from."
+            )
         learning_rate = self.learning_rate(self.step)
         sums: dict[str, float] = {}
-        balance = Balance(self.plan.lanes)
+        balance = Balance(self.plan.lanes, self.plan.balanced_lanes)
         for pack in packs:
             before = clock.spent(*LANE_PHASES)
             for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
@@ -217,6 +226,7 @@ class Trainer:
             for key, value in pack.storage.items():
                 sums[key] = sums.get(key, 0.0) + value
             self.ledger.record(pack, self.index)
+            self.sightings.add_shown(pack)
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
@@ -299,6 +309,14 @@ class Trainer:
             whole.merge(Ledger.from_dict(values))
         return whole
 
+    def _enter_distinct(self) -> SeenKeys:
+        """Enter what was shown for the first time in the ledger, and give all that was; a collective."""
+        times = all_sum_array(self.sightings.times)
+        if not self.process.is_main:
+            return SeenKeys()
+        self.ledger.record_distinct(self.sightings.new_clips(times, self.index))
+        return self.sightings.seen(times)
+
     # Signals
 
     def _catch_signals(self) -> None:
@@ -327,16 +345,19 @@ class Trainer:
                 optimizer.update({f"{name}/{moment}/{k}": v for k, v in engine.gather(engine.moments(moment))})
             if name != "model":
                 extra.update({f"{name}/{k}": v for k, v in engine.gather()})
-        training = {
+        seen = self._enter_distinct()
+        training: dict[str, Any] = {
             "step": self.step,
             "plan": self.plan.state(self.step),
             "optimizer_steps": {name: engine.optimizer_step() for name, engine in engines.items()},
             "ledger": self._whole_ledger().to_dict(),
+            "start": self.start.to_dict(),
         }
         problem = None
         if self.process.is_main:
             manifest = {
                 **self.manifest,
+                "data": {**self.manifest["data"], **data_seen(training["ledger"], self.start)},
                 "step": self.step,
                 "fingerprints": {"raw": fingerprint(model), "ema": fingerprint(average)},
             }
@@ -347,6 +368,7 @@ class Trainer:
                         "model.safetensors": tensor_writer(model),
                         "ema.safetensors": tensor_writer(average),
                         "optimizer.safetensors": tensor_writer({**optimizer, **extra}),
+                        KEYS: keys_writer(seen, self.start.seen.keys),
                         "training.json": json_writer(training),
                         "manifest.json": json_writer(manifest),
                         "config.yaml": text_writer(self.config_yaml),
@@ -375,11 +397,13 @@ class Trainer:
     def _resume(self) -> None:
         """Continue from the newest whole checkpoint; the main rank chooses it for all."""
         found: Checkpoint | None = None
+        self.sightings = Sightings(len(self.index.entries))
         if self.process.is_main:
             found = self.store.newest(report=lambda line: self.outputs.event(0, "resume", line))
         found = from_main(found)
         if found is None:
             return
+        check_same_data(found, self.manifest["data"]["hash"])
         training, tensors = found.document("training"), found.tensors("optimizer")
         self.step = self._saved_step = training["step"]
         if self.step > self.steps:
@@ -398,7 +422,9 @@ class Trainer:
         self.ema.load(found.tensors("ema"))
         self.ledger = Ledger()  # the main rank goes on counting; the others start anew, and all are added up
         if self.process.is_main:
-            self.ledger = Ledger.from_dict(training["ledger"])
+            own, self.start = seen_by(found)
+            assert own is not None, "the loop writes a ledger into every checkpoint"
+            self.ledger, self.sightings = own.ledger, Sightings(len(self.index.entries), own.keys)
             self.outputs.metrics.truncate_after(self.step)
         self.outputs.event(self.step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)")
 

@@ -2,6 +2,7 @@
 
 import enum
 import fcntl
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TextIO
 
 import torch
 
+from kinema.data.rights import RightsPolicy
 from kinema.identity import digest, fingerprint, from_plain
 from kinema.models.vae import CausalVAE, VAEConfig
 from kinema.training.checkpoint import (
@@ -21,6 +23,8 @@ from kinema.training.checkpoint import (
     tensor_writer,
 )
 from kinema.training.finetune import LoRA, assign, trained_parameters
+
+RIGHTS = "rights.json"
 
 
 class Weights(enum.Enum):
@@ -68,10 +72,19 @@ def write_config(run_dir: Path, config_yaml: str, differences: list[str], allowe
     return differences
 
 
+def rights_of_plan(run_dir: Path, now: RightsPolicy, began: bool) -> RightsPolicy:
+    """The policy that the plan of a run was made with, that of its first start: a plan never changes under a run."""
+    path = run_dir / RIGHTS
+    if began and path.exists():
+        return RightsPolicy.from_dict(json.loads(path.read_text()))
+    replace_text(path, json.dumps(now.to_dict(), indent=1) + "\n")
+    return now
+
+
 def remove_refused(run_dir: Path) -> None:
     """Take away the folder of a run that was refused before it wrote anything of its own."""
     written = {path.name for path in run_dir.iterdir()}
-    if written <= {".lock", "config.yaml"}:
+    if written <= {".lock", "config.yaml", RIGHTS}:
         shutil.rmtree(run_dir)
 
 

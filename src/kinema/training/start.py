@@ -1,8 +1,22 @@
-"""What must fit before a run starts from the weights of another."""
+"""What must fit before a run starts from the weights of another, or goes on."""
 
 from typing import Any
 
 from kinema.training.checkpoint import Checkpoint
+
+
+def check_same_data(found: Checkpoint, now: str) -> None:
+    """Refuse to go on in other data: the state of a plan says how far it went, and not in which clips.
+
+    `now` is the hash of the data set as it is.
+    """
+    then = found.document("manifest")["data"]["hash"]
+    if then != now:
+        raise ValueError(
+            f"data.path: the data set has changed since {found.folder.name}, from hash {then[:12]} to {now[:12]}, so "
+            "that the run's plan would show other clips. Bring the old one back (data.rights takes clips out of it), "
+            "or start a new run from these weights: another name, and init_from."
+        )
 
 
 def check_same_vae(source: Checkpoint, identity: dict[str, Any], *, allow_other: bool) -> str | None:

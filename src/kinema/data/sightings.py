@@ -1,0 +1,84 @@
+"""How often each clip was shown, by the hash of its key: exact, and at most 12 bytes a clip in a checkpoint."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kinema.data.keyed import keyed_seed
+from kinema.data.pack import Pack
+from kinema.data.shards import ClipEntry, DatasetIndex
+
+
+def _none(kind: type) -> NDArray:
+    return np.zeros(0, kind)
+
+
+@dataclass(frozen=True)
+class SeenKeys:
+    """Clips and how often each was shown. It answers without the data set, which may have been deleted since."""
+
+    hashes: NDArray[np.uint64] = field(default_factory=lambda: _none(np.uint64))
+    """Of the keys, rising: 64 bits, so two of 10 million clips share one by a chance of 3 in a million."""
+    times: NDArray[np.int32] = field(default_factory=lambda: _none(np.int32))
+
+    def times_of(self, key: str) -> int:
+        """How often the clip of this key was shown."""
+        wanted = np.uint64(hash_of(key))
+        place = int(np.searchsorted(self.hashes, wanted))
+        found = place < len(self.hashes) and self.hashes[place] == wanted
+        return int(self.times[place]) if found else 0
+
+    def plus(self, other: "SeenKeys") -> "SeenKeys":
+        """Both together."""
+        hashes, place = np.unique(np.concatenate([self.hashes, other.hashes]), return_inverse=True)
+        times = np.bincount(place, np.concatenate([self.times, other.times]), len(hashes))
+        return SeenKeys(hashes, times.astype(np.int32))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """As they go into a checkpoint."""
+        return {"key_hashes": torch.from_numpy(self.hashes.view(np.int64)), "times": torch.from_numpy(self.times)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "SeenKeys":
+        """The clips that gave these tensors."""
+        return cls(tensors["key_hashes"].numpy().view(np.uint64), tensors["times"].numpy())
+
+
+class Sightings:
+    """Counts of one rank by number of the clip; on the main rank also whose clips they are, and what came before."""
+
+    def __init__(self, clips: int, earlier: SeenKeys | None = None) -> None:
+        """`earlier` is what the checkpoint holds that the run continues from; on the main rank only."""
+        self.times = np.zeros(clips, np.int32)
+        self.earlier = earlier or SeenKeys()
+        self._hashes = np.zeros(clips, np.uint64)
+        self._known = np.zeros(clips, bool)
+
+    def add_shown(self, pack: Pack) -> None:
+        """Enter the clips of a pack that the model has trained on."""
+        for number, weight in zip(pack.entries, pack.weights.tolist(), strict=True):
+            self.times[number] += weight > 0
+
+    def new_clips(self, times: NDArray[np.int32], index: DatasetIndex) -> list[ClipEntry]:
+        """Clips that no checkpoint has entered yet; `times` are those of all ranks together."""
+        new = []
+        for number in np.flatnonzero((times > 0) & ~self._known):
+            entry = index.entries[int(number)]
+            self._known[number], self._hashes[number] = True, hash_of(entry.record.key)
+            if not self.earlier.times_of(entry.record.key):
+                new.append(entry)
+        return new
+
+    def seen(self, times: NDArray[np.int32]) -> SeenKeys:
+        """All clips shown so far, after `new_clips` of the same times."""
+        shown = np.flatnonzero(times)
+        order = np.argsort(self._hashes[shown])
+        return self.earlier.plus(SeenKeys(self._hashes[shown][order], times[shown][order]))
+
+
+def hash_of(key: str) -> int:
+    """64 bits of a clip's key."""
+    return keyed_seed("clip", key)
