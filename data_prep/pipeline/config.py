@@ -14,6 +14,7 @@ from data_prep.stages.caption import CaptionFromColumns, CaptionWithCommand, Cap
 from data_prep.stages.cut import Cut
 from data_prep.stages.filter import Filter
 from data_prep.stages.ingest import Ingest
+from data_prep.stages.page import Page
 from data_prep.stages.probe import Probe
 from data_prep.stages.score import Score
 from data_prep.stages.split import Split
@@ -48,6 +49,7 @@ class PrepareConfig:
     filter: Any = None
     caption: Any = None
     write: Any = None
+    page: Any = None
 
     def __post_init__(self) -> None:
         """Refuse stages that do not exist, twice or out of order."""
@@ -86,6 +88,7 @@ STAGES: dict[str, dict[str, type]] = {
     "filter": {"thresholds": Filter},
     "caption": {"columns": CaptionFromColumns, "command": CaptionWithCommand, "model": CaptionWithModel},
     "write": {"shards": Write},
+    "page": {"page": Page},
 }
 """The classes of each stage. `configs/prep/STAGE/*.yaml` starts from `schema_NAME` and says what differs."""
 ENGINES = {"local": LocalEngine, "ray": RayEngine}

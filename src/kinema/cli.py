@@ -8,6 +8,7 @@ from importlib import import_module
 
 VERBS: dict[str, tuple[str, str]] = {
     "data check": ("kinema.data.check", "count and check the clips of a data set, and draw a contact sheet"),
+    "data page": ("kinema.report.data_page", "write the HTML page of a data set, to be looked at before training"),
     "data stats": ("kinema.data.stats", "count what a data set holds: sizes, durations, licences, sources"),
     "data show": ("kinema.data.show", "show one clip: its record, its members, its frames"),
     "data diff": ("kinema.data.diff", "name the clips that two data sets do not share"),

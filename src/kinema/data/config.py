@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kinema.data.clip_decoder import DecodingRules
+from kinema.data.cost import CostConfig
+from kinema.data.dealing import Packing
 from kinema.data.decoders.video import Decoder
 from kinema.data.geometry import ClipShape
 from kinema.data.rights import RightsConfig
@@ -52,12 +54,22 @@ class DataConfig:
     """Most memory that the frames of one clip may take at the size of the file, before they are resized."""
     clips_per_step: int = 16
     """Global batch: clips in one optimizer step, all ranks together."""
+    tokens_per_step: int | None = None
+    """Instead of so many clips, as many as make up so many tokens, give or take one clip of each data set."""
     lanes: int = 4
     """Packs in one step; the number of data ranks must divide it, and each serves its share one after the
     other.
     """
     max_pack_tokens: int = 8192
     """Most tokens in one pack: what bounds memory."""
+    packing: Packing = Packing.packs
+    """packs: clips of any shape in a pack; buckets: of one shape only, so that few distinct shapes are compiled."""
+    balanced_lanes: int = 1
+    """Costs are made equal over so many neighbouring lanes together. 1 makes each pack cost the same; lanes / data
+    ranks makes each rank's sum the same, which needs less room under max_pack_tokens.
+    """
+    cost: CostConfig = field(default_factory=CostConfig)
+    """What a clip costs, for packs of equal cost."""
     shuffle_block_shards: int = 4
     """Clips are shuffled inside blocks of so many shards; more mixes better and reads less locally."""
     num_workers: int = 2
@@ -89,6 +101,8 @@ class DataConfig:
         for name in ("clips_per_step", "lanes", "max_pack_tokens", "shuffle_block_shards", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1.")
+        if self.tokens_per_step is not None and self.tokens_per_step < 1:
+            raise ValueError(f"data.tokens_per_step={self.tokens_per_step} must be at least 1, or null.")
         for name in ("num_workers", "min_failed_clips"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 0.")

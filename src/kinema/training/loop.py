@@ -217,7 +217,7 @@ class Trainer:
             )
         learning_rate = self.learning_rate(self.step)
         sums: dict[str, float] = {}
-        balance = Balance(self.plan.lanes)
+        balance = Balance(self.plan.lanes, self.plan.balanced_lanes)
         for pack in packs:
             before = clock.spent(*LANE_PHASES)
             for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
