@@ -1,7 +1,7 @@
 """`kinema data croissant`: a data set in the words of Croissant 1.0 and its RAI extension, for catalogues and loaders.
 
-https://docs.mlcommons.org/croissant/docs/croissant-spec.html and croissant-rai-spec.html. Each shard is a FileObject, the
-members of one extension are a FileSet over all shards, and the records beside the clips are a RecordSet.
+https://docs.mlcommons.org/croissant/docs/croissant-spec.html and croissant-rai-spec.html. Each shard is a FileObject,
+the members of one extension are a FileSet over all shards, and the records beside the clips are a RecordSet.
 """
 
 import argparse
@@ -27,19 +27,22 @@ CONTEXT: dict[str, Any] = {
     "rai": "http://mlcommons.org/croissant/RAI/",
     "dct": "http://purl.org/dc/terms/",
     "conformsTo": "dct:conformsTo",
-    "data": {"@id": "cr:data", "@type": "@json"},
+    "citeAs": "cr:citeAs",
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-    "examples": {"@id": "cr:examples", "@type": "@json"},
-    **{
-        word: f"cr:{word}"
-        for word in (
-            "citeAs column equivalentProperty extract field fileObject fileProperty fileSet format includes excludes "
-            "isEnumeration isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated replace "
-            "samplingRate separator source subField transform"
-        ).split()
-    },
+    "extract": "cr:extract",
+    "field": "cr:field",
+    "fileProperty": "cr:fileProperty",
+    "fileSet": "cr:fileSet",
+    "includes": "cr:includes",
+    "jsonPath": "cr:jsonPath",
+    "key": "cr:key",
+    "recordSet": "cr:recordSet",
+    "references": "cr:references",
+    "regex": "cr:regex",
+    "source": "cr:source",
+    "transform": "cr:transform",
 }
-"""The words of the standard, as its documents give them."""
+"""The words of the standard that are used here."""
 
 
 def describe(index: DatasetIndex, stated: dict[str, str]) -> dict[str, Any]:
