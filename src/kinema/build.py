@@ -22,6 +22,7 @@ from kinema.data.address import redacted
 from kinema.data.candidates import KeepReport
 from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
+from kinema.data.latents import MANIFEST as LATENTS
 from kinema.data.latents import LatentCache
 from kinema.data.ledger import Ledger, Quarantine
 from kinema.data.loading import make_loader
@@ -360,7 +361,10 @@ def build_data(
     if data.latents is not None:
         if vae_hash is None:
             raise ValueError(f"data.latents={data.latents}: a VAE trains on frames. Type data.latents=null.")
-        cache = LatentCache.load(data.latents, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps)
+        cache = LatentCache.load(
+            resolve_folder(data.latents, data.cache_folder, data.storage, LATENTS),
+            vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps, decoder=data.decoder,
+        )  # fmt: skip
         cache.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in clips])
     if process.is_main:
         tqdm.write(f"data {redacted(data.path)}: {kept.line()}")

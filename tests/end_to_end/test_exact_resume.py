@@ -44,7 +44,7 @@ def disturb(folder, name, steps, kills, layouts, chance):
         process = start(layouts[number % len(layouts)], command, log)
         further = chance.randint(0, 6)
         if further == 0:
-            time.sleep(chance.uniform(0, 10))  # it may not even have begun
+            time.sleep(chance.uniform(0, 3))  # before it begins
         goal = min(reached(folder, name) + further, steps - 2)
         wait_until(lambda goal=goal: reached(folder, name) >= goal, process)
         assert process.poll() is None, log.read_text()[-3000:]
@@ -53,6 +53,7 @@ def disturb(folder, name, steps, kills, layouts, chance):
         else:
             kill_one_rank(process, chance)
         deaths.append(reached(folder, name))
+        assert deaths[-1] < steps, f"it was finished before kill {number + 1}"
     last = start(layouts[kills % len(layouts)], command, log)
     assert last.wait(timeout=600) == 0, log.read_text()[-3000:]
     return deaths
@@ -82,7 +83,7 @@ def test_two_kills_and_three_layouts_consume_the_keys_of_one_run(folder):
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_twenty_kills(folder):
-    steps = 100
+    steps = 150
     run(*resumable(folder, "undisturbed_long", steps), timeout=600)
     deaths = disturb(folder, "disturbed_long", steps, 20, LAYOUTS, random.Random(0))
     whole = consumed(folder, "undisturbed_long")

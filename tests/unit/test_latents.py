@@ -59,6 +59,7 @@ def test_mean_and_log_variance_come_back_as_they_were_encoded(index, cache):
         ("shapes", [ClipShape(9, 32, 32)]),
         ("shapes", [ClipShape(9, 32, 64), ClipShape(5, 32, 32)]),
         ("fps", 12.0),
+        ("decoder", Decoder.pyav),
     ],
 )
 def test_each_field_of_the_key_is_refused_by_name(tmp_path, name, value):
@@ -67,15 +68,29 @@ def test_each_field_of_the_key_is_refused_by_name(tmp_path, name, value):
     LatentCache.load(tmp_path / "cache", **IDENTITY)
     with pytest.raises(ValueError, match=rf"was made with {name}=.*this run has {name}=") as refused:
         LatentCache.load(tmp_path / "cache", **{**IDENTITY, name: value})
-    as_made = {"shapes": "type 'data.shapes=[[5,32,32],[9,32,32]]', or", "fps": "type 'data.fps=8.0', or"}
+    as_made = {
+        "shapes": "type 'data.shapes=[[5,32,32],[9,32,32]]', or",
+        "fps": "type 'data.fps=8.0', or",
+        "decoder": "type 'data.decoder=decord', or",
+    }
     assert as_made.get(name, "or type data.latents=null") in str(refused.value)
+
+
+def test_other_preprocessing_is_refused(tmp_path, monkeypatch):
+    with LatentWriter(tmp_path / "cache", **IDENTITY) as writer:
+        writer.write("clip", SHAPES[0], 0.0, torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4))
+    monkeypatch.setattr("kinema.data.latents.PREPROCESSING", "random crop")
+    with pytest.raises(
+        ValueError, match="made with preprocessing=.*centre crop.*this run has preprocessing=random crop"
+    ):
+        LatentCache.load(tmp_path / "cache", **IDENTITY)
 
 
 def test_another_format_version_is_refused(tmp_path, monkeypatch):
     with LatentWriter(tmp_path / "cache", **IDENTITY) as writer:
         writer.write("clip", SHAPES[0], 0.0, torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4))
-    monkeypatch.setattr("kinema.data.latents.FORMAT_VERSION", 2)
-    with pytest.raises(ValueError, match="format_version=1, and this run has format_version=2"):
+    monkeypatch.setattr("kinema.data.latents.FORMAT_VERSION", 3)
+    with pytest.raises(ValueError, match="format_version=2, and this run has format_version=3"):
         LatentCache.load(tmp_path / "cache", **IDENTITY)
 
 

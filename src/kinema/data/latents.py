@@ -1,8 +1,10 @@
 """Cached VAE posteriors: encoded once, read by random access, refused when they belong to something else."""
 
+import hashlib
 import json
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,18 +12,19 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
 from kinema.data.candidates import PlannedClip
 from kinema.data.decoding import DecodeError, Decoder, decode_clip
 from kinema.data.geometry import ClipShape
-from kinema.data.shards import DamagedSample, DatasetIndex, read_member, write_aside
-from kinema.data.store import Member
+from kinema.data.shards import DamagedSample, DatasetIndex, index_name, read_member, write_aside
+from kinema.data.store import Member, StoredFolder, WrongBytes, store_of
 
-FORMAT_VERSION = 1
-"""Raise it when the pixels that reach the VAE change: frame choice, crop, resizing, range."""
+FORMAT_VERSION = 2
+PREPROCESSING = "frames nearest in time; centre crop to the aspect ratio; antialiased bilinear resizing; -1 to 1"
+"""What is done to a clip before the VAE sees it; changed with the code that does it, as older caches are then refused."""
 MANIFEST = "latents.json"
 BLOCK = 512  # bytes; tar rounds every payload up to whole blocks
 
@@ -41,13 +44,14 @@ class LatentWriter:
         data_hash: str,
         shapes: Sequence[ClipShape],
         fps: float,
+        decoder: Decoder = Decoder.decord,
         max_samples: int = 1024,
     ) -> None:
         self.folder, self.max_samples = Path(folder), max_samples
         if self.folder.exists():
             raise ValueError(f"folder={self.folder} exists already. Remove it, or choose another for the latents.")
         self.building = self.folder.with_name(self.folder.name + ".building")
-        self._identity = _identity(vae_hash, data_hash, shapes, fps)
+        self._identity = _identity(vae_hash, data_hash, shapes, fps, decoder)
         self._latent_shapes: dict[ClipShape, list[int]] = {}
         self._shards: list[dict[str, Any]] = []
         self._samples: list[dict[str, Any]] = []
@@ -92,9 +96,9 @@ class LatentWriter:
         self._tar.close()
         path = self._tar_path
         content = json.dumps({"shard": path.name, "samples": self._samples}, indent=0).encode()
-        write_aside(path.with_suffix(".index.json"), content)
+        write_aside(path.with_name(index_name(path.name)), content)
         shard = {"file": path.name, "bytes": path.stat().st_size, "samples": len(self._samples)}
-        self._shards.append({**shard, "index_crc32": zlib.crc32(content)})
+        self._shards.append({**shard, "index_sha256": hashlib.sha256(content).hexdigest()})
         self._tar, self._samples = None, []
 
     def __exit__(
@@ -107,8 +111,10 @@ class LatentWriter:
             if kind is None:
                 raise ValueError(f"No latents were written for folder={self.folder}: {self._failures or 'no clips'}.")
             return
+        indexes = "".join(shard["index_sha256"] for shard in self._shards)  # and these hold a checksum of each latent
         manifest = {
             **self._identity,
+            "hash": hashlib.sha256(indexes.encode()).hexdigest(),
             "latent_shapes": [[list(shape), latent] for shape, latent in self._latent_shapes.items()],
             "failures": self._failures,
             "shards": self._shards,
@@ -135,7 +141,8 @@ def write_latents(
     than one window, starts are spread evenly over what each clip can spare; the loader draws among them.
     """
     failures = {}
-    with LatentWriter(folder, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=fps) as writer:
+    identity: Any = {"vae_hash": vae_hash, "data_hash": index.hash, "shapes": shapes, "fps": fps, "decoder": decoder}
+    with LatentWriter(folder, **identity) as writer:
         for clip in clips:
             entry = index.entries[clip.entry_index]
             spare = max(entry.record.duration_seconds - clip.shape.frames / fps, 0.0)
@@ -151,30 +158,37 @@ def write_latents(
 
 
 class LatentCache:
-    """Read access to a folder of `LatentWriter`; files stay open, and forked workers share them safely."""
+    """Read access to a folder of `LatentWriter`, or to one at an address, through the same door as shards."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], places: "_Places") -> None:
+    def __init__(self, folder: Path | StoredFolder, manifest: dict[str, Any], places: "_Places") -> None:
         self.folder, self.manifest, self._places = folder, manifest, places
+        self._store = store_of(folder)
         self._latent_shapes = {ClipShape(*shape): tuple(latent) for shape, latent in manifest["latent_shapes"]}
-        self._files: dict[str, int] = {}
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, vae_hash: str, data_hash: str, shapes: Sequence[ClipShape], fps: float
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        vae_hash: str,
+        data_hash: str,
+        shapes: Sequence[ClipShape],
+        fps: float,
+        decoder: Decoder = Decoder.decord,
     ) -> "LatentCache":
         """Open a cache; raises ValueError naming the field in which it differs from what the run would
         encode.
         """
-        folder = Path(folder)
+        folder = folder if isinstance(folder, StoredFolder) else Path(folder)
         if not (folder / MANIFEST).is_file():
             raise ValueError(
                 f"data.latents={folder} has no {MANIFEST}: it is not a whole latent cache. Encode it again."
             )
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        for name, wanted in _identity(vae_hash, data_hash, shapes, fps).items():
+        for name, wanted in _identity(vae_hash, data_hash, shapes, fps, decoder).items():
             if manifest.get(name) != wanted:
                 as_made = f"data.{name}={manifest.get(name)}".replace(" ", "")
-                narrow = f"type '{as_made}', " * (name in ("shapes", "fps"))
+                narrow = f"type '{as_made}', " * (name in ("shapes", "fps", "decoder"))
                 raise ValueError(
                     f"data.latents={folder} was made with {name}={manifest.get(name)}, and this run has "
                     f"{name}={wanted}. Encode the latents again, {narrow}or type data.latents=null to encode "
@@ -182,20 +196,25 @@ class LatentCache:
                 )
         return cls(folder, manifest, _load_places(folder, manifest))
 
+    @property
+    def failures(self) -> dict[str, str]:
+        """Clips that could not be encoded, by key, with the reason."""
+        return self.manifest["failures"]
+
     def latent_shape(self, shape: ClipShape) -> tuple[int, ...]:
         """(C, t, h, w) of the cached latents of a clip shape."""
         return self._latent_shapes[shape]
 
     def starts(self, key: str, shape: ClipShape) -> list[float]:
         """Start seconds at which the clip was encoded, rising; raises DamagedSample if encoding it failed."""
-        if key in self.manifest["failures"]:
-            raise DamagedSample(key, self.folder.name, self.manifest["failures"][key])
+        if key in self.failures:
+            raise DamagedSample(key, str(self.folder), self.failures[key])
         return sorted(self._places[key, shape])
 
     def check_covers(self, wanted: Sequence[tuple[str, ClipShape]]) -> None:
         """Raise ValueError unless every clip, in its shape, is cached or noted as failed."""
         lacking = [key for key, shape in wanted if (key, shape) not in self._places]
-        lacking = [key for key in lacking if key not in self.manifest["failures"]]
+        lacking = [key for key in lacking if key not in self.failures]
         if lacking:
             raise ValueError(
                 f"data.latents={self.folder} lacks {len(lacking)} of {len(wanted)} clips, e.g. {lacking[0]}. "
@@ -208,39 +227,37 @@ class LatentCache:
         """
         shard, member = self._places[key, shape][start_seconds]
         try:
-            payload = os.pread(self._file(shard), member.size, member.offset)
+            return _posterior(self._store.read(shard, member))
         except OSError as error:
             raise DamagedSample(key, shard, f"cannot be read: {error}") from error
-        if zlib.crc32(payload) != member.crc32:
-            raise DamagedSample(key, shard, "latents have another checksum than the index: their bytes changed")
-        try:
-            tensors = safetensors.load(payload)
-            return tensors["mean"], tensors["logvar"]
-        except (SafetensorError, KeyError) as error:
+        except WrongBytes as error:
+            raise DamagedSample(key, shard, f"the latents' member {error}") from error
+        except (ValueError, KeyError) as error:
             raise DamagedSample(key, shard, f"latents do not parse: {error}") from error
 
-    def close(self) -> None:
-        """Close the shards' files; a later read opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+    def expect(self, wanted: Sequence[tuple[str, ClipShape, float]]) -> None:
+        """Say which latents will be read next: from an address they come together."""
+        self._store.expect([self._places[key, shape][start] for key, shape, start in wanted])
 
-    def _file(self, shard: str) -> int:
-        if shard not in self._files:
-            self._files[shard] = os.open(self.folder / shard, os.O_RDONLY)
-        return self._files[shard]
 
-    def __del__(self) -> None:
-        if hasattr(self, "_files"):
-            self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_files": {}}
+def _posterior(payload: bytes) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance as views of a safetensors file, which the library would copy: half the time of a read."""
+    begin = 8 + int.from_bytes(payload[:8], "little")
+    header = json.loads(payload[8:begin])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the bytes cannot be written to, and nobody else has them
+        values = torch.frombuffer(payload, dtype=torch.float32, offset=begin)
+    parts = [(header[name]["data_offsets"], header[name]["shape"]) for name in ("mean", "logvar")]
+    mean, logvar = (values[first // 4 : end // 4].view(shape) for (first, end), shape in parts)
+    return mean, logvar
 
 
 _Places = dict[tuple[str, ClipShape], dict[float, tuple[str, Member]]]
 
 
-def _identity(vae_hash: str, data_hash: str, shapes: Sequence[ClipShape], fps: float) -> dict[str, Any]:
+def _identity(
+    vae_hash: str, data_hash: str, shapes: Sequence[ClipShape], fps: float, decoder: Decoder
+) -> dict[str, Any]:
     """What must agree between the cache and the run."""
     return {
         "format_version": FORMAT_VERSION,
@@ -248,18 +265,20 @@ def _identity(vae_hash: str, data_hash: str, shapes: Sequence[ClipShape], fps: f
         "data_hash": data_hash,
         "shapes": sorted(list(shape) for shape in shapes),
         "fps": float(fps),
+        "decoder": decoder.value,
+        "preprocessing": PREPROCESSING,
     }
 
 
-def _load_places(folder: Path, manifest: dict[str, Any]) -> _Places:
+def _load_places(folder: Path | StoredFolder, manifest: dict[str, Any]) -> _Places:
     places: _Places = {}
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         size = path.stat().st_size if path.is_file() else 0
-        if size != shard["bytes"]:
+        if isinstance(folder, Path) and size != shard["bytes"]:  # elsewhere, `resolve_folder` looked
             raise ValueError(f"data.latents: {path} has {size} bytes, not {shard['bytes']}. Encode the latents again.")
-        content = path.with_suffix(".index.json").read_bytes()
-        if zlib.crc32(content) != shard["index_crc32"]:
+        content = path.with_name(index_name(path.name)).read_bytes()
+        if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
             raise ValueError(f"data.latents: the index of {path} was changed. Encode the latents again.")
         for sample in json.loads(content)["samples"]:
             place = places.setdefault((sample["key"], ClipShape(*sample["shape"])), {})

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from kinema.data.geometry import ClipShape
 
@@ -74,12 +75,19 @@ class Pack:
 
 
 def flatten(pack: Pack) -> tuple[Pack, Tensor]:
-    """Move a pack's clips into one tensor: every tensor handed to another process takes a file descriptor."""
+    """Move a pack's clips into one tensor, in shared memory where another process is to get it.
+
+    One, as every tensor handed over takes a file descriptor; shared at once, as it would be copied once more.
+    """
     tensors = _tensors(pack)
     sizes = [tensor.shape for tensor in tensors]
     field_name = "frames" if pack.latents is None else "latents"
     shell: Any = {field_name: sizes}
-    return replace(pack, **shell), torch.cat([tensor.flatten() for tensor in tensors])
+    flat = tensors[0].new_empty(0)
+    if get_worker_info() is not None:
+        numbers = sum(tensor.numel() for tensor in tensors)
+        flat = flat.set_(flat.untyped_storage()._new_shared(numbers * flat.element_size()), 0, (numbers,))
+    return replace(pack, **shell), torch.cat([tensor.flatten() for tensor in tensors], out=flat)
 
 
 def unflatten(pack: Pack, flat: Tensor) -> Pack:

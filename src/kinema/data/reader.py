@@ -13,6 +13,8 @@ from torch.utils.data import Dataset
 from kinema.data.clip_decoder import ClipDecoder, DecodingRules
 from kinema.data.config import Crop, Window
 from kinema.data.decoders.video import DecodeError, DecoderDied
+from kinema.data.entry import ClipEntry
+from kinema.data.geometry import ClipShape
 from kinema.data.keyed import keyed_seed
 from kinema.data.latents import LatentCache
 from kinema.data.pack import Failure, Fallback, Pack
@@ -60,29 +62,28 @@ class ClipReader(Dataset):
         began = time.perf_counter()
         step, lane = step_and_lane
         slots = self.plan.step(step)[lane]
-        self._expect(slots)
+        entries = [self.index.entries[slot.clip.entry_index] for slot in slots]
+        self._expect(slots, entries)
         contents: list[Any] = []
         failures, withdrawn, fallbacks = [], [], list[Fallback]()
-        for slot in slots:
-            if refusal := self._refusal(slot):
+        for slot, entry in zip(slots, entries, strict=True):
+            if refusal := self._refusal(entry):
                 withdrawn.append(refusal)
                 contents.append(None)
                 continue
             try:
-                contents.append(self._read_clip(slot, fallbacks))
+                contents.append(self._read_clip(slot, entry, fallbacks))
             except (DamagedSample, DecodeError) as error:
-                entry = self.index.entries[slot.clip.entry_index]
                 reason = error.reason if isinstance(error, DamagedSample) else str(error)
                 failures.append(Failure(entry.record.key, entry.shard, reason, isinstance(error, DecoderDied)))
                 contents.append(None)
         weights = torch.tensor([float(content is not None) for content in contents])
         contents = [self._blank(slot) if c is None else c for slot, c in zip(slots, contents, strict=True)]
-        records = [self.index.entries[slot.clip.entry_index].record for slot in slots]
         return Pack(
             step=step,
             lane=lane,
-            keys=[record.key for record in records],
-            captions=[record.caption for record in records],
+            keys=[entry.record.key for entry in entries],
+            captions=[entry.record.caption for entry in entries],
             shapes=[slot.clip.shape for slot in slots],
             frames=contents if self.latents is None else None,
             latents=None if self.latents is None else contents,
@@ -96,50 +97,56 @@ class ClipReader(Dataset):
             entries=[slot.clip.entry_index for slot in slots],
             withdrawn=withdrawn,
             fallbacks=fallbacks,
-            storage=store_of(self.index.folder).take_counts(),
+            storage=store_of(self.index.folder if self.latents is None else self.latents.folder).take_counts(),
         )
 
-    def _expect(self, slots: list[Slot]) -> None:
+    def _expect(self, slots: list[Slot], entries: list[ClipEntry]) -> None:
         """Let the pack's clips be fetched while its first ones are decoded."""
+        if self.latents is not None:
+            pairs = zip(slots, entries, strict=True)
+            self.latents.expect([self._latents_of(slot, entry) for slot, entry in pairs if self._has_latents(entry)])
+            return
         wanted = []
-        for slot in slots:
-            number, entry = slot.clip.entry_index, self.index.entries[slot.clip.entry_index]
-            if self.latents is None and number not in self.condemned and not self._refusal(slot):
+        for slot, entry in zip(slots, entries, strict=True):
+            number = slot.clip.entry_index
+            if number not in self.condemned and not self._refusal(entry):
                 names = ("mp4",) if self.rights is None or number in self.compared else ("json", "mp4")
                 wanted += [(entry.shard, entry.members[name]) for name in names if name in entry.members]
         store_of(self.index.folder).expect(wanted)
 
-    def _refusal(self, slot: Slot) -> Failure | None:
-        entry = self.index.entries[slot.clip.entry_index]
+    def _has_latents(self, entry: ClipEntry) -> bool:
+        assert self.latents is not None
+        return not self._refusal(entry) and entry.record.key not in self.latents.failures
+
+    def _refusal(self, entry: ClipEntry) -> Failure | None:
         reason = self.rights and self.rights.refusal(entry.record)
         return Failure(entry.record.key, entry.shard, reason) if reason else None
 
-    def _compare_record(self, number: int) -> None:
+    def _compare_record(self, number: int, entry: ClipEntry) -> None:
         """Once for each clip: rights are planned by the index, and must be those that lie beside the clip."""
-        entry = self.index.entries[number]
         if self.rights is None or number in self.compared or "json" not in entry.members:
             return
         if difference := contradiction(entry.record, read_member(self.index.folder, entry, "json")):
             raise DamagedSample(entry.record.key, entry.shard, difference)
         self.compared.add(number)
 
-    def _read_clip(self, slot: Slot, fallbacks: list[Fallback]) -> Any:
-        number = slot.clip.entry_index
-        key = self.index.entries[number].record.key
+    def _read_clip(self, slot: Slot, entry: ClipEntry, fallbacks: list[Fallback]) -> Any:
+        key = entry.record.key
         if key in self.condemned:
             raise DecoderDied(self.condemned[key])
-        self.progress[self.worker, 1:] = torch.tensor([number, time.monotonic_ns()])
+        self.progress[self.worker, 1:] = torch.tensor([slot.clip.entry_index, time.monotonic_ns()])
         try:
-            return self._read_frames(slot, fallbacks) if self.latents is None else self._read_latents(slot)
+            if self.latents is not None:
+                return self.latents.read(*self._latents_of(slot, entry))
+            return self._read_frames(slot, entry, fallbacks)
         except DecoderDied as error:
             self.condemned[key] = str(error)
             raise
         finally:
             self.progress[self.worker, 1] = -1
 
-    def _read_frames(self, slot: Slot, fallbacks: list[Fallback]) -> Tensor:
-        entry = self.index.entries[slot.clip.entry_index]
-        self._compare_record(slot.clip.entry_index)
+    def _read_frames(self, slot: Slot, entry: ClipEntry, fallbacks: list[Fallback]) -> Tensor:
+        self._compare_record(slot.clip.entry_index, entry)
         spare = entry.record.duration_seconds - slot.clip.shape.frames / self.fps
         start, top, left = self._window_and_crop(slot, max(spare, 0.0))
         mp4 = read_member(self.index.folder, entry, "mp4")
@@ -155,12 +162,13 @@ class ClipReader(Dataset):
         top, left = draws[1:] if self.crop is Crop.random else (0.5, 0.5)
         return start, top, left
 
-    def _read_latents(self, slot: Slot) -> tuple[Tensor, Tensor]:
+    def _latents_of(self, slot: Slot, entry: ClipEntry) -> tuple[str, ClipShape, float]:
+        """Key, shape and start of the cached window that is due."""
         assert self.latents is not None
-        key = self.index.entries[slot.clip.entry_index].record.key
+        key = entry.record.key
         starts = self.latents.starts(key, slot.clip.shape)
         chosen = keyed_seed(self.seed, "window", slot.position) % len(starts) if self.window is Window.random else 0
-        return self.latents.read(key, slot.clip.shape, starts[chosen])
+        return key, slot.clip.shape, starts[chosen]
 
     def _blank(self, slot: Slot) -> Any:
         if self.latents is None:

@@ -75,9 +75,17 @@ class Unreadable(OSError):
 class RemoteStore:
     """A data set at an address. Connections belong to the process that opened them: a forked worker opens its own."""
 
-    def __init__(self, address: Address, identity: str, settings: StorageConfig, cache: MemberCache | None) -> None:
+    def __init__(
+        self,
+        address: Address,
+        identity: str,
+        settings: StorageConfig,
+        cache: MemberCache | None,
+        manifest: str = MANIFEST,
+    ) -> None:
         """`identity` names the data set's bytes (its hash) in the cache, whatever address they come from."""
         self.address, self.identity, self.settings, self.cache = address, identity, settings, cache
+        self.manifest = manifest
         self._lines: _Lines | None = None
 
     def read(self, shard: str, member: Member) -> bytes:
@@ -204,10 +212,10 @@ class RemoteStore:
     def _check_answers(self, file: str, error: "Unreadable") -> None:
         """Raise StoreDown if not even the file that the data set began with can be read."""
         try:
-            self._try(lambda: self._cat(MANIFEST, 0, 1), retries=1)
+            self._try(lambda: self._cat(self.manifest, 0, 1), retries=1)
         except Unreadable:
             raise StoreDown(
-                f"data.path={self.address} does not answer any more: neither {file} nor {MANIFEST} can be read "
+                f"data.path={self.address} does not answer any more: neither {file} nor {self.manifest} can be read "
                 f"({error}). No clip was quarantined for it. Start the same command again when the store answers; "
                 "data.storage.retries and data.storage.timeout_seconds make it wait longer."
             ) from None
