@@ -81,7 +81,7 @@ def test_other_preprocessing_is_refused(tmp_path, monkeypatch):
         writer.write("clip", SHAPES[0], 0.0, torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4))
     monkeypatch.setattr("kinema.data.latents.PREPROCESSING", "random crop")
     with pytest.raises(
-        ValueError, match="made with preprocessing=.*centre crop.*this run has preprocessing=random crop"
+        ValueError, match=r"made with preprocessing=.*centre crop.*this run has preprocessing=random crop"
     ):
         LatentCache.load(tmp_path / "cache", **IDENTITY)
 

@@ -24,7 +24,7 @@ from kinema.data.store import Member, StoredFolder, WrongBytes, store_of
 
 FORMAT_VERSION = 2
 PREPROCESSING = "frames nearest in time; centre crop to the aspect ratio; antialiased bilinear resizing; -1 to 1"
-"""What is done to a clip before the VAE sees it; changed with the code that does it, as older caches are then refused."""
+"""What is done to a clip before the VAE sees it; changed with the code that does it: older caches are then refused."""
 MANIFEST = "latents.json"
 BLOCK = 512  # bytes; tar rounds every payload up to whole blocks
 
@@ -220,6 +220,10 @@ class LatentCache:
                 f"data.latents={self.folder} lacks {len(lacking)} of {len(wanted)} clips, e.g. {lacking[0]}. "
                 "Encode the latents again with the same data selection."
             )
+
+    def places(self) -> list[tuple[str, Member]]:
+        """Shard and place of every cached window."""
+        return [place for windows in self._places.values() for place in windows.values()]
 
     def read(self, key: str, shape: ClipShape, start_seconds: float) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, float32 (C, t, h, w); raises DamagedSample if the bytes are not those
