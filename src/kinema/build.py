@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from kinema.conditioning.text import CachedTextEncoder, TextEncoder, build_text_encoder
 from kinema.config import Config, changed_keys
+from kinema.data.address import redacted
 from kinema.data.candidates import KeepReport
 from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
@@ -345,7 +346,7 @@ def build_data(
     `clip_flops` is what a clip costs, where the configuration does not say.
     """
     data, shapes, rights = config.data, config.data.clip_shapes, config.data.rights.policy()
-    path = resolve_folder(data.path, data.cache_folder)
+    path = resolve_folder(data.path, data.cache_folder, data.storage)
     index = DatasetIndex.load(path, split=data.train_split)
     heldout = DatasetIndex.load(path, split=data.heldout_split)
     planned = from_main(rights_of_plan(run.folder, rights, bool(run.store.steps())) if process.is_main else None)
@@ -361,11 +362,12 @@ def build_data(
         cache = LatentCache.load(data.latents, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps)
         cache.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in clips])
     if process.is_main:
-        tqdm.write(f"data {data.path}: {kept.line()}")
+        tqdm.write(f"data {redacted(data.path)}: {kept.line()}")
         if heldout_plan is None and config.validation.every_steps:
             tqdm.write(
-                f"data {data.path}: no clip is in split {data.heldout_split!r}, so nothing is validated. Prepare the "
-                "data with a held-out share, name another data.heldout_split, or type validation.every_steps=0."
+                f"data {redacted(data.path)}: no clip is in split {data.heldout_split!r}, so nothing is validated. "
+                "Prepare the data with a held-out share, name another data.heldout_split, or type "
+                "validation.every_steps=0."
             )
     return Data(
         data, index, heldout, planner.plan(clips), heldout_plan,
@@ -503,7 +505,7 @@ def describe_run(
         "name": config.name,
         "task": "dit" if config.model is not None else "vae",
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(sys.argv),
+        "command": redacted(" ".join(sys.argv)),
         "steps": config.steps,
         "world_size": process.world_size,
         "device": device_name(process),

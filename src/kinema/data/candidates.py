@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from kinema.data.columns import Columns, columns_of
+from kinema.data.columns import Columns
 from kinema.data.dealing import LargestStep
 from kinema.data.geometry import ClipShape, Geometry, assign_shapes
 from kinema.data.rights import RightsPolicy
@@ -169,7 +169,7 @@ def plan_clips(
     for an illegal shape (with the nearest legal ones), and when no clip remains.
     """
     legal = [geometry.check(shape) for shape in shapes]
-    columns = columns_of(index.entries)
+    columns = index.columns
     shape_ids = assign_shapes(columns, legal, fps)
     kept = np.ones(len(columns), np.bool_)
     report = KeepReport(total=len(columns))

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.cuts import suspected_cuts
+from kinema.data.entry import ClipEntry
 from kinema.data.licenses import is_known
 from kinema.data.sample import ClipRecord
-from kinema.data.shards import ClipEntry, DamagedSample, DatasetIndex, read_member
+from kinema.data.shards import DamagedSample, DatasetIndex, read_member
 
 EXIT_READY, EXIT_DATA_ERROR = 0, 65  # EX_DATAERR of sysexits.h
 SHEET_CLIPS = 24
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     return run(parser.parse_args(argv))
 
 
-def _reports(folder: Path, entries: list[ClipEntry], shown: set[int], workers: int) -> Iterator[ClipReport]:
+def _reports(folder: Path, entries: Sequence[ClipEntry], shown: set[int], workers: int) -> Iterator[ClipReport]:
     """A report for each entry, in order; decoding leaves Python's lock, so threads are enough."""
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(lambda i: check_clip(folder, entries[i], i in shown), range(len(entries)))

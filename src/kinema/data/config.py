@@ -1,13 +1,16 @@
 """What a config says about the data, and how a step is filled with them."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
+from kinema.data.address import Address
 from kinema.data.clip_decoder import DecodingRules
 from kinema.data.cost import CostConfig
 from kinema.data.dealing import Packing
 from kinema.data.decoders.video import Decoder
 from kinema.data.geometry import ClipShape
+from kinema.data.remote import StorageConfig
 from kinema.data.rights import RightsConfig
 
 
@@ -30,11 +33,10 @@ class DataConfig:
     """The data set, the sizes that clips are brought to, and how a step's clips are dealt out."""
 
     path: str = "data/toy"
-    """Folder of shards (see data_prep), or an address (file, http, https, s3, gs, hf) that is copied to
-    cache_folder.
-    """
+    """Folder of shards (see data_prep), or an address (file, http, https, s3, gs, hf) that is read by ranges."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
     cache_folder: str = "~/.cache/kinema/data"
-    """Where remote data sets are kept on this machine."""
+    """Where manifests, indexes and members of remote data sets are kept on this machine."""
     train_split: str = "train"
     heldout_split: str = "heldout"
     fps: float = 8.0
@@ -106,6 +108,12 @@ class DataConfig:
         for name in ("num_workers", "min_failed_clips"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 0.")
+        if Address.parse(self.path) and self.storage.patience_seconds > self.timeout_seconds / 2:
+            raise ValueError(
+                f"data.timeout_seconds={self.timeout_seconds:g} must be at least "
+                f"{math.ceil(2 * self.storage.patience_seconds)}, twice as long as data.storage may wait for a store "
+                "(retries, time-outs, pauses): otherwise a clip would be blamed for it."
+            )
         for name in ("max_failed_fraction", "max_fallback_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must lie in 0 to 1.")

@@ -1,6 +1,7 @@
 """`kinema data page PATH`: one self-contained HTML page of a data set."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def contact_sheet(index: DatasetIndex, count: int, shelf: MediaShelf) -> Sheet:
     return Sheet(clips, failed)
 
 
-def strip_of(folder: Path, entry: ClipEntry) -> bytes:
+def strip_of(folder: str | os.PathLike[str], entry: ClipEntry) -> bytes:
     """JPEG of a few frames of a clip side by side; raises DamagedSample or DecodeError."""
     record = entry.record
     factor = STRIP_SIDE / max(record.width, record.height)

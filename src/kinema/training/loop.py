@@ -223,6 +223,8 @@ class Trainer:
             for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
                 sums[key] = sums.get(key, 0.0) + value
             balance.add(pack, clock.spent(*LANE_PHASES) - before)
+            for key, value in pack.storage.items():
+                sums[key] = sums.get(key, 0.0) + value
             self.ledger.record(pack, self.index)
             self.sightings.add_shown(pack)
         with clock.phase("optimizer"):
