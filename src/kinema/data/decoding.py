@@ -39,7 +39,7 @@ def decode_clip(
         packets = read_packets(mp4)
         _check_times(times, packets)
         unique, where = np.unique(nearest_frames(packets.starts, times), return_inverse=True)
-        _check_size(len(unique), packets, max_mib)
+        check_size(len(unique), packets, max_mib)
         batches = _READ[decoder](mp4, packets, unique.tolist())
         parts = [resize_and_crop(frames, shape, crop, _stretch(packets, frames)) for frames in batches]
     except DecodeError:
@@ -94,7 +94,8 @@ def _check_times(times: NDArray[np.float64], packets: Packets) -> None:
         )
 
 
-def _check_size(frames: int, packets: Packets, max_mib: float) -> None:
+def check_size(frames: int, packets: Packets, max_mib: float) -> None:
+    """Raise DecodeError when so many frames, as RGB, would take more than `max_mib`."""
     width, height = packets.width, packets.height
     mib = frames * width * height * 3 / 2**20
     if mib > max_mib:

@@ -55,7 +55,10 @@ def read_packets(mp4: bytes) -> Packets:
 
 
 def only_video_stream(container: Any) -> Any:
-    """The first video stream of an opened container; raises DecodeError without one."""
+    """The first video stream of an opened container; raises DecodeError without one that can be decoded."""
     if not container.streams.video:
         raise DecodeError("no video stream")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise DecodeError("the video stream is of no known codec")
+    return stream
