@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(argv).folder
-    print("| file | frames | size | decord | torchcodec |\n|---|---|---|---|---|")
+    print("| file | frames | size | decord | torchcodec |\n|---|---|---|---|---|", flush=True)
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
         found: dict[str, Found | str] = {}
         for library in LIBRARIES:
@@ -73,11 +73,12 @@ def main(argv: list[str] | None = None) -> int:
             process.close()
         reference = found.pop("pyav")
         if isinstance(reference, str):
-            print(f"| {path.name} | - | pyav: {reference} | {' | '.join(str(other) for other in found.values())} |")
+            others = [other if isinstance(other, str) else f"{other[0]} frames" for other in found.values()]
+            print(f"| {path.name} | - | pyav: {reference} | {' | '.join(others)} |")
             continue
         answers = [other if isinstance(other, str) else compare(reference, other) for other in found.values()]
         size = f"{reference[2][1]} x {reference[2][0]}"
-        print(f"| {path.name} | {reference[0]} | {size} | {' | '.join(answers)} |")
+        print(f"| {path.name} | {reference[0]} | {size} | {' | '.join(answers)} |", flush=True)
     return 0
 
 
