@@ -13,6 +13,7 @@ import numpy as np
 from kinema.data.candidates import Candidates
 from kinema.data.geometry import ClipShape
 from kinema.data.plan import Plan
+from kinema.data.stages import Stage
 
 
 def many_clips(count: int, kinds: int = 40, per_shard: int = 1000) -> Candidates:
@@ -44,14 +45,8 @@ def main() -> None:
     clips = many_clips(arguments.clips)
     held = peak_mib() - before
     began = time.perf_counter()
-    plan = Plan(
-        clips,
-        seed=0,
-        lanes=arguments.lanes,
-        clips_per_step=arguments.clips_per_step,
-        max_pack_tokens=1 << 30,
-        shuffle_block_shards=4,
-    )
+    stage = Stage(clips, max_pack_tokens=1 << 30, clips_per_step=arguments.clips_per_step)
+    plan = Plan([stage], seed=0, lanes=arguments.lanes, shuffle_block_shards=4)
     built = time.perf_counter() - began
     milliseconds = []
     for step in [*range(100), *range(10**6, 10**6 + 100)]:

@@ -13,9 +13,11 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, the repository's root is not on the path
 from data_prep.pipeline.config import PrepareConfig, register_schemas
-from data_prep.pipeline.rows import Row, write_rows
+from data_prep.pipeline.rows import Row, row_digest, write_rows
+from data_prep.pipeline.run import INPUT, ROWS
 from kinema.config import to_dataclass
 from kinema.console import explain_errors, run_script
+from kinema.data.shards import load_manifest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "prep"
 register_schemas()
@@ -35,21 +37,36 @@ def main(composed: DictConfig) -> None:
 def prepare(config: PrepareConfig) -> None:
     """Run the stages that were asked for, and say what became of the rows."""
     pipeline = config.to_pipeline()
-    pipeline.work.mkdir(parents=True, exist_ok=True)
-    write_rows(pipeline.work / "input.jsonl", map(input_row, config.inputs()))
+    write_inputs(pipeline.work, config.inputs())
     reports = pipeline.run(config.stages or config.pipeline)
-    if reports[-1].stage == config.pipeline[-1]:
-        print(f"kept {reports[-1].kept} clips READY {config.out}")
+    last = reports[-1]
+    if "write" in [report.stage for report in reports]:
+        splits = ", ".join(f"{split} {count}" for split, count in load_manifest(config.out)["splits"].items())
+        print(f"kept {last.kept} clips: {splits} READY {config.out}")
     else:
-        print(f"kept {reports[-1].kept} rows, next: stages=[...]")
+        print(f"kept {last.kept} rows in {pipeline.place(last.stage).folder / ROWS}")
 
 
-def input_row(given: str) -> Row:
-    """One input as the first stage gets it."""
+def write_inputs(work: Path, inputs: list[str]) -> None:
+    """Lay the inputs where the first stage looks for its rows; raises ValueError for one that is not there."""
+    work.mkdir(parents=True, exist_ok=True)
+    write_rows(work / INPUT, (row for given in inputs for row in input_rows(given)))
+
+
+def input_rows(given: str) -> list[Row]:
+    """One input as the first stage gets it, with what tells when it changed; a folder of tars is one input each."""
     path = Path(given).resolve()
     if not path.exists():
         raise ValueError(f"input={given} does not exist.")
-    return {"key": path.name, "path": str(path)}
+    paths = sorted(path.glob("*.tar")) if path.is_dir() else []
+    return [{"key": path.name, "path": str(path), "changed": last_change(path)} for path in paths or [path]]
+
+
+def last_change(path: Path) -> str:
+    """Names, sizes and times of a file, or of all files under a folder, as a short hash."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return row_digest({"files": facts})
 
 
 if __name__ == "__main__":

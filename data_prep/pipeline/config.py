@@ -6,13 +6,15 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from data_prep.pipeline.engines import LocalEngine, RayEngine
+from data_prep.pipeline.cluster import RayEngine
+from data_prep.pipeline.engines import LocalEngine
 from data_prep.pipeline.run import Limits, Pipeline
 from data_prep.stages.borders import CutBorders
 from data_prep.stages.caption import CaptionFromColumns, CaptionWithCommand, CaptionWithModel
 from data_prep.stages.cut import Cut
 from data_prep.stages.filter import Filter
 from data_prep.stages.ingest import Ingest
+from data_prep.stages.page import Page
 from data_prep.stages.probe import Probe
 from data_prep.stages.score import Score
 from data_prep.stages.split import Split
@@ -38,6 +40,8 @@ class PrepareConfig:
     engine: Any = None
     """Who does the work: local or ray."""
     limits: Limits = field(default_factory=Limits)
+    retry_failed: bool = False
+    """Work once more on rows that failed before."""
     ingest: Any = None
     probe: Any = None
     split: Any = None
@@ -47,6 +51,7 @@ class PrepareConfig:
     filter: Any = None
     caption: Any = None
     write: Any = None
+    page: Any = None
 
     def __post_init__(self) -> None:
         """Refuse stages that do not exist, twice or out of order."""
@@ -66,7 +71,7 @@ class PrepareConfig:
     def to_pipeline(self) -> Pipeline:
         """The stages, ready to run."""
         stages = {name: getattr(self, name) for name in self.pipeline}
-        return Pipeline(stages, Path(self.work), self.engine, self.limits)
+        return Pipeline(stages, Path(self.work), self.engine, self.limits, self.retry_failed)
 
     def unread(self, overrides: list[str]) -> str | None:
         """Why the command must stop, when it sets a stage that the pipeline leaves out."""
@@ -85,6 +90,7 @@ STAGES: dict[str, dict[str, type]] = {
     "filter": {"thresholds": Filter},
     "caption": {"columns": CaptionFromColumns, "command": CaptionWithCommand, "model": CaptionWithModel},
     "write": {"shards": Write},
+    "page": {"page": Page},
 }
 """The classes of each stage. `configs/prep/STAGE/*.yaml` starts from `schema_NAME` and says what differs."""
 ENGINES = {"local": LocalEngine, "ray": RayEngine}

@@ -1,19 +1,19 @@
-"""Who works on the rows: processes on this machine, or on the machines of a Ray cluster."""
+"""Who works on the rows: processes on this machine, or those of a Ray cluster (cluster.py)."""
 
-import logging
 import os
 import queue
-import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from data_prep.pipeline.isolation import IsolatedStage, work_on
 from data_prep.pipeline.journal import Result
 from data_prep.pipeline.rows import Row
 from data_prep.pipeline.stage import Place, Stage
 
+Crew = Callable[[Stage, Place, Iterator[Row]], Generator[Result, None, None]]
+"""Works on all rows of one stage; results come in any order."""
 QUEUED = 4
 """Rows handed out for each worker, so that none waits for its next one."""
 
@@ -40,8 +40,8 @@ class Engine:
             if not getattr(self, name) > 0:
                 raise ValueError(f"engine.{name}={getattr(self, name)} must be above 0.")
 
-    def run(self, stage: Stage, place: Place, rows: Iterator[Row]) -> Generator[Result, None, None]:
-        """The result of every row, in whatever order they come."""
+    def crew(self) -> AbstractContextManager[Crew]:
+        """The workers, for as long as the context lasts."""
         raise NotImplementedError
 
     def timeout(self, row: Row) -> float:
@@ -53,16 +53,14 @@ class Engine:
 class LocalEngine(Engine):
     """Processes on this machine. `workers=0` works in this very process, to debug a stage: nothing is isolated."""
 
-    def run(self, stage: Stage, place: Place, rows: Iterator[Row]) -> Generator[Result, None, None]:
-        """The result of every row, in whatever order they come."""
-        if self.workers == 0:
-            stage.start()
-            yield from (work_on(stage, row, place) for row in rows)
-        else:
-            yield from self._run_isolated(stage, place, rows, self.workers or os.cpu_count() or 1)
+    @contextmanager
+    def crew(self) -> Iterator[Crew]:
+        """The workers; each stage gets fresh processes."""
+        yield work_here if self.workers == 0 else self._run
 
-    def _run_isolated(self, stage: Stage, place: Place, rows: Iterator[Row], count: int) -> Iterator[Result]:
-        workers = [IsolatedStage(stage, place, self.attempts) for _ in range(count)]
+    def _run(self, stage: Stage, place: Place, rows: Iterator[Row]) -> Generator[Result, None, None]:
+        count = self.workers or os.cpu_count() or 1
+        workers = [IsolatedStage(self.attempts, stage, place) for _ in range(count)]
         idle = queue.SimpleQueue[IsolatedStage]()
         for worker in workers:
             idle.put(worker)
@@ -93,106 +91,7 @@ class LocalEngine(Engine):
             worker.kill()
 
 
-@dataclass
-class RayEngine(Engine):
-    """Actors on a Ray cluster, each with a process of its own for the rows, as on one machine.
-
-    Every node needs this repository and its packages at the same path, and input, working folder and data set on
-    storage that all of them see. Rows of a node that goes away are given to others.
-    """
-
-    address: str = "auto"
-    """Of a running cluster, such as `10.0.0.1:6379`; `auto` finds the one of this machine, `local` starts one."""
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
-    """A fraction shares a GPU."""
-    max_lost: int = 8
-    """Workers that may be lost together with their nodes before the stage stops."""
-
-    def run(self, stage: Stage, place: Place, rows: Iterator[Row]) -> Generator[Result, None, None]:
-        """The result of every row, in whatever order they come."""
-        import ray
-
-        if not ray.is_initialized():
-            here = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))}}
-            ray.init(address=self.address, runtime_env=here, log_to_driver=False, logging_level=logging.ERROR)
-        with RayWorkers(self, stage, place) as workers:
-            yield from workers.run(rows)
-
-    def count(self) -> int:
-        """How many workers the cluster is asked for."""
-        import ray
-
-        resources = ray.cluster_resources()
-        fits = int(resources.get("CPU", 0) / self.cpus_per_worker)
-        if self.gpus_per_worker:
-            fits = min(fits, int(resources.get("GPU", 0) / self.gpus_per_worker))
-        if fits < 1:
-            raise ValueError(
-                f"engine.cpus_per_worker={self.cpus_per_worker} engine.gpus_per_worker={self.gpus_per_worker} is more "
-                f"than the cluster has: {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs."
-            )
-        return min(self.workers or fits, fits)
-
-
-class RayWorkers:
-    """The actors of one stage; a context manager."""
-
-    def __init__(self, engine: RayEngine, stage: Stage, place: Place) -> None:
-        import ray
-
-        self.engine, self.lost = engine, 0
-        actor: Any = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus_per_worker)(IsolatedStage)
-        self.make = lambda: actor.remote(stage, place, engine.attempts)
-        self.starting: dict[Any, Any] = {}
-        self.busy: dict[Any, tuple[Any, Row]] = {}
-
-    def __enter__(self) -> "RayWorkers":
-        for _ in range(self.engine.count()):
-            self._start_one()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
-        for actor in [*self.starting.values(), *(actor for actor, _ in self.busy.values())]:
-            ray.kill(actor)
-
-    def run(self, rows: Iterator[Row]) -> Iterator[Result]:
-        """Give each worker a row, and the next one as soon as it is done."""
-        import ray
-
-        again, rest = list[Row](), iter(rows)
-        idle = list[Any]()
-        while True:
-            while idle and (row := again.pop() if again else next(rest, None)) is not None:
-                actor = idle.pop()
-                self.busy[actor.run.remote(row, self.engine.timeout(row))] = actor, row
-            if not self.busy and not again and idle:
-                for actor in idle:
-                    ray.kill(actor)
-                return
-            done, _ = ray.wait([*self.busy, *self.starting], timeout=60.0)
-            for ref in done:
-                actor, row = self.busy.pop(ref, None) or (self.starting.pop(ref), None)
-                try:
-                    result = ray.get(ref)
-                except ray.exceptions.RayActorError:
-                    self._replace(again, row)
-                    continue
-                idle.append(actor)
-                if row is not None:
-                    yield result
-
-    def _start_one(self) -> None:
-        actor = self.make()
-        self.starting[actor.start.remote()] = actor
-
-    def _replace(self, again: list[Row], row: Row | None) -> None:
-        """Its own process is isolated from the actor: an actor is lost only with its node."""
-        self.lost += 1
-        if self.lost > self.engine.max_lost:
-            raise ValueError(f"engine.max_lost={self.engine.max_lost}: more workers were lost with their nodes.")
-        if row is not None:
-            again.append(row)
-        self._start_one()
+def work_here(stage: Stage, place: Place, rows: Iterator[Row]) -> Generator[Result, None, None]:
+    """A crew of one: this process."""
+    stage.start()
+    yield from (work_on(stage, row, place) for row in rows)

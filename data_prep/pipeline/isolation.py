@@ -47,11 +47,17 @@ class IsolatedStage:
     long is not. Either way its result says so.
     """
 
-    def __init__(self, stage: Stage, place: Place, attempts: int = 2) -> None:
-        self.stage, self.place, self.attempts = stage, place, attempts
+    def __init__(self, attempts: int = 2, stage: Stage | None = None, place: Place | None = None) -> None:
+        self.attempts, self.stage, self.place = attempts, stage, place
         self.process: subprocess.Popen[bytes] | None = None
         self.connection: Connection | None = None
         self.stopped = False
+
+    def prepare(self, stage: Stage, place: Place) -> None:
+        """Take up another stage, in a new process; raises StageNotStarted."""
+        self.kill()
+        self.stage, self.place = stage, place
+        self.start()
 
     def run(self, row: Row, timeout_seconds: float) -> Result:
         """The result of one row, in at most `timeout_seconds` and the time to start; raises StageNotStarted."""

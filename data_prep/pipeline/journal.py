@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +10,8 @@ from typing import Any, BinaryIO
 
 from data_prep.pipeline.rows import to_line
 
+FLUSH_EVERY, FLUSH_SECONDS = 64, 0.5
+"""A crash of the machine loses at most this many results, or those of this long."""
 Result = dict[str, Any]
 """Of one input row: `input` (its digest), `members` (how many rows it is), and `rows` and `dropped`, or `key` and
 `failed` with the reason.
@@ -22,8 +25,8 @@ class Journal:
     in memory.
     """
 
-    def __init__(self, path: Path, flush_every: int = 16) -> None:
-        self.path, self.flush_every = path, flush_every
+    def __init__(self, path: Path) -> None:
+        self.path, self._flushed = path, time.monotonic()
         self._places: dict[str, int] = {}
         self._unwritten: list[Result] = []
         self._file: BinaryIO | None = None
@@ -60,10 +63,14 @@ class Journal:
         return json.loads(self._file.readline())
 
     def add(self, result: Result) -> None:
-        """Note one result; it is on disk after at most `flush_every` of them."""
+        """Note one result; many quick ones go to the disk together."""
         self._unwritten.append(result)
-        if len(self._unwritten) >= self.flush_every:
+        if len(self._unwritten) >= FLUSH_EVERY or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
+
+    def forget_failures(self) -> None:
+        """Leave rows that failed to be tried again."""
+        self._places = {digest: place for digest, place in self._places.items() if "failed" not in self[digest]}
 
     def flush(self) -> None:
         """Bring all results to the disk."""
@@ -76,4 +83,4 @@ class Journal:
             end += self._file.write((to_line(result) + "\n").encode())
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._unwritten = []
+        self._unwritten, self._flushed = [], time.monotonic()

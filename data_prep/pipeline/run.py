@@ -1,6 +1,7 @@
 """Runs stages one after the other over all rows: journaled, counted, and stopped by limits."""
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.pipeline.engines import Engine, LocalEngine
+from data_prep.pipeline.engines import Crew, Engine, work_here
 from data_prep.pipeline.journal import Journal, Result
 from data_prep.pipeline.rows import (
     Dropped,
@@ -29,6 +30,9 @@ from data_prep.pipeline.rows import (
 from data_prep.pipeline.stage import Place, Stage
 from kinema.data.ledger import DataBudgetError
 
+SHOWN = 10
+"""Failures that are named on the screen; all are in FAILED."""
+INPUT = "input.jsonl"
 ROWS, DROPPED, FAILED, REPORT, JOURNAL = "rows.jsonl", "dropped.jsonl", "failed.jsonl", "report.json", "journal.jsonl"
 
 
@@ -81,6 +85,8 @@ class Pipeline:
     work: Path
     engine: Engine
     limits: Limits
+    retry_failed: bool = False
+    """Work once more on rows that failed before."""
 
     def place(self, name: str) -> Place:
         """Where a stage works, such as WORK/04-cut."""
@@ -91,28 +97,35 @@ class Pipeline:
     def run(self, names: Iterable[str], show: bool = True) -> list[Report]:
         """Run these stages, each on what the one before it left; those that are done already only report."""
         reports = []
-        for name in names:
-            reports.append(self._run_stage(name, show))
-            if show:
-                print(reports[-1].line(), flush=True)
+        with self.engine.crew() as crew:
+            for name in names:
+                reports.append(self._run_stage(name, crew, show))
+                if show:
+                    print(reports[-1].line(), *self._failures(name), sep="\n  ", flush=True)
         return reports
 
     def reports(self) -> list[Report]:
         """Of all stages that are done, in order: the keep table."""
         return [report for name in self.stages if (report := read_report(self.place(name))) is not None]
 
-    def _run_stage(self, name: str, show: bool) -> Report:
+    def _failures(self, name: str) -> list[str]:
+        """A line for each of the first rows that failed in a stage."""
+        failed = read_rows(self.place(name).folder / FAILED)
+        return [f"failed: {row['key']}: {row['reason']}" for row in itertools.islice(failed, SHOWN)]
+
+    def _run_stage(self, name: str, crew: Crew, show: bool) -> Report:
         given = self._input_of(name)
         report = Report(name, self.stages[name].identity(name), self.stages[name].settings(), _sha256(given))
         before = read_report(self.place(name))
-        if before and (before.identity, before.input_sha256) == (report.identity, report.input_sha256):
+        done = before and (before.identity, before.input_sha256) == (report.identity, report.input_sha256)
+        if before and done and not (self.retry_failed and before.failed):
             return before
-        return StageRun(self, name, given, report).run(show)
+        return StageRun(self, name, given, report).run(crew, show)
 
     def _input_of(self, name: str) -> Path:
         names = list(self.stages)
         if name == names[0]:
-            return self.work / "input.jsonl"
+            return self.work / INPUT
         earlier = names[names.index(name) - 1]
         rows = self.place(earlier).folder / ROWS
         if not rows.exists():
@@ -125,16 +138,19 @@ class StageRun:
 
     def __init__(self, pipeline: Pipeline, name: str, given: Path, report: Report) -> None:
         self.stage, self.place = pipeline.stages[name], pipeline.place(name)
-        self.engine, self.limits, self.given, self.report = pipeline.engine, pipeline.limits, given, report
+        self.limits, self.retry_failed = pipeline.limits, pipeline.retry_failed
+        self.given, self.report = given, report
         self.failures: list[Row] = []
 
-    def run(self, show: bool) -> Report:
+    def run(self, crew: Crew, show: bool) -> Report:
         """Work on the rows that the journal lacks, then put everything in the order of the input."""
         started = time.monotonic()
         self._open_folder()
         self.report.given = sum(1 for _ in read_rows(self.given))
         with Journal(self.place.folder / JOURNAL) as journal:
-            self._work(journal, show)
+            if self.retry_failed:
+                journal.forget_failures()
+            self._work(journal, work_here if self.stage.light else crew, show)
             self._collect(journal)
         self.report.seconds = round(time.monotonic() - started, 2)
         write_json(self.place.folder / REPORT, asdict(self.report))
@@ -154,7 +170,7 @@ class StageRun:
         """What `apply` gets, one after the other."""
         return bundled(read_rows(self.given), self.stage.bundle)
 
-    def _work(self, journal: Journal, show: bool) -> None:
+    def _work(self, journal: Journal, crew: Crew, show: bool) -> None:
         done = 0
         for row in self._rows():
             if row_digest(row) in journal:
@@ -164,8 +180,7 @@ class StageRun:
             return
         todo = (row for row in self._rows() if row_digest(row) not in journal)
         bar = tqdm(total=self.report.given, initial=done, unit="row", desc=self.report.stage, disable=not show)
-        engine = LocalEngine(workers=0) if self.stage.light else self.engine
-        with bar, closing(engine.run(self.stage, self.place, todo)) as results:
+        with bar, closing(crew(self.stage, self.place, todo)) as results:
             for result in results:
                 journal.add(result)
                 self._check(result)
@@ -178,11 +193,11 @@ class StageRun:
         failed = {"key": result["key"], "reason": result["failed"]}
         self.failures += [failed] * result["members"]
         if len(self.failures) > self.limits.max_failed_fraction * self.report.given:
-            named = "\n".join(f"  {row['key']}: {row['reason']}" for row in self.failures[:10])
+            named = "\n".join(f"  {row['key']}: {row['reason']}" for row in self.failures[:SHOWN])
             raise DataBudgetError(
                 f"{self.report.stage}: {len(self.failures)} of {self.report.given} rows failed, more than "
                 f"limits.max_failed_fraction={self.limits.max_failed_fraction} allows:\n{named}\n"
-                "Mend or remove them, or allow more."
+                "Mend or remove them, allow more, or try them again with retry_failed=true."
             )
 
     def _collect(self, journal: Journal) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data_prep.pipeline.rows import Outcome, Row
-from kinema.identity import digest, to_plain
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,12 @@ class Stage:
 
     def identity(self, name: str) -> str:
         """Changes whenever results may: by the stage's name, class, version and settings."""
+        from kinema.identity import digest  # loads torch, which a worker process need not wait for
+
         return digest({"name": name, "version": self.version, **self.settings()})
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values, with the class under `type`."""
+        from kinema.identity import to_plain
+
         return to_plain(self)

@@ -1,62 +1,143 @@
 """Stage ingest: which videos there are, with their captions and rights."""
 
+import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.captions import Video, describe_videos, find_videos, read_captions
-from data_prep.pipeline.rows import Outcome, Row
+from data_prep.captions import VIDEO_SUFFIXES, Shot, as_key, describe_videos, find_videos, parse_shot, read_captions
+from data_prep.lists import (
+    CAPTION_COLUMNS,
+    LIST_SUFFIXES,
+    PATH_COLUMNS,
+    Line,
+    read_list,
+    read_tar,
+    take_column,
+)
+from data_prep.pipeline.rows import Dropped, Outcome, Row
 from data_prep.pipeline.stage import Place, Stage
 
-UNKNOWN = "unknown"
+RIGHTS = ("source", "source_url", "license", "consent", "attribution", "collected", "generated", "generator")
+TIMES = ("start_seconds", "end_seconds", "split")
 
 
 @dataclass
 class Ingest(Stage):
-    """Finds the videos of the input; what a list says about one of them goes before what is said here for all."""
+    """Finds the videos of the inputs. What a list says about one of them goes before what is said here for all."""
 
     source: str | None = None
     """Where the videos come from; null takes the input's name."""
-    license: str = UNKNOWN
+    license: str = "unknown"
     """SPDX identifier, e.g. CC-BY-4.0."""
-    consent: str = UNKNOWN
+    consent: str = "unknown"
     """Of the people seen: given, none-visible, synthetic, ..."""
     attribution: str = ""
     """The line that the licence asks for."""
+    source_url: str = ""
+    collected: str = ""
+    """The day on which they were taken from there, as 2026-01-31."""
+    generated: str = "unknown"
+    """How much of them a generative model made: no, partly, fully, unknown."""
+    generator: str = ""
     captions: str | None = None
-    """A captions.jsonl, or a prompt.txt beside videos.txt; null looks in the usual places."""
+    """For folders: a captions.jsonl, or a prompt.txt beside videos.txt; null looks in the usual places."""
 
     def apply(self, row: Row, place: Place) -> Iterable[Outcome]:
-        """One row for each video of one input."""
-        folder = Path(row["path"])
-        names = find_videos(folder)
-        lines = read_captions(folder, names, Path(self.captions) if self.captions else None)
-        for video in describe_videos(folder, names, lines, allow_missing=True):
-            yield self.video_row(video, row["key"])
+        """A row for each video of one input: a folder, a video, a list, or a tar of samples."""
+        path = Path(row["path"])
+        if path.is_dir():
+            return self.from_folder(path, find_videos(path), row["key"])
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            return self.from_folder(path.parent, [path.name], row["key"])
+        if path.suffix in LIST_SUFFIXES:
+            return self.from_list(path)
+        if path.suffix == ".tar":
+            return self.from_tar(path, place)
+        raise ValueError(f"input={path} must be a folder, a video, a list ({' '.join(LIST_SUFFIXES)}) or a .tar.")
 
-    def video_row(self, video: Video, source: str) -> Row:
-        """All that is known of a video before it is opened."""
-        about: dict[str, Any] = {"shots": [asdict(shot) for shot in video.shots]} if video.shots else {}
-        return {
-            "key": video.key,
-            "video": video.name,
-            "path": str(video.path.resolve()),
-            "bytes": video.path.stat().st_size,
-            "modified_ns": video.path.stat().st_mtime_ns,
-            "caption": video.caption,
-            "source": self.source or source,
-            "license": self.license,
-            "consent": self.consent,
-            "attribution": self.attribution,
-            **about,
+    def from_folder(self, folder: Path, names: list[str], source: str) -> Iterator[Outcome]:
+        """Videos with the captions that lie beside them."""
+        lines = read_captions(folder, names, Path(self.captions) if self.captions else None)
+        if len(names) == 1:  # a single file, whose folder's lists may tell of others
+            lines = [line for line in lines if line.file in names]
+        for video in describe_videos(folder, names, lines):
+            about = {"shots": [asdict(shot) for shot in video.shots]} if video.shots else {}
+            yield self.video_row(video.path, video.name, source, {"caption": video.caption, **about})
+
+    def from_list(self, path: Path) -> Iterator[Outcome]:
+        """The files that a list names, relative to the list; rows with times are shots of their video."""
+        by_name: dict[str, list[Line]] = defaultdict(list)
+        for values, where in read_list(path):
+            name, rest = take_column(values, PATH_COLUMNS)
+            if not isinstance(name, str):
+                raise ValueError(f"{where} must have a path, in a column named {', '.join(PATH_COLUMNS)}.")
+            by_name[name].append((rest, where))
+        for name, lines in by_name.items():
+            yield self.listed_row(path, name, lines)
+
+    def listed_row(self, path: Path, name: str, lines: list[Line]) -> Outcome:
+        """One video of a list."""
+        caption, about = take_column(lines[0][0], CAPTION_COLUMNS)
+        about = {key: value for key, value in about.items() if key not in TIMES}
+        if "start_seconds" in lines[0][0]:
+            shots = sorted((parse_shot({"caption": "", **values}, where) for values, where in lines), key=_start)
+            about |= {"shots": [asdict(shot) for shot in shots], "caption": ""}
+        elif len(lines) > 1:
+            raise ValueError(f"{lines[1][1]}: {name} stands in the list twice. Give times to its shots, or keep one.")
+        else:
+            about["caption"] = caption or ""
+        return self.video_row(path.parent / name, name, path.stem, about)
+
+    def from_tar(self, path: Path, place: Place) -> Iterator[Outcome]:
+        """The videos of a tar, laid into this stage's files."""
+        for key, suffix, video, about in read_tar(path):
+            name = f"{path.stem}-{as_key(key)}.{suffix}"
+            if video is None:
+                yield Dropped({"key": as_key(f"{path.stem}-{key}"), "listed": about}, "sample without a video")
+                continue
+            target = place.path_for(name)
+            unfinished = target.with_name(f".{target.name}.part")
+            unfinished.write_bytes(video)
+            os.replace(unfinished, target)
+            caption, about = take_column(about, CAPTION_COLUMNS)
+            if "url" in about:
+                about.setdefault("source_url", about["url"])
+            yield self.video_row(target, name, path.stem, {**about, "caption": caption or ""})
+
+    def video_row(self, path: Path, name: str, source: str, about: dict[str, Any]) -> Outcome:
+        """All that is known of a video before it is opened; columns that no stage knows go under `listed`."""
+        mine = {"source": self.source or source, **{right: getattr(self, right) for right in RIGHTS[1:]}}
+        known = (*RIGHTS, "caption", "shots", "start_seconds", "end_seconds")
+        listed = {key: value for key, value in about.items() if key not in known}
+        rights = {name: str(about.get(name, value)) for name, value in mine.items()}
+        given: Row = {name: value for name, value in about.items() if name in ("caption", "shots")}
+        row: Row = {
+            "key": as_key(name.rpartition(".")[0]),
+            "video": name,
+            "path": str(path.resolve()),
+            **rights,
+            **given,
         }
+        if listed:
+            row["listed"] = listed
+        if not path.is_file():
+            return Dropped(row, "file is missing")
+        return {**row, "bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns}
 
     def finish(self, rows: Iterator[Row], place: Place) -> Iterator[Outcome]:
         """Number the videos, and see that no two of them share a key."""
         names: dict[str, str] = {}
         for number, row in enumerate(rows):
-            other = names.setdefault(row["key"], row["video"])
-            if other != row["video"]:
-                raise ValueError(f"{other} and {row['video']} give equal clip keys, {row['key']}. Rename one of them.")
+            if row["key"] in names:
+                raise ValueError(
+                    f"{names[row['key']]} and {row['video']} give equal clip keys, {row['key']}. Rename one of them."
+                )
+            names[row["key"]] = row["video"]
             yield {**row, "number": number}
+
+
+def _start(shot: Shot) -> float:
+    return shot.start_seconds

@@ -12,7 +12,8 @@ from data_prep.pipeline.rows import Row
 from data_prep.pipeline.stage import Place
 from data_prep.scores.duplicates import Duplicate
 from data_prep.scores.keep import FilterLine, KeepTable, nearest_inside, score_values, spread
-from kinema.data.contact_sheet import save_strip
+from kinema.data.contact_sheet import strip_jpeg
+from kinema.data.shards import write_aside
 
 PICTURES = "shown"
 """Folder of the pictures, beside keep.json."""
@@ -79,7 +80,7 @@ def write_strips(rows: Iterable[Row], place: Place) -> None:
 
     def write(row: Row) -> None:
         frames = spread_frames(place.find(row["clip"]), row["num_frames"], STRIP_FRAMES)
-        save_strip(frames, place.folder / picture_name(row))
+        write_aside(place.folder / picture_name(row), strip_jpeg(frames, STRIP_FRAMES))
 
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(write, rows))

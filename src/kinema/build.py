@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from kinema.conditioning.text import CachedTextEncoder, TextEncoder, build_text_encoder
 from kinema.config import Config, changed_keys
-from kinema.data.candidates import Candidates, KeepReport, plan_clips
+from kinema.data.address import redacted
+from kinema.data.candidates import KeepReport
 from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.latents import LatentCache
@@ -26,6 +27,7 @@ from kinema.data.ledger import Ledger, Quarantine
 from kinema.data.loading import make_loader
 from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
+from kinema.data.planning import Planner
 from kinema.data.quarantine import condemned_clips
 from kinema.data.rights import RightsPolicy, change_of_rights
 from kinema.data.shards import DatasetIndex
@@ -34,7 +36,7 @@ from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process, seed_everything
 from kinema.identity import digest, to_plain
-from kinema.models.dit import DiT, Expert, Experts, make_denoiser
+from kinema.models.dit import Expert, make_denoiser
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
 from kinema.sampling.conditioner import numbers_told
@@ -42,7 +44,7 @@ from kinema.sampling.denoiser import check_condition, check_embedded_guidance
 from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import geometry_of, image_encoder_of
 from kinema.training.checkpoint import Checkpoint, CheckpointStore, write_json
-from kinema.training.dit_task import DiTTask, check_training
+from kinema.training.dit_task import DiTTask, check_sizes, check_training
 from kinema.training.ema import EMA
 from kinema.training.finetune import LoRA, frozen_parameters
 from kinema.training.loop import Outputs, Trainer, initial_weights
@@ -136,7 +138,12 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     model = make_denoiser(config.model, vae.config.latent_channels, text_encoder.width)
     check_embedded_guidance(config.task.embedded_guidance, config.model, "task.embedded_guidance")
     check_training(config.condition, config.data, vae.config)
-    data = build_data(config, geometry, process, run, vae_identity["hash"])
+    check_sizes(config.model, geometry, config.data.clip_shapes)
+
+    def clip_flops(shape: ClipShape) -> float:
+        return model.flops(geometry.token_grid(shape), config.text.max_tokens)
+
+    data = build_data(config, geometry, process, run, vae_identity["hash"], clip_flops)
     check_captions(text_encoder, config, data)
     line, base = start_weights(config, model, run, process)
     twin = deepcopy(model)
@@ -194,7 +201,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         save_timesteps(
             run.folder, config.objective, config.task.samples, geometry, data.shapes, config.model.timestep_range
         )
-    describe_run(config, run, process, model, line, flops_per_step=dit_flops(config, model, data, geometry))
+    describe_run(config, run, process, model, line, flops_per_step=3 * sum(map(clip_flops, data.step_shapes)))
     trainer = assemble(
         config,
         run,
@@ -318,33 +325,37 @@ class Data:
 
     def some_packs(self, clips: int) -> list[list[Pack]]:
         """The packs of the first steps of the plan that hold at least `clips` clips together, freshly decoded."""
-        steps = -(-clips // self.config.clips_per_step)
-        return list(self.load(0, steps, workers=0))
+        return list(self.load(0, self.plan.steps_of(clips), workers=0))
 
     def heldout_packs(self, clips: int) -> list[list[Pack]]:
         """As `some_packs`, of the held-out clips."""
         if self.heldout_plan is None:
             return []
-        steps = -(-clips // self.config.clips_per_step)
-        return list(self.load(0, steps, heldout=True, workers=0))
+        return list(self.load(0, self.heldout_plan.steps_of(clips), heldout=True, workers=0))
 
 
-def build_data(config: Config, geometry: Geometry, process: Process, run: Run, vae_hash: str | None) -> Data:
-    """Index, shapes and plan of the training and held-out clips; every refusal is counted and shown."""
-    data, shapes = config.data, config.data.clip_shapes
-    for shape in shapes:
-        geometry.check(shape)
-    path = resolve_folder(data.path, data.cache_folder)
+def build_data(
+    config: Config,
+    geometry: Geometry,
+    process: Process,
+    run: Run,
+    vae_hash: str | None,
+    clip_flops: Callable[[ClipShape], float] | None = None,
+) -> Data:
+    """Index, shapes and plan of the training and held-out clips; every refusal is counted and shown.
+
+    `clip_flops` is what a clip costs, where the configuration does not say.
+    """
+    data, shapes, rights = config.data, config.data.clip_shapes, config.data.rights.policy()
+    path = resolve_folder(data.path, data.cache_folder, data.storage)
     index = DatasetIndex.load(path, split=data.train_split)
     heldout = DatasetIndex.load(path, split=data.heldout_split)
-    rights = data.rights.policy()
     planned = from_main(rights_of_plan(run.folder, rights, bool(run.store.steps())) if process.is_main else None)
-    clips, kept = choose_clips(config, index, geometry, planned)
+    planner = Planner(data, geometry, planned, config.seed, clip_flops)
+    clips, kept = planner.choose(index)
     if line := change_of_rights((index.entries[clip.entry_index].record for clip in clips), planned, rights):
         run.outputs.event(0, "rights", line)
-    heldout_plan = None
-    if heldout.entries:
-        heldout_plan = build_plan(config, choose_clips(config, heldout, geometry, planned)[0])
+    heldout_plan = planner.plan(planner.choose(heldout)[0]) if heldout.entries else None
     cache = None
     if data.latents is not None:
         if vae_hash is None:
@@ -352,14 +363,15 @@ def build_data(config: Config, geometry: Geometry, process: Process, run: Run, v
         cache = LatentCache.load(data.latents, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps)
         cache.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in clips])
     if process.is_main:
-        tqdm.write(f"data {data.path}: {kept.line()}")
+        tqdm.write(f"data {redacted(data.path)}: {kept.line()}")
         if heldout_plan is None and config.validation.every_steps:
             tqdm.write(
-                f"data {data.path}: no clip is in split {data.heldout_split!r}, so nothing is validated. Prepare the "
-                "data with a held-out share, name another data.heldout_split, or type validation.every_steps=0."
+                f"data {redacted(data.path)}: no clip is in split {data.heldout_split!r}, so nothing is validated. "
+                "Prepare the data with a held-out share, name another data.heldout_split, or type "
+                "validation.every_steps=0."
             )
     return Data(
-        data, index, heldout, build_plan(config, clips), heldout_plan,
+        data, index, heldout, planner.plan(clips), heldout_plan,
         lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept, rights,
         from_main(condemned_clips(run.folder) if process.is_main else {}),
     )  # fmt: skip
@@ -377,43 +389,6 @@ def check_captions(encoder: TextEncoder, config: Config, data: Data) -> None:
     if isinstance(encoder, CachedTextEncoder):
         captions = [entry.record.caption for entry in (*data.index.entries, *data.heldout.entries)]
         encoder.check_covers(captions, config.task.samples.captions(), str(data.index.folder))
-
-
-def choose_clips(
-    config: Config, index: DatasetIndex, geometry: Geometry, rights: RightsPolicy
-) -> tuple[Candidates, KeepReport]:
-    """The clips that a run uses, and why it leaves others out."""
-    data = config.data
-    return plan_clips(
-        index,
-        data.clip_shapes,
-        data.fps,
-        geometry,
-        rights=rights,
-        require_captions=data.require_captions,
-        max_clips=data.max_clips,
-        cost=lambda tokens: step_cost(tokens, config.model.width if config.model else None),
-    )
-
-
-def step_cost(tokens: int, width: int | None) -> float:
-    """Work of one clip relative to others: linear layers grow with its tokens, attention with their square.
-
-    Per token and block about 24 D^2 + 4 D N floating-point operations (forward, width D, N tokens); a VAE is linear.
-    """
-    return float(tokens) if width is None else tokens * (1 + tokens / (6 * width))
-
-
-def build_plan(config: Config, clips: Candidates) -> Plan:
-    """The plan that deals planned clips to steps and lanes."""
-    return Plan(
-        clips,
-        seed=config.seed,
-        lanes=config.data.lanes,
-        clips_per_step=config.data.clips_per_step,
-        max_pack_tokens=config.data.max_pack_tokens,
-        shuffle_block_shards=config.data.shuffle_block_shards,
-    )
 
 
 def start_weights(config: Config, model: nn.Module, run: Run, process: Process) -> tuple[str, str | None]:
@@ -520,11 +495,6 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
     }
 
 
-def dit_flops(config: Config, model: DiT | Experts, data: Data, geometry: Geometry) -> float:
-    """Floating-point operations of one step: three times the forward pass of every clip of a step."""
-    return 3 * sum(model.flops(geometry.token_grid(shape), config.text.max_tokens) for shape in data.step_shapes)
-
-
 def describe_run(
     config: Config, run: Run, process: Process, model: nn.Module, trained: str, flops_per_step: float
 ) -> None:
@@ -536,7 +506,7 @@ def describe_run(
         "name": config.name,
         "task": "dit" if config.model is not None else "vae",
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(sys.argv),
+        "command": redacted(" ".join(sys.argv)),
         "steps": config.steps,
         "world_size": process.world_size,
         "device": device_name(process),

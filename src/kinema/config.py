@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kinema.conditioning.frames import FRAME_CONDITIONS
 from kinema.conditioning.text import CombinedText, HashText, PretrainedText
+from kinema.data.address import redacted
 from kinema.data.config import DataConfig
 from kinema.diffusion.objective import DDPM, RectifiedFlow
 from kinema.distributed.engine import ParallelConfig
@@ -107,8 +108,8 @@ DIT_GROUPS = ("model", "vae", "objective", "text", "condition")
 """Groups that task=dit needs; task=vae reads no other of them than `vae`."""
 
 FREE_TO_CHANGE = ("parallel.zero_stage", "parallel.timeout_seconds", "logging.", "checkpoint.", "validation.",
-                  "task.samples.", "data.num_workers", "data.prefetch", "data.timeout_seconds", "data.text", "run_root",
-                  "allow_config_change")  # fmt: skip
+                  "task.samples.", "data.num_workers", "data.prefetch", "data.timeout_seconds",
+                  "data.storage.", "data.cache_folder", "data.text", "run_root", "allow_config_change")  # fmt: skip
 """Keys that may differ when a run continues: none of them changes what is computed."""
 
 
@@ -174,8 +175,11 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def resolved_yaml(composed: DictConfig) -> str:
-    """The whole configuration as plain YAML, as it goes into the run folder and every checkpoint."""
-    return OmegaConf.to_yaml(composed, resolve=True)
+    """The whole configuration as plain YAML, as it goes into the run folder and every checkpoint.
+
+    Without what is secret in addresses: users, passwords and signed queries.
+    """
+    return redacted(OmegaConf.to_yaml(composed, resolve=True))
 
 
 def changed_keys(before: str, now: str) -> list[str]:

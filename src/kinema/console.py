@@ -11,6 +11,7 @@ from typing import Any
 EXIT_CONFIG = 64
 EXIT_DATA = 65
 EXIT_CHECKPOINT = 66
+EXIT_STORE = 69
 EXIT_NON_FINITE = 70
 
 
@@ -70,6 +71,7 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
     @functools.wraps(main)
     def explained(*arguments: Any) -> None:
         from kinema.data.ledger import DataBudgetError
+        from kinema.data.store import StoreDown
         from kinema.training.checkpoint import CheckpointError
         from kinema.training.loop import NonFiniteLoss
 
@@ -77,6 +79,8 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
             sys.exit(main(*arguments) or 0)
         except DataBudgetError as error:
             fail(str(error), EXIT_DATA)
+        except StoreDown as error:
+            fail(str(error).rpartition("StoreDown: ")[2].strip(), EXIT_STORE)  # a worker adds its traceback
         except CheckpointError as error:
             fail(str(error), EXIT_CHECKPOINT)
         except NonFiniteLoss as error:

@@ -17,6 +17,7 @@ from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.plan import Plan
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import DatasetIndex, ShardWriter
+from kinema.data.stages import Stage
 
 GEOMETRY = Geometry(temporal_stride=4, spatial_stride=8, patch_size=(1, 1, 1))
 SHAPES = [ClipShape(9, 32, 32), ClipShape(5, 32, 32)]
@@ -101,10 +102,8 @@ def make_plan(index: DatasetIndex, *, seed=0, lanes=2, clips_per_step=4, max_pac
     """The plan of all clips of an index at 8 fps."""
     clips, _ = plan_clips(index, shapes, 8.0, GEOMETRY)
     return Plan(
-        clips,
+        [Stage(clips, max_pack_tokens, clips_per_step)],
         seed=seed,
         lanes=lanes,
-        clips_per_step=clips_per_step,
-        max_pack_tokens=max_pack_tokens,
         shuffle_block_shards=block,
     )

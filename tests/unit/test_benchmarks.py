@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from benchmarks import pairing
+from benchmarks import balance, pairing
 from benchmarks.saved import saved_bytes
 
 
@@ -25,3 +25,13 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter():
     assert saved_bytes(lambda: layer(x), layer) == x.nbytes
     assert saved_bytes(lambda: layer(x) + layer(x), layer) == x.nbytes
     assert saved_bytes(lambda: layer(x).exp(), layer) == x.nbytes + 5 * 20 * 4
+
+
+def test_ranks_hardly_wait_on_the_published_mixture():
+    clips = balance.published_mixture(40_000)
+    for ranks in (8, 64):
+        found = balance.measure("Kinema", clips, ranks, steps=2)
+        assert found.worst > 0.99
+        assert found.padding == 0
+        others = [balance.measure(way, clips, ranks, steps=2) for way in ("buckets", "token packing", "padding")]
+        assert all(other.balance < 0.95 for other in others)

@@ -13,7 +13,7 @@ from kinema.data.geometry import ClipShape
 from kinema.data.loading import make_loader
 from kinema.data.plan import lanes_of
 from kinema.data.rights import RightsPolicy
-from kinema.data.shards import DatasetIndex, read_member
+from kinema.data.shards import DatasetIndex, index_name, read_member
 from kinema.data.storage import resolve_folder
 from tests.unit.clips import GEOMETRY, SHAPES, build, make_plan, numbers
 
@@ -206,16 +206,20 @@ def test_the_config_names_the_value_it_refuses(name, value):
         DataConfig(**{name: value})
 
 
-def test_a_remote_data_set_is_copied_once_and_read_like_a_local_one(index, tmp_path):
+def test_only_manifest_and_indexes_of_a_remote_data_set_are_brought_here(index, tmp_path):
     address = index.folder.resolve().as_uri()
     assert address.startswith("file:///")
     folder = resolve_folder(address, tmp_path / "cache")
     copy = DatasetIndex.load(folder, "train")
     assert copy.hash == index.hash
     assert read_member(folder, copy.entries[7], "mp4") == read_member(index.folder, index.entries[7], "mp4")
-    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
-    assert resolve_folder(address + "/", tmp_path / "cache") == folder
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")} == stamps
+    names = {path.name for path in folder.path.iterdir()}
+    assert {name for name in names if not name.startswith(".")} == {"dataset.json"} | {
+        index_name(shard["file"]) for shard in index.manifest["shards"]
+    }
+    stamps = {path: path.stat().st_mtime_ns for path in folder.path.glob("*.index.json")}
+    assert resolve_folder(address + "/", tmp_path / "cache").path == folder.path
+    assert {path: path.stat().st_mtime_ns for path in folder.path.glob("*.index.json")} == stamps
     assert resolve_folder("data/toy", tmp_path) == type(tmp_path)("data/toy")
 
 
@@ -224,7 +228,7 @@ def test_remote_trouble_is_told_and_leaves_no_data_set(index, tmp_path):
     shutil.copytree(index.folder, source)
     shard = sorted(source.glob("*.tar"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"{shard.name} arrived damaged"):
+    with pytest.raises(ValueError, match=rf"{shard.name} is missing there or shorter"):
         resolve_folder(source.as_uri(), tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("dataset.json"))
     with pytest.raises(ValueError, match="cannot be read"):

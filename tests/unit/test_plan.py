@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from kinema.data.candidates import Candidates, PlannedClip
-from kinema.data.dealing import deal, pack_tokens_needed
+from kinema.data.dealing import LargestStep, deal
 from kinema.data.geometry import ClipShape
 from kinema.data.keyed import keyed_seed
 from kinema.data.plan import Plan, lanes_of
+from kinema.data.stages import Stage
 
 SHAPE = ClipShape(5, 32, 32)
 
@@ -20,11 +21,9 @@ def plan_of(tokens, *, shards=None, seed=0, lanes=4, clips_per_step=8, max_pack_
     clips = [PlannedClip(i, SHAPE, t, float(t) ** 1.5) for i, t in enumerate(tokens)]
     shard_of = shards or [i // 5 for i in range(len(clips))]
     return Plan(
-        Candidates.of(clips, shard_of),
+        [Stage(Candidates.of(clips, shard_of), max_pack_tokens, clips_per_step)],
         seed=seed,
         lanes=lanes,
-        clips_per_step=clips_per_step,
-        max_pack_tokens=max_pack_tokens,
         shuffle_block_shards=block,
     )
 
@@ -34,7 +33,7 @@ def slots_of(plan, steps):
 
 
 def order_of(plan, epoch):
-    n, c = len(plan.clips), plan.clips_per_step
+    n, c = len(plan.clips), plan.stages[0].clips_per_step
     slots = slots_of(plan, range(epoch * n // c, math.ceil((epoch + 1) * n / c)))
     mine = sorted((slot for slot in slots if slot.epoch == epoch), key=lambda slot: slot.position)
     return [slot.clip.entry_index for slot in mine]
@@ -152,7 +151,8 @@ def test_every_lane_gets_a_clip_and_no_pack_exceeds_the_cap():
     for _ in range(100):
         lanes, per_step = rng.randint(1, 5), rng.randint(5, 17)
         tokens = [rng.choice([1, 5, 30, 100]) for _ in range(rng.randint(1, 60))]
-        needed = pack_tokens_needed(plan_of(tokens, lanes=1, clips_per_step=1).clips.largest_step(per_step), lanes)
+        largest = plan_of(tokens, lanes=1, clips_per_step=1).clips.largest_step(per_step)
+        needed = largest.pack_tokens_needed(lanes)
         plan = plan_of(tokens, lanes=lanes, clips_per_step=per_step, max_pack_tokens=needed, block=3)
         for step in range(12):
             packs = plan.step(step)
@@ -162,7 +162,7 @@ def test_every_lane_gets_a_clip_and_no_pack_exceeds_the_cap():
 
 
 def test_equal_clips_need_a_cap_of_exactly_their_share():
-    assert pack_tokens_needed(np.full(8, 10), 4) == 20
+    assert LargestStep.of_clips(np.full(8, 10)).pack_tokens_needed(4) == 20
     plan_of([10] * 100, max_pack_tokens=20)
     with pytest.raises(ValueError, match=r"data\.max_pack_tokens=19 .* Type data\.max_pack_tokens=20"):
         plan_of([10] * 100, max_pack_tokens=19)
@@ -172,7 +172,7 @@ def test_equal_shapes_lie_together_in_a_pack():
     shapes = [ClipShape(5, 32, 32), ClipShape(9, 32, 32), ClipShape(5, 16, 64)]
     clips = [PlannedClip(i, shapes[i % 3], 10, 1.0) for i in range(30)]
     clips = Candidates.of(clips, [0] * 30)
-    plan = Plan(clips, seed=0, lanes=2, clips_per_step=10, max_pack_tokens=999, shuffle_block_shards=1)
+    plan = Plan([Stage(clips, 999, 10)], seed=0, lanes=2, shuffle_block_shards=1)
     for pack in plan.step(0):
         assert len(list(itertools.groupby(slot.clip.shape for slot in pack))) == len({s.clip.shape for s in pack})
 
@@ -223,11 +223,9 @@ def digest_of_steps(clips, shards, lanes, clips_per_step, block, seed):
     ]
     shard_of = sorted(rng.randrange(shards) for _ in range(clips))
     plan = Plan(
-        Candidates.of(planned, shard_of),
+        [Stage(Candidates.of(planned, shard_of), 10**6, clips_per_step)],
         seed=seed,
         lanes=lanes,
-        clips_per_step=clips_per_step,
-        max_pack_tokens=10**6,
         shuffle_block_shards=block,
     )
     digest = hashlib.sha256()

@@ -136,7 +136,7 @@ def test_a_flipped_byte_is_a_damaged_sample_of_its_clip_only(folder):
     with pytest.raises(DamagedSample, match=r"clip clip-004 in clips-000001.tar: .mp4 has another checksum"):
         read_member(folder, hit, "mp4")
     for entry in index.entries:
-        if entry is not hit:
+        if entry != hit:
             read_member(folder, entry, "mp4")
 
 

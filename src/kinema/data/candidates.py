@@ -1,14 +1,15 @@
 """Which clips of a data set can be used, at which size, and why the others are not."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kinema.data.columns import Columns, columns_of
+from kinema.data.columns import Columns
+from kinema.data.dealing import LargestStep
 from kinema.data.geometry import ClipShape, Geometry, assign_shapes
 from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
@@ -39,7 +40,11 @@ class Candidates(Sequence[PlannedClip]):
     shape_ids: NDArray[np.int32]
     """Of each clip, its place in `shapes`."""
     shards: NDArray[np.int32]
-    """Of each clip, any number that tells its shard from others."""
+    """Of each clip, any number that tells its shard from others of the same source."""
+    sources: tuple[str, ...] = ("",)
+    """Names of the data sets that the clips come from."""
+    source_ends: tuple[int, ...] = ()
+    """The clips lie source by source: where each ends. Empty for a single source."""
 
     def __post_init__(self) -> None:
         for tokens, cost, shape in zip(self.shape_tokens, self.shape_costs, self.shapes, strict=True):
@@ -75,12 +80,48 @@ class Candidates(Sequence[PlannedClip]):
         """Cost of each clip."""
         return self.shape_costs[self.shape_ids]
 
-    def largest_step(self, clips_per_step: int) -> NDArray[np.int64]:
-        """Tokens of the clips of the largest step that can come up, falling; the ends of two epochs may meet in it."""
-        copies = 1 if len(self) >= 3 * clips_per_step else clips_per_step // len(self) + 2
-        counts = copies * np.bincount(self.shape_ids, minlength=len(self.shapes))
+    @classmethod
+    def join(cls, parts: Mapping[str, "Candidates"], first_entries: Sequence[int]) -> "Candidates":
+        """The clips of several data sets, of the same shapes; `first_entries`: where each begins in the joint index."""
+        one, *_ = parts.values()
+        assert all(part.shapes == one.shapes for part in parts.values())
+        entries = [part.entry_index + first for part, first in zip(parts.values(), first_entries, strict=True)]
+        return cls(
+            one.shapes,
+            one.shape_tokens,
+            one.shape_costs,
+            np.concatenate(entries).astype(np.int32),
+            np.concatenate([part.shape_ids for part in parts.values()]),
+            np.concatenate([part.shards for part in parts.values()]),
+            tuple(parts),
+            tuple(np.cumsum([len(part) for part in parts.values()]).tolist()),
+        )
+
+    def source_rows(self, source: int) -> slice:
+        """Where the clips of one source lie."""
+        ends = (0, *(self.source_ends or (len(self),)))
+        return slice(ends[source], ends[source + 1])
+
+    @cached_property
+    def shape_counts(self) -> NDArray[np.int64]:
+        """Of each shape, its clips."""
+        return np.bincount(self.shape_ids, minlength=len(self.shapes))
+
+    @property
+    def larger_is_dearer(self) -> bool:
+        """Whether the cost never falls as tokens grow."""
+        return bool((np.diff(self.shape_costs[np.lexsort((self.shape_costs, self.shape_tokens))]) >= 0).all())
+
+    def largest_step(self, clips_per_step: int) -> LargestStep:
+        """Bounds on steps of so many clips; the ends of two epochs, or several epochs, may meet in a step."""
+        counts = np.zeros(len(self.shapes), np.int64)
+        for source in range(len(self.sources)):
+            rows = self.source_rows(source)
+            clips = rows.stop - rows.start
+            copies = 1 if clips >= 3 * clips_per_step else clips_per_step // clips + 2
+            counts += copies * np.bincount(self.shape_ids[rows], minlength=len(self.shapes))
         tokens = np.repeat(self.shape_tokens, np.minimum(counts, clips_per_step))
-        return np.sort(tokens)[::-1][:clips_per_step]
+        return LargestStep.of_clips(np.sort(tokens)[::-1][:clips_per_step])
 
     def __len__(self) -> int:
         return len(self.entry_index)
@@ -92,11 +133,6 @@ class Candidates(Sequence[PlannedClip]):
 
     def __iter__(self) -> Iterator[PlannedClip]:
         return (self[place] for place in range(len(self)))
-
-    def take(self, places: NDArray[np.int64]) -> "Candidates":
-        """Some of the clips, in the given order."""
-        columns = {name: getattr(self, name)[places] for name in ("entry_index", "shape_ids", "shards")}
-        return replace(self, **columns)
 
 
 @dataclass
@@ -125,15 +161,15 @@ def plan_clips(
     rights: RightsPolicy | None = None,
     require_captions: bool = True,
     max_clips: int | None = None,
-    cost: Callable[[int], float] = float,
+    cost: Callable[[ClipShape], float] | None = None,
 ) -> tuple[Candidates, KeepReport]:
     """Give every usable clip its shape, tokens and cost, and count the others by reason.
 
-    `cost` maps a clip's tokens to the work of training on it. Raises ValueError for an illegal shape (with
-    the nearest legal ones), and when no clip remains.
+    `cost` maps a clip's shape to the work of training on it; without it the tokens count. Raises ValueError
+    for an illegal shape (with the nearest legal ones), and when no clip remains.
     """
     legal = [geometry.check(shape) for shape in shapes]
-    columns = columns_of(index.entries)
+    columns = index.columns
     shape_ids = assign_shapes(columns, legal, fps)
     kept = np.ones(len(columns), np.bool_)
     report = KeepReport(total=len(columns))
@@ -158,7 +194,7 @@ def plan_clips(
     clips = Candidates(
         legal,
         np.array(tokens, np.int64),
-        np.array([cost(number) for number in tokens], np.float64),
+        np.array([cost(shape) for shape in legal] if cost else tokens, np.float64),
         np.flatnonzero(kept).astype(np.int32),
         shape_ids[kept],
         columns.shard.codes[kept],

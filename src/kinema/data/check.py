@@ -22,10 +22,11 @@ from kinema.data.cuts import suspected_cuts
 from kinema.data.decoders.packets import read_packets
 from kinema.data.decoders.video import first_line
 from kinema.data.decoding import check_size
+from kinema.data.entry import ClipEntry
 from kinema.data.isolation import CallDied, Isolated
 from kinema.data.licenses import is_known
 from kinema.data.sample import ClipRecord
-from kinema.data.shards import ClipEntry, DamagedSample, DatasetIndex, read_member
+from kinema.data.shards import DamagedSample, DatasetIndex, read_member
 
 EXIT_READY, EXIT_DATA_ERROR = 0, 65  # EX_DATAERR of sysexits.h
 SHEET_CLIPS = 24
@@ -182,7 +183,7 @@ def _reports(folder: Path, entries: Sequence[ClipEntry], shown: set[int], worker
     """A report for each entry, in order. Each thread waits for a process of its own, which a clip may well kill."""
     idle: SimpleQueue[Isolated] = SimpleQueue()
     for _ in range(workers):
-        idle.put(Isolated(partial(_check_clip, folder), CLIP_SECONDS, 2 * CLIP_MIB + OVERHEAD_MIB))
+        idle.put(Isolated(partial(check_clip, folder), CLIP_SECONDS, 2 * CLIP_MIB + OVERHEAD_MIB))
 
     def report(number: int) -> ClipReport:
         entry, process = entries[number], idle.get()
@@ -205,7 +206,8 @@ def _undecodable(entry: ClipEntry, why: str) -> Problem:
     return Problem(entry.record.key, "undecodable", f"{entry.shard}: {why}")
 
 
-def _check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
+def check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
+    """Decode one clip and compare it with its record; with `show`, five of its frames are kept."""
     record, key = entry.record, entry.record.key
     try:
         mp4 = read_member(folder, entry, "mp4")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kinema.data.entry import ClipEntry
 from kinema.data.sample import ClipRecord
-from kinema.data.shards import ClipEntry
 
 
 @dataclass(frozen=True)

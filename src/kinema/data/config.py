@@ -1,11 +1,16 @@
 """What a config says about the data, and how a step is filled with them."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
+from kinema.data.address import Address
 from kinema.data.clip_decoder import DecodingRules
+from kinema.data.cost import CostConfig
+from kinema.data.dealing import Packing
 from kinema.data.decoders.video import Decoder
 from kinema.data.geometry import ClipShape
+from kinema.data.remote import StorageConfig
 from kinema.data.rights import RightsConfig
 
 
@@ -28,11 +33,10 @@ class DataConfig:
     """The data set, the sizes that clips are brought to, and how a step's clips are dealt out."""
 
     path: str = "data/toy"
-    """Folder of shards (see data_prep), or an address (file, http, https, s3, gs, hf) that is copied to
-    cache_folder.
-    """
+    """Folder of shards (see data_prep), or an address (file, http, https, s3, gs, hf) that is read by ranges."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
     cache_folder: str = "~/.cache/kinema/data"
-    """Where remote data sets are kept on this machine."""
+    """Where manifests, indexes and members of remote data sets are kept on this machine."""
     train_split: str = "train"
     heldout_split: str = "heldout"
     fps: float = 8.0
@@ -52,12 +56,22 @@ class DataConfig:
     """Most memory that the frames of one clip may take at the size of the file, before they are resized."""
     clips_per_step: int = 16
     """Global batch: clips in one optimizer step, all ranks together."""
+    tokens_per_step: int | None = None
+    """Instead of so many clips, as many as make up so many tokens, give or take one clip of each data set."""
     lanes: int = 4
     """Packs in one step; the number of data ranks must divide it, and each serves its share one after the
     other.
     """
     max_pack_tokens: int = 8192
     """Most tokens in one pack: what bounds memory."""
+    packing: Packing = Packing.packs
+    """packs: clips of any shape in a pack; buckets: of one shape only, so that few distinct shapes are compiled."""
+    balanced_lanes: int = 1
+    """Costs are made equal over so many neighbouring lanes together. 1 makes each pack cost the same; lanes / data
+    ranks makes each rank's sum the same, which needs less room under max_pack_tokens.
+    """
+    cost: CostConfig = field(default_factory=CostConfig)
+    """What a clip costs, for packs of equal cost."""
     shuffle_block_shards: int = 4
     """Clips are shuffled inside blocks of so many shards; more mixes better and reads less locally."""
     num_workers: int = 2
@@ -89,9 +103,17 @@ class DataConfig:
         for name in ("clips_per_step", "lanes", "max_pack_tokens", "shuffle_block_shards", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1.")
+        if self.tokens_per_step is not None and self.tokens_per_step < 1:
+            raise ValueError(f"data.tokens_per_step={self.tokens_per_step} must be at least 1, or null.")
         for name in ("num_workers", "min_failed_clips"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 0.")
+        if Address.parse(self.path) and self.storage.patience_seconds > self.timeout_seconds / 2:
+            raise ValueError(
+                f"data.timeout_seconds={self.timeout_seconds:g} must be at least "
+                f"{math.ceil(2 * self.storage.patience_seconds)}, twice as long as data.storage may wait for a store "
+                "(retries, time-outs, pauses): otherwise a clip would be blamed for it."
+            )
         for name in ("max_failed_fraction", "max_fallback_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must lie in 0 to 1.")

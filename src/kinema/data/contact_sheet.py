@@ -1,5 +1,6 @@
 """Many clips on one picture, for a person to look at."""
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,14 +46,16 @@ def contact_sheet(
     _save(_arrange(cells, columns, title), Path(path))
 
 
-def save_strip(frames: NDArray[np.uint8], path: str | Path, count: int = 5) -> None:
-    """Write a JPEG of evenly spread frames of one clip (T, H, W, 3) side by side, without words."""
+def strip_jpeg(frames: NDArray[np.uint8], count: int = 5) -> bytes:
+    """JPEG of evenly spread frames of one clip (T, H, W, 3) side by side, without words."""
     pictures = _pick_frames(frames, min(count, len(frames)), None)
     width, height = pictures[0].size
     strip = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height), PAPER)
     for place, picture in enumerate(pictures):
         strip.paste(picture, (place * (width + GAP), 0))
-    _save(strip, Path(path), "JPEG")
+    content = io.BytesIO()
+    strip.save(content, "JPEG", quality=85)
+    return content.getvalue()
 
 
 def _pick_frames(frames: NDArray[np.uint8], count: int, scale: float | None) -> list[Image.Image]:
@@ -105,8 +108,8 @@ def _wrap(caption: str, font: Font, width: int) -> list[str]:
     return lines
 
 
-def _save(sheet: Image.Image, path: Path, kind: str = "PNG") -> None:
+def _save(sheet: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.part")
-    sheet.save(unfinished, format=kind, quality=85)  # of a JPEG
+    sheet.save(unfinished, format="PNG")
     os.replace(unfinished, path)

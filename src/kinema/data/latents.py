@@ -17,7 +17,8 @@ from torch import Tensor
 from kinema.data.candidates import PlannedClip
 from kinema.data.decoding import DecodeError, Decoder, decode_clip
 from kinema.data.geometry import ClipShape
-from kinema.data.shards import DamagedSample, DatasetIndex, Member, read_member, write_aside
+from kinema.data.shards import DamagedSample, DatasetIndex, read_member, write_aside
+from kinema.data.store import Member
 
 FORMAT_VERSION = 1
 """Raise it when the pixels that reach the VAE change: frame choice, crop, resizing, range."""

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kinema.data.candidates import KeepReport
+from kinema.data.entry import ClipEntry
 from kinema.data.pack import Pack
-from kinema.data.shards import ClipEntry, DatasetIndex
+from kinema.data.shards import DatasetIndex
 
 
 class DataBudgetError(Exception):

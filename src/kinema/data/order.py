@@ -69,7 +69,7 @@ class Order:
     def __init__(
         self,
         shards: NDArray[np.int32],
-        measures: NDArray[np.int64] | None,
+        measures: NDArray[np.int32] | None,
         *,
         seed: int,
         block_shards: int,
@@ -88,8 +88,8 @@ class Order:
         self._shard_clips = np.diff(self._first)
         self._shard_measures = self._shard_clips
         if measures is not None:
-            self._shard_measures = np.add.reduceat(measures[slice(None) if self._by_shard is None else self._by_shard],
-                                                   self._first[:-1])  # fmt: skip
+            in_order = measures if self._by_shard is None else measures[self._by_shard]
+            self._shard_measures = np.add.reduceat(in_order, self._first[:-1], dtype=np.int64)
         self.total = int(self._shard_measures.sum())
         self._layouts, self._segments = Recent(3), Recent(12)
 
@@ -114,6 +114,18 @@ class Order:
         _, starts = self._segment(epoch, segment)
         cursor = int(layout.clips[segment] + np.searchsorted(starts, local - layout.starts[segment]))
         return (epoch + 1, 0) if cursor == self.num_clips else (epoch, cursor)
+
+    def fewest_clips(self, first_step: int) -> int:
+        """The fewest clips that a step takes, from `first_step` to the end of its epoch; all if no step ends there."""
+        epoch = self.taken(first_step) // self.total
+        last_step = bisect_left(range(1 << 62), (epoch + 1) * self.total, key=self.taken)
+        ends = np.array([self.taken(step) for step in range(first_step, last_step)]) - epoch * self.total
+        counts = np.zeros(len(ends) + 1, np.int64)
+        layout, _ = self._find(epoch, 0)
+        for segment in range(len(layout.cuts) - 1):
+            starts = layout.starts[segment] + self._starts(self._shuffled(epoch, segment))
+            counts += np.bincount(np.searchsorted(ends, starts, side="right"), minlength=len(counts))
+        return int(counts[1:-1].min(initial=self.num_clips))
 
     def _find(self, epoch: int, local: int) -> tuple[_Layout, int]:
         layout = self._layouts.get(epoch, lambda: self._make_layout(epoch))
@@ -158,7 +170,7 @@ class Order:
     def _starts(self, ids: Ids) -> Ids:
         if self.measures is None:
             return np.arange(len(ids))
-        measures = self.measures[ids]
+        measures = self.measures[ids].astype(np.int64)
         return np.cumsum(measures) - measures
 
     def _keep_apart(self, ids: Ids, epoch: int) -> None:
@@ -167,7 +179,7 @@ class Order:
         They change places with the nearest others behind that step. A data set of less than three steps repeats.
         """
         border = epoch * self.total
-        step = bisect_left(range(border + 1), border, key=self.taken) - 1  # the last one to begin before the border
+        step = bisect_left(range(1 << 62), border, key=self.taken) - 1  # the last one to begin before the border
         begin, end = self.taken(step), self.taken(step + 1)
         if end <= border or self.total < 3 * self.step_measure:
             return

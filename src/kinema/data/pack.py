@@ -65,6 +65,8 @@ class Pack:
     """Time that reading and decoding took in the worker."""
     entries: list[int] = field(default_factory=list)
     """Numbers of the clips in the data set's index."""
+    storage: dict[str, float] = field(default_factory=dict)
+    """Counts of reading from an address (requests, bytes, retries, cache); empty for a local folder."""
     withdrawn: list[Failure] = field(default_factory=list)
     """Clips of the plan that data.rights no longer lets anyone read: whole, but with weight 0 as well."""
     fallbacks: list[Fallback] = field(default_factory=list)

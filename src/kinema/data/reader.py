@@ -19,6 +19,7 @@ from kinema.data.pack import Failure, Fallback, Pack
 from kinema.data.plan import Plan, Slot
 from kinema.data.rights import RightsPolicy, contradiction
 from kinema.data.shards import DamagedSample, DatasetIndex, read_member
+from kinema.data.store import store_of
 
 
 class ClipReader(Dataset):
@@ -59,6 +60,7 @@ class ClipReader(Dataset):
         began = time.perf_counter()
         step, lane = step_and_lane
         slots = self.plan.step(step)[lane]
+        self._expect(slots)
         contents: list[Any] = []
         failures, withdrawn, fallbacks = [], [], list[Fallback]()
         for slot in slots:
@@ -94,7 +96,18 @@ class ClipReader(Dataset):
             entries=[slot.clip.entry_index for slot in slots],
             withdrawn=withdrawn,
             fallbacks=fallbacks,
+            storage=store_of(self.index.folder).take_counts(),
         )
+
+    def _expect(self, slots: list[Slot]) -> None:
+        """Let the pack's clips be fetched while its first ones are decoded."""
+        wanted = []
+        for slot in slots:
+            number, entry = slot.clip.entry_index, self.index.entries[slot.clip.entry_index]
+            if self.latents is None and number not in self.condemned and not self._refusal(slot):
+                names = ("mp4",) if self.rights is None or number in self.compared else ("json", "mp4")
+                wanted += [(entry.shard, entry.members[name]) for name in names if name in entry.members]
+        store_of(self.index.folder).expect(wanted)
 
     def _refusal(self, slot: Slot) -> Failure | None:
         entry = self.index.entries[slot.clip.entry_index]

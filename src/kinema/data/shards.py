@@ -10,16 +10,21 @@ import sys
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from kinema.data.address import redacted
+from kinema.data.columns import Columns, columns_of
+from kinema.data.compiled import load_table
+from kinema.data.entry import ClipEntry
 from kinema.data.sample import ClipRecord
+from kinema.data.store import MANIFEST, Member, StoredFolder, WrongBytes, store_of
+from kinema.data.table import ClipTable
 
 FORMAT_VERSION = 1
-MANIFEST = "dataset.json"
 BUILDING_SUFFIX = ".building"
 
 
@@ -36,30 +41,18 @@ class DamagedSample(Exception):
 
 
 @dataclass(frozen=True)
-class Member:
-    """Where one file of a sample lies inside its tar: bytes [offset, offset + size)."""
-
-    offset: int
-    size: int
-    crc32: int
-
-
-@dataclass(frozen=True)
-class ClipEntry:
-    """One clip of the index: its record (without `extra`), its shard's file name, members by extension."""
-
-    record: ClipRecord
-    shard: str
-    members: dict[str, Member]
-
-
-@dataclass(frozen=True)
 class DatasetIndex:
     """Every clip of a data set, or of one split of it, in the stable order shard by shard."""
 
-    folder: Path
+    folder: Path | StoredFolder
     manifest: dict[str, Any]
-    entries: list[ClipEntry]
+    entries: Sequence[ClipEntry]
+    """Made as they are asked for: of a large data set, use `columns` to look at all of them."""
+
+    @property
+    def columns(self) -> Columns:
+        """What planning needs to know of each entry, in their order."""
+        return self.entries.columns if isinstance(self.entries, ClipTable) else columns_of(self.entries)
 
     @property
     def hash(self) -> str:
@@ -67,40 +60,41 @@ class DatasetIndex:
         return self.manifest["hash"]
 
     @classmethod
-    def load(cls, folder: str | Path, split: str | None = None) -> "DatasetIndex":
+    def load(cls, folder: str | os.PathLike[str], split: str | None = None) -> "DatasetIndex":
         """Read manifest and indexes, and check that every shard lies there with the size the manifest says.
 
         Raises ValueError when the manifest, an index or a shard is missing, or a shard is cut short. The
         bytes themselves are checked as they are read (`read_member`). Clips without a caption stay in, for
         the caller to count.
         """
-        folder = Path(folder)
+        folder = folder if isinstance(folder, StoredFolder) else Path(folder)
         manifest = load_manifest(folder)
-        entries = []
+        local = Path(folder)
         for shard in manifest["shards"]:
-            _check_shard_file(folder, shard)
-            entries += _load_index(folder, shard)
-        if split is not None:
-            entries = [entry for entry in entries if entry.record.split == split]
+            if isinstance(folder, Path):  # elsewhere, `resolve_folder` looked
+                _check_shard_file(folder, shard)
+            _check_index_file(local, shard)
+        identity = hashlib.sha256("".join(shard["index_sha256"] for shard in manifest["shards"]).encode()).hexdigest()
+        entries = load_table(
+            local, identity, manifest["clips"], split, lambda: (_load_index(local, s) for s in manifest["shards"])
+        )
         return cls(folder, manifest, entries)
 
 
-def read_member(folder: str | Path, entry: ClipEntry, ext: str) -> bytes:
-    """The bytes of one member (`mp4`, `json`, ...); raises DamagedSample if they are not as indexed."""
+def read_member(folder: str | os.PathLike[str], entry: ClipEntry, ext: str) -> bytes:
+    """The bytes of one member (`mp4`, `json`, ...); raises DamagedSample if they are not as indexed.
+
+    StoreDown is raised for a remote data set of which nothing can be read any more.
+    """
     key, member = entry.record.key, entry.members.get(ext)
     if member is None:
         raise DamagedSample(key, entry.shard, f"has no member .{ext}, only {sorted(entry.members)}")
     try:
-        with open(Path(folder) / entry.shard, "rb") as shard:
-            shard.seek(member.offset)
-            payload = shard.read(member.size)
+        return store_of(folder).read(entry.shard, member)
     except OSError as error:
         raise DamagedSample(key, entry.shard, f"cannot be read: {error}") from error
-    if len(payload) != member.size:
-        raise DamagedSample(key, entry.shard, f".{ext} ends after {len(payload)} of {member.size} bytes")
-    if zlib.crc32(payload) != member.crc32:
-        raise DamagedSample(key, entry.shard, f".{ext} has another checksum than the index: its bytes changed")
-    return payload
+    except WrongBytes as error:
+        raise DamagedSample(key, entry.shard, f".{ext} {error}") from error
 
 
 class ShardWriter:
@@ -130,7 +124,7 @@ class ShardWriter:
         self.folder = Path(folder)
         self.prefix, self.max_samples = prefix, max_samples
         self.name = name or self.folder.resolve().name
-        self.command = command if command is not None else " ".join(sys.argv)
+        self.command = command if command is not None else redacted(" ".join(sys.argv))
         self.building = self.folder.with_name(self.folder.name + BUILDING_SUFFIX)
         self._check_target(overwrite)
         self._records: list[ClipRecord] = []
@@ -246,7 +240,7 @@ def index_shards(folder: str | Path, *, name: str | None = None) -> DatasetIndex
     return DatasetIndex.load(folder)
 
 
-def load_manifest(folder: str | Path) -> dict[str, Any]:
+def load_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """`dataset.json` of a data set; raises ValueError that says what the folder seems to be instead."""
     folder = Path(folder)
     path = folder / MANIFEST
@@ -288,10 +282,14 @@ def _check_shard_file(folder: Path, shard: dict[str, Any]) -> None:
         )
 
 
-def _load_index(folder: Path, shard: dict[str, Any]) -> list[ClipEntry]:
+def _check_index_file(folder: Path, shard: dict[str, Any]) -> None:
     path = folder / index_name(shard["file"])
     if not path.is_file():
         raise ValueError(f"{path}, the index of {shard['file']}, is missing. Copy it, or build the data set again.")
+
+
+def _load_index(folder: Path, shard: dict[str, Any]) -> list[ClipEntry]:
+    path = folder / index_name(shard["file"])
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
         raise ValueError(f"{path} is not the index that the manifest knows (sha256). Copy both, or build again.")

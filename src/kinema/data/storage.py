@@ -1,80 +1,75 @@
-"""Where shards lie: a folder, or an address whose files are brought here."""
+"""Where shards lie: a folder, or an address of which only manifest and indexes are brought here."""
 
-import fcntl
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
-from kinema.data.shards import MANIFEST, index_name, write_aside
+from kinema.data.address import Address
+from kinema.data.locking import locked
+from kinema.data.member_cache import MemberCache
+from kinema.data.remote import RemoteStore, StorageConfig, Unreadable
+from kinema.data.shards import index_name, write_aside
+from kinema.data.store import MANIFEST, StoredFolder
 
-REMOTE_SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
-"""Address schemes that data.path may have; never `pipe`, which runs commands."""
+CONCURRENT_INDEXES = 16
 
 
-def resolve_folder(path: str, cache_folder: str | Path) -> Path:
-    """The local folder of a data set: `path` itself, or a copy of the address it names, e.g.
-    https://HOST/FOLDER.
+def resolve_folder(path: str, cache_folder: str | Path, settings: StorageConfig | None = None) -> Path | StoredFolder:
+    """Where to load a data set from: `path` itself, or for an address, e.g. https://HOST/FOLDER, a folder of
+    cache_folder that gets its manifest and indexes.
 
-    Shards and indexes are copied whole and checked against the manifest's sha256; those that are there
-    already stay. A data set that changed at its address gets a folder of its own. Raises ValueError for a
-    scheme outside REMOTE_SCHEMES, an address that does not answer, or a file that arrives damaged.
+    They are checked against their sha256; indexes that are there already stay, and a data set that changed at its
+    address gets a folder of its own. Members of shards are read from the address by ranges as they are needed. Raises
+    ValueError for a scheme outside REMOTE_SCHEMES, an address without a data set, a file that arrives damaged or a
+    shard that is cut short; StoreDown for an address that does not answer.
     """
-    scheme, colon, _ = path.partition(":")
-    if not colon:
+    address = Address.parse(path)
+    if address is None:
         return Path(path)
-    if scheme not in REMOTE_SCHEMES:
-        raise ValueError(f"data.path={path} must be a folder, or begin with one of {', '.join(REMOTE_SCHEMES)}.")
-    address = path.rstrip("/")
-    content = _fetch(f"{address}/{MANIFEST}")
-    name = f"{address.rsplit('/', 1)[-1]}-{hashlib.sha256(content).hexdigest()[:16]}"
-    folder = Path(cache_folder).expanduser() / name
+    settings, cache_folder = settings or StorageConfig(), Path(cache_folder).expanduser()
+    store = RemoteStore(address, "", settings, None)
+    content = store.fetch_first(MANIFEST)
+    shards, data_hash = _shards_of(content, address)
+    folder = cache_folder / f"{address.name}-{hashlib.sha256(content).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        shards = json.loads(content)["shards"]
-        files = [(shard["file"], shard["sha256"]) for shard in shards]
-        files += [(index_name(shard["file"]), shard["index_sha256"]) for shard in shards]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"data.path={path}: {MANIFEST} at that address is no manifest ({error!r}).") from error
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine copies, the others find the files
-        for file, digest in files:
-            _copy(address, file, digest, folder)
+    with locked(folder / ".lock"):  # one process of the machine fetches, the others find the files
+        missing = [shard for shard in shards if not (folder / index_name(shard["file"])).is_file()]
+        with ThreadPoolExecutor(CONCURRENT_INDEXES) as pool:
+            list(pool.map(lambda shard: _fetch_index(store, shard, folder), missing))
         write_aside(folder / MANIFEST, content)
-    return folder
+    limit = int(settings.cache_gib * 2**30)
+    cache = MemberCache(cache_folder / "members", limit) if limit else None
+    return StoredFolder(folder, RemoteStore(address, data_hash, settings, cache))
 
 
-def _copy(address: str, file: str, digest: str, folder: Path) -> None:
-    if Path(file).name != file:
-        raise ValueError(f"data.path={address}: its manifest names the file {file!r}, which is not a plain name.")
-    target = folder / file
-    if target.is_file():  # written aside and checked before it took its name
-        return
-    content = _fetch(f"{address}/{file}")
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise ValueError(f"{address}/{file} arrived damaged: {len(content)} bytes of another sha256. Try again.")
-    write_aside(target, content)
-
-
-def _fetch(address: str) -> bytes:
-    """All bytes at an address, through WebDataset's `gopen`."""
-    from webdataset.gopen import gopen, gopen_schemes
-
-    gopen_schemes.setdefault("s3", _open_s3)
+def _shards_of(content: bytes, address: Address) -> tuple[list[dict[str, Any]], str]:
+    """The manifest's shards, and the hash of the data."""
     try:
-        if address.startswith("file:"):  # gopen would open it as well, but not where WDS_SECURE is set
-            return Path(url2pathname(urlparse(address).path)).read_bytes()
-        with gopen(address) as stream:
-            return stream.read()
-    except OSError as error:
-        raise ValueError(f"data.path: {address} cannot be read ({error}).") from error
+        manifest = json.loads(content)
+        names = [shard["file"] for shard in manifest["shards"]]
+        facts = manifest["shards"], manifest["hash"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"data.path={address}: {MANIFEST} at that address is no manifest ({error!r}).") from error
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"data.path={address}: its manifest names the file {name!r}, which is not a plain name.")
+    return facts
 
 
-def _open_s3(address: str, mode: str, bufsize: int) -> Any:
+def _fetch_index(store: RemoteStore, shard: dict[str, Any], folder: Path) -> None:
+    """Bring one shard's index here, once the shard itself was seen to lie there whole."""
+    name = index_name(shard["file"])
+    if not store.reaches(shard["file"], shard["bytes"]):
+        raise ValueError(
+            f"data.path={store.address}: {shard['file']} is missing there or shorter than the {shard['bytes']} bytes "
+            "of the manifest. Copy it there again, or build the data set again."
+        )
     try:
-        import s3fs
-    except ImportError as error:
-        raise ValueError(f"data.path={address} needs the s3 extra: pip install 'kinema[s3]'.") from error
-    return s3fs.S3FileSystem().open(address, mode)
+        content = store.fetch(name)
+    except Unreadable as error:
+        raise ValueError(f"data.path={store.address}: {name} cannot be read there ({error}).") from error
+    if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
+        raise ValueError(f"data.path={store.address}: {name} is not the index that the manifest knows (sha256).")
+    write_aside(folder / name, content)  # under its name only when whole

@@ -28,16 +28,20 @@ class MediaShelf:
     def embed(self, name: str) -> Media:
         """name: a path relative to the run folder, as metrics.jsonl has it."""
         path = self.folder / name
-        kind = MEDIA_TYPES.get(path.suffix.lower())
         if not path.resolve().is_relative_to(self.folder.resolve()):
             return Media(name, missing="lies outside the run folder")
-        if kind is None:
+        if path.suffix.lower() not in MEDIA_TYPES:
             return Media(name, missing="no known picture or video")
         if not path.is_file():
             return Media(name, missing="file missing")
-        size = path.stat().st_size * 4 // 3
+        return self.embed_bytes(name, path.read_bytes())
+
+    def embed_bytes(self, name: str, content: bytes) -> Media:
+        """A picture or video that lies in no file; its name ends as a file's would."""
+        kind = MEDIA_TYPES[Path(name).suffix.lower()]
+        size = len(content) * 4 // 3
         if size > self.left:
             self.refused.append(name)
             return Media(name, missing="left out: the page is full")
         self.left -= size
-        return Media(name, uri=f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}")
+        return Media(name, uri=f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}")

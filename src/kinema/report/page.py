@@ -81,7 +81,7 @@ def _build(folder: Path, out: Path | None, band_name: str | None) -> tuple[Path,
         "cards": content.cards(run),
         "band": {"name": title, "data": band, "judgements": judgements},
         "facts": content.key_facts(run),
-        "config": _highlight(run.config_text) if run.config_text else None,
+        "config": highlight(run.config_text) if run.config_text else None,
         "losses": content.losses(run, band),
         "speed": content.speed(run),
         "timesteps": content.timesteps(run),
@@ -95,15 +95,16 @@ def _build(folder: Path, out: Path | None, band_name: str | None) -> tuple[Path,
         "environment": content.environment(run),
         "shelf": shelf,
         "page_limit_mib": LARGEST_PAGE_MIB,
-        "version": _version(),
+        "version": version(),
     }
     page = out or folder / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(_environment_of_templates().get_template("page.html").render(context), encoding="utf-8")
+    page.write_text(templates().get_template("page.html").render(context), encoding="utf-8")
     return page, checks
 
 
-def _environment_of_templates() -> Environment:
+def templates() -> Environment:
+    """The pages of this folder, with the style sheet and the words for numbers."""
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -174,13 +175,14 @@ def _failures(run: RunRecord) -> Check:
     return Check("Failed clips", "warn" if failed else "good", f"{failed:,} in quarantine" if failed else "none")
 
 
-def _highlight(text: str) -> Markup:
+def highlight(text: str) -> Markup:
     """YAML with its keys marked."""
     escaped = html.escape(text, quote=False)
     return Markup(re.sub(r"(?m)^(\s*(?:- )?)([\w./-]+)(:)", r"\1<b>\2</b>\3", escaped))
 
 
-def _version() -> str:
+def version() -> str:
+    """Of Kinema, for the foot of a page."""
     try:
         return importlib.metadata.version("kinema")
     except importlib.metadata.PackageNotFoundError:

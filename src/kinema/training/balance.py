@@ -6,14 +6,20 @@ from kinema.data.pack import Pack
 
 
 class Balance:
-    """Cost and seconds of every lane of one step; each rank knows its own lanes, and a sum over ranks knows all."""
+    """Cost and seconds of every lane of one step; each rank knows its own lanes, and a sum over ranks knows all.
 
-    def __init__(self, lanes: int) -> None:
-        self.costs, self.seconds = [0.0] * lanes, [0.0] * lanes
+    Neighbours whose costs are balanced together (`data.balanced_lanes`) count as one lane.
+    """
+
+    def __init__(self, lanes: int, balanced_lanes: int = 1) -> None:
+        self.balanced_lanes = balanced_lanes
+        self.costs, self.seconds = ([0.0] * (lanes // balanced_lanes) for _ in range(2))
 
     def add(self, pack: Pack, seconds: float) -> None:
         """A pack that this rank has worked on, and the seconds that it took up to the end of the forward pass."""
-        self.costs[pack.lane], self.seconds[pack.lane] = pack.cost, seconds
+        lane = pack.lane // self.balanced_lanes
+        self.costs[lane] += pack.cost
+        self.seconds[lane] += seconds
 
     def values(self) -> list[float]:
         """What is to be summed over the ranks."""

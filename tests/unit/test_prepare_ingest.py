@@ -1,0 +1,139 @@
+"""What the pipeline takes in: folders, single files, lists with rights and shots, and tars of samples."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from data_prep.pipeline.rows import Dropped, RowFailed
+from data_prep.pipeline.stage import Place
+from data_prep.prepare import input_rows
+from data_prep.stages.ingest import Ingest
+from kinema.data.encoding import write_video
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for name in ("a.mp4", "deep/b c.mp4"):
+        write_video(tmp_path / "in" / name, np.zeros((3, 32, 32, 3), np.uint8), 10)
+    return tmp_path / "in"
+
+
+def ingest(*given, **settings):
+    stage, place = Ingest(**settings), Place(given[0].parent / "work", "01-ingest")
+    outcomes = [out for path in given for row in input_rows(str(path)) for out in stage.apply(row, place)]
+    kept = list(stage.finish(iter(out for out in outcomes if not isinstance(out, Dropped)), place))
+    return {row["key"]: row for row in kept}, [out for out in outcomes if isinstance(out, Dropped)]
+
+
+def test_a_folder_and_single_files_with_captions_beside_them(folder):
+    (folder / "a.txt").write_text("a caption")
+    rows, _ = ingest(folder, license="CC0-1.0", generated="no")
+    assert list(rows) == ["a", "deep-b-c"]
+    assert rows["a"]["caption"] == "a caption"
+    assert [rows["a"][name] for name in ("source", "license", "consent", "generated")] == [
+        "in",
+        "CC0-1.0",
+        "unknown",
+        "no",
+    ]
+    assert rows["deep-b-c"]["number"] == 1
+    rows, _ = ingest(folder / "a.mp4", folder / "deep" / "b c.mp4", source="home")
+    assert {key: (row["caption"], row["source"]) for key, row in rows.items()} == {
+        "a": ("a caption", "home"),
+        "b-c": ("", "home"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_lists_state_captions_rights_and_whatever_else(folder, kind):
+    lines = [
+        {"path": "a.mp4", "text": "first, with comma", "license": "CC-BY-4.0", "source": "x", "score": "7"},
+        {"path": "deep/b c.mp4", "text": "second"},
+        {"path": "gone.mp4", "text": "third"},
+    ]
+    path = folder / f"list.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, lines)))
+    elif kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(lines), path)
+    else:
+        mark = "," if kind == "csv" else "\t"
+        rows = [[line.get(name, "") for name in lines[0]] for line in lines]
+        path.write_text("\n".join(mark.join(f'"{v}"' for v in row) for row in [list(lines[0]), *rows]))
+    rows, dropped = ingest(path, license="CC0-1.0", attribution="me")
+    assert [rows["a"][name] for name in ("caption", "license", "source", "attribution", "listed")] == [
+        "first, with comma",
+        "CC-BY-4.0",
+        "x",
+        "me",
+        {"score": "7"},
+    ]
+    assert [rows["deep-b-c"][name] for name in ("caption", "license", "source")] == ["second", "CC0-1.0", "list"]
+    assert [(out.row["video"], out.reason) for out in dropped] == [("gone.mp4", "file is missing")]
+
+
+def test_rows_with_times_are_shots(folder):
+    head = "file,start_seconds,end_seconds,caption,split\n"
+    (folder / "shots.csv").write_text(f"{head}a.mp4,0.2,0.3,late,heldout\na.mp4,0,0.2,early,\n")
+    rows, _ = ingest(folder / "shots.csv")
+    assert [(s["start_seconds"], s["caption"], s["split"]) for s in rows["a"]["shots"]] == [
+        (0, "early", None),
+        (0.2, "late", "heldout"),
+    ]
+
+
+def test_tars_of_samples_as_video2dataset_writes_them(folder):
+    video = (folder / "a.mp4").read_bytes()
+    members = {
+        "00000.mp4": video,
+        "00000.json": json.dumps({"url": "https://example.org/v", "license": None, "duration": 3}).encode(),
+        "00000.txt": b"from the txt",
+        "00001.json": json.dumps({"status": "failed_to_download"}).encode(),
+    }
+    with tarfile.open(folder / "00007.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    rows, dropped = ingest(folder)  # a folder of tars is taken as these
+    assert [(out.row["key"], out.reason) for out in dropped] == [("00007-00001", "sample without a video")]
+    [row] = rows.values()
+    assert [row[name] for name in ("key", "caption", "source_url", "license", "listed")] == [
+        "00007-00000",
+        "from the txt",
+        "https://example.org/v",
+        "unknown",
+        {"url": "https://example.org/v", "duration": 3},
+    ]
+    with open(row["path"], "rb") as file:
+        assert file.read() == video
+    (folder / "cut.tar").write_bytes((folder / "00007.tar").read_bytes()[:1500])
+    with pytest.raises(RowFailed, match="no whole tar"):
+        ingest(folder / "cut.tar")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", "name,caption\na,b\n", "must have a path"),
+        ("x.csv", "path,caption\na.mp4,b\na.mp4,c\n", "row 2: a.mp4 stands in the list twice"),
+        ("x.csv", "path,caption,start_seconds,end_seconds\na.mp4,b,two,3\n", "start_seconds='two'"),
+        ("x.jsonl", "{", "is not json"),
+        ("x.pdf", "", "must be a folder, a video, a list"),
+    ],
+)
+def test_what_cannot_be_taken_in_is_named(folder, name, content, message):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        ingest(folder / name)
+
+
+def test_equal_keys_are_refused(folder):
+    (folder / "deep" / "a.mp4").write_bytes((folder / "a.mp4").read_bytes())
+    with pytest.raises(ValueError, match="equal clip keys, a"):
+        ingest(folder / "a.mp4", folder / "deep" / "a.mp4")
