@@ -22,6 +22,7 @@ import numpy as np
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import FORMAT_VERSION, DatasetIndex, index_name
 from kinema.data.store import MANIFEST
+from kinema.data.table import DTYPES, FACTS
 
 SHARD_BYTES = 2**34
 

@@ -346,7 +346,7 @@ def build_data(
     `clip_flops` is what a clip costs, where the configuration does not say.
     """
     data, shapes, rights = config.data, config.data.clip_shapes, config.data.rights.policy()
-    path = resolve_folder(data.path, data.cache_folder, data.storage)
+    path = resolve_folder(data.path, data.cache_folder, data.storage, options=data.foreign)
     index = DatasetIndex.load(path, split=data.train_split)
     heldout = DatasetIndex.load(path, split=data.heldout_split)
     planned = from_main(rights_of_plan(run.folder, rights, bool(run.store.steps())) if process.is_main else None)
