@@ -29,7 +29,7 @@ from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
 from kinema.data.planning import Planner
 from kinema.data.quarantine import condemned_clips
-from kinema.data.rights import RightsPolicy, change_of_rights
+from kinema.data.rights import RightsPolicy, change_of_rights, idle_words
 from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_folder
 from kinema.distributed.collectives import barrier, from_main
@@ -347,12 +347,14 @@ def build_data(
     `clip_flops` is what a clip costs, where the configuration does not say.
     """
     data, shapes, rights = config.data, config.data.clip_shapes, config.data.rights.policy()
-    path = resolve_folder(data.path, data.cache_folder, data.storage)
+    path = resolve_folder(data.path, data.cache_folder, data.storage, options=data.foreign)
     index = DatasetIndex.load(path, split=data.train_split)
     heldout = DatasetIndex.load(path, split=data.heldout_split)
     planned = from_main(rights_of_plan(run.folder, rights, bool(run.store.steps())) if process.is_main else None)
     planner = Planner(data, geometry, planned, config.seed, clip_flops)
     clips, kept = planner.choose(index)
+    if line := idle_words_of(rights, index, heldout):
+        run.outputs.event(0, "rights", line)
     if line := change_of_rights((index.entries[clip.entry_index].record for clip in clips), planned, rights):
         run.outputs.event(0, "rights", line)
     heldout_plan = planner.plan(planner.choose(heldout)[0]) if heldout.entries else None
@@ -375,6 +377,14 @@ def build_data(
         lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept, rights,
         from_main(condemned_clips(run.folder) if process.is_main else {}),
     )  # fmt: skip
+
+
+def idle_words_of(rights: RightsPolicy, *indexes: DatasetIndex) -> str | None:
+    """What `data.rights` names and no clip of the data set has, as a line for people."""
+    columns = [index.columns for index in indexes]
+    licenses = [name for column in columns for name in column.license.names]
+    sources = [name for column in columns for name in column.source.names]
+    return idle_words(rights, licenses, sources, (entry.record.key for index in indexes for entry in index.entries))
 
 
 def text_encoder_of(config: Config) -> TextEncoder:

@@ -9,6 +9,7 @@ from kinema.data.clip_decoder import DecodingRules
 from kinema.data.cost import CostConfig
 from kinema.data.dealing import Packing
 from kinema.data.decoders.video import Decoder
+from kinema.data.foreign import ForeignOptions
 from kinema.data.geometry import ClipShape
 from kinema.data.remote import StorageConfig
 from kinema.data.rights import RightsConfig
@@ -35,6 +36,8 @@ class DataConfig:
     path: str = "data/toy"
     """Folder of shards (see data_prep), or an address (file, http, https, s3, gs, hf) that is read by ranges."""
     storage: StorageConfig = field(default_factory=StorageConfig)
+    foreign: ForeignOptions = field(default_factory=ForeignOptions)
+    """How tars that have no index, at the address or in the folder, are indexed before the first step."""
     cache_folder: str = "~/.cache/kinema/data"
     """Where manifests, indexes and members of remote data sets are kept on this machine."""
     train_split: str = "train"
