@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +16,8 @@ VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
     *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
 )
+RIGHTS = {"source", "source_url", "license", "consent", "attribution", "collected", "generated", "generator"}
+"""What a list may state of a video, and captions beside videos may not."""
 OVERLAP_SECONDS = 1e-6
 """Below this two shots do not overlap: their times are rounded."""
 
@@ -37,14 +39,9 @@ class Video:
 
     path: Path
     name: str
-    """Path inside its folder; its clips' keys begin with it."""
+    """Path inside its folder."""
     caption: str = ""
     shots: tuple[Shot, ...] | None = None
-
-    @property
-    def key(self) -> str:
-        """The name without suffix, as a clip key may hold it."""
-        return as_key(self.name.rpartition(".")[0])
 
 
 def as_key(name: str) -> str:
@@ -66,11 +63,11 @@ class CaptionLine:
 def find_videos(folder: Path) -> list[str]:
     """Names of all videos under a folder, sorted; hidden ones are not seen. Raises ValueError if none."""
     if not folder.is_dir():
-        raise ValueError(f"--videos {folder} is not a folder. Give the folder that holds the videos.")
+        raise ValueError(f"input={folder} is not a folder. Give the folder that holds the videos.")
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES]
     names = sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
     if not names:
-        raise ValueError(f"--videos {folder} holds no video ({' '.join(VIDEO_SUFFIXES)}).")
+        raise ValueError(f"input={folder} holds no video ({' '.join(VIDEO_SUFFIXES)}).")
     return names
 
 
@@ -93,13 +90,11 @@ def read_captions(folder: Path, names: Sequence[str], file: Path | None = None) 
     return lines
 
 
-def describe_videos(
-    folder: Path, names: Sequence[str], lines: Sequence[CaptionLine], *, allow_missing: bool = False
-) -> list[Video]:
+def describe_videos(folder: Path, names: Sequence[str], lines: Sequence[CaptionLine]) -> list[Video]:
     """Join videos and caption lines.
 
-    Raises ValueError for a line about a video that is not there, for two different captions of one video or
-    overlapping shots, and, unless `allow_missing`, for videos and shots without a caption.
+    Raises ValueError for a line about a video that is not there, and for two different captions of one video or
+    overlapping shots.
     """
     by_file = defaultdict(list)
     for line in lines:
@@ -107,18 +102,7 @@ def describe_videos(
     unknown = [f"{line.file} ({line.where})" for line in lines if line.file not in set(names)]
     if unknown:
         raise ValueError(f"Captions for videos that are not in {folder}: {some_of(unknown)}.")
-    videos = [_describe(folder / name, name, by_file[name]) for name in names]
-    keys = Counter(video.key for video in videos)
-    same = [video.name for video in videos if keys[video.key] > 1]
-    if same:
-        raise ValueError(f"These names give equal clip keys: {some_of(same)}. Rename all but one of each.")
-    silent = [v.name for v in videos if any(not s.caption for s in v.shots or [Shot(0, 0, v.caption)])]
-    if silent and not allow_missing:
-        raise ValueError(
-            f"No caption for {len(silent)} of {len(videos)} videos: {some_of(silent)}. "
-            "Write NAME.txt beside each, or allow it with --allow-missing-captions."
-        )
-    return videos
+    return [_describe(folder / name, name, by_file[name]) for name in names]
 
 
 def parse_shot(values: dict[str, object], where: str) -> Shot:
@@ -162,6 +146,8 @@ def _read_jsonl(path: Path) -> list[CaptionLine]:
         if not isinstance(file, str):
             raise ValueError(f'{where} must have "file" (or "file_name") as a string.')
         timed = "start_seconds" in values or "end_seconds" in values
+        if stated := sorted(RIGHTS.intersection(values)):
+            raise ValueError(f"{where} states {', '.join(stated)}: give input={path}, which reads it as a list.")
         shot = parse_shot(values if timed else {**values, "start_seconds": 0, "end_seconds": 1}, where)
         if not timed and shot.split:
             raise ValueError(f"{where}: split={shot.split!r} is for shots: give start_seconds and end_seconds.")

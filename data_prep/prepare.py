@@ -17,6 +17,7 @@ from data_prep.pipeline.rows import Row, row_digest, write_rows
 from data_prep.pipeline.run import INPUT, ROWS
 from kinema.config import to_dataclass
 from kinema.console import explain_errors, run_script
+from kinema.data.shards import load_manifest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "prep"
 register_schemas()
@@ -36,16 +37,17 @@ def main(composed: DictConfig) -> None:
 def prepare(config: PrepareConfig) -> None:
     """Run the stages that were asked for, and say what became of the rows."""
     pipeline = config.to_pipeline()
-    start(pipeline.work, config.inputs())
+    write_inputs(pipeline.work, config.inputs())
     reports = pipeline.run(config.stages or config.pipeline)
     last = reports[-1]
-    if last.stage == "write":
-        print(f"kept {last.kept} clips READY {config.out}")
+    if "write" in [report.stage for report in reports]:
+        splits = ", ".join(f"{split} {count}" for split, count in load_manifest(config.out)["splits"].items())
+        print(f"kept {last.kept} clips: {splits} READY {config.out}")
     else:
         print(f"kept {last.kept} rows in {pipeline.place(last.stage).folder / ROWS}")
 
 
-def start(work: Path, inputs: list[str]) -> None:
+def write_inputs(work: Path, inputs: list[str]) -> None:
     """Lay the inputs where the first stage looks for its rows; raises ValueError for one that is not there."""
     work.mkdir(parents=True, exist_ok=True)
     write_rows(work / INPUT, (row for given in inputs for row in input_rows(given)))

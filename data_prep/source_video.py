@@ -1,7 +1,6 @@
 """Frames of any video that FFmpeg reads: upright, square pixels, 8-bit RGB, at a constant rate by time."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,34 +25,12 @@ class UnreadableVideo(RowFailed):
     """A video that cannot become clips; the reason is the message."""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a video's header says."""
-
-    fps: float
-    """The usual rate next to the average one."""
-    stretch: float
-    """Width of a pixel over its height."""
-
-
 class TimedFrame(NamedTuple):
     """A decoded frame, seconds from the video's first one, and how long it is shown."""
 
     seconds: float
     shown: float
     frame: av.VideoFrame
-
-
-def read_facts(path: Path) -> Facts:
-    """Open a video and read its header; raises UnreadableVideo."""
-    try:
-        with av.open(str(path)) as container:
-            stream = _video_stream(container)
-            if not stream.average_rate:
-                raise UnreadableVideo("states no frame rate; write it again with ffmpeg")
-            return Facts(nominal_fps(float(stream.average_rate)), float(stream.sample_aspect_ratio or 1))
-    except av.FFmpegError as error:
-        raise UnreadableVideo(f"cannot be opened: {error}") from error
 
 
 def nominal_fps(average: float) -> float:
@@ -70,10 +47,10 @@ def decode_frames(path: Path) -> Iterator[TimedFrame]:
     """
     try:
         with av.open(str(path)) as container:
-            stream = _video_stream(container)
+            stream = video_stream(container)
             stream.thread_type = "AUTO"
             frames = map(_checked, container.decode(stream))
-            yield from _timed(frames, _least_seconds(container, stream), 1 / float(stream.average_rate or 25))
+            yield from _timed(frames, least_seconds(container, stream), 1 / float(stream.average_rate or 25))
     except av.FFmpegError as error:
         raise UnreadableVideo(f"cannot be decoded: {error}") from error
 
@@ -182,13 +159,14 @@ def _timed(frames: Iterable[av.VideoFrame], least_seconds: float, usual: float) 
     yield TimedFrame(seconds, stated, frame)
 
 
-def _video_stream(container: Any) -> av.VideoStream:
+def video_stream(container: Any) -> av.VideoStream:
+    """The first video stream of an open file; raises UnreadableVideo without one."""
     if not container.streams.video:
         raise UnreadableVideo("has no video stream")
     return container.streams.video[0]
 
 
-def _least_seconds(container: Any, stream: av.VideoStream) -> float:
+def least_seconds(container: Any, stream: av.VideoStream) -> float:
     """Seconds that a whole file has at least, by its header; 0 if it says nothing.
 
     Matroska states only the longest of all its streams, and headers are a little off: some slack is left.

@@ -40,6 +40,8 @@ class PrepareConfig:
     engine: Any = None
     """Who does the work: local or ray."""
     limits: Limits = field(default_factory=Limits)
+    retry_failed: bool = False
+    """Work once more on rows that failed before."""
     ingest: Any = None
     probe: Any = None
     split: Any = None
@@ -69,7 +71,7 @@ class PrepareConfig:
     def to_pipeline(self) -> Pipeline:
         """The stages, ready to run."""
         stages = {name: getattr(self, name) for name in self.pipeline}
-        return Pipeline(stages, Path(self.work), self.engine, self.limits)
+        return Pipeline(stages, Path(self.work), self.engine, self.limits, self.retry_failed)
 
     def unread(self, overrides: list[str]) -> str | None:
         """Why the command must stop, when it sets a stage that the pipeline leaves out."""

@@ -68,6 +68,10 @@ class Journal:
         if len(self._unwritten) >= FLUSH_EVERY or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
+    def forget_failures(self) -> None:
+        """Leave rows that failed to be tried again."""
+        self._places = {digest: place for digest, place in self._places.items() if "failed" not in self[digest]}
+
     def flush(self) -> None:
         """Bring all results to the disk."""
         if not self._unwritten:

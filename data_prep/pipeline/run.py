@@ -1,6 +1,7 @@
 """Runs stages one after the other over all rows: journaled, counted, and stopped by limits."""
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -29,6 +30,8 @@ from data_prep.pipeline.rows import (
 from data_prep.pipeline.stage import Place, Stage
 from kinema.data.ledger import DataBudgetError
 
+SHOWN = 10
+"""Failures that are named on the screen; all are in FAILED."""
 INPUT = "input.jsonl"
 ROWS, DROPPED, FAILED, REPORT, JOURNAL = "rows.jsonl", "dropped.jsonl", "failed.jsonl", "report.json", "journal.jsonl"
 
@@ -82,6 +85,8 @@ class Pipeline:
     work: Path
     engine: Engine
     limits: Limits
+    retry_failed: bool = False
+    """Work once more on rows that failed before."""
 
     def place(self, name: str) -> Place:
         """Where a stage works, such as WORK/04-cut."""
@@ -96,18 +101,24 @@ class Pipeline:
             for name in names:
                 reports.append(self._run_stage(name, crew, show))
                 if show:
-                    print(reports[-1].line(), flush=True)
+                    print(reports[-1].line(), *self._failures(name), sep="\n  ", flush=True)
         return reports
 
     def reports(self) -> list[Report]:
         """Of all stages that are done, in order: the keep table."""
         return [report for name in self.stages if (report := read_report(self.place(name))) is not None]
 
+    def _failures(self, name: str) -> list[str]:
+        """A line for each of the first rows that failed in a stage."""
+        failed = read_rows(self.place(name).folder / FAILED)
+        return [f"failed: {row['key']}: {row['reason']}" for row in itertools.islice(failed, SHOWN)]
+
     def _run_stage(self, name: str, crew: Crew, show: bool) -> Report:
         given = self._input_of(name)
         report = Report(name, self.stages[name].identity(name), self.stages[name].settings(), _sha256(given))
         before = read_report(self.place(name))
-        if before and (before.identity, before.input_sha256) == (report.identity, report.input_sha256):
+        done = before and (before.identity, before.input_sha256) == (report.identity, report.input_sha256)
+        if before and done and not (self.retry_failed and before.failed):
             return before
         return StageRun(self, name, given, report).run(crew, show)
 
@@ -127,7 +138,8 @@ class StageRun:
 
     def __init__(self, pipeline: Pipeline, name: str, given: Path, report: Report) -> None:
         self.stage, self.place = pipeline.stages[name], pipeline.place(name)
-        self.limits, self.given, self.report = pipeline.limits, given, report
+        self.limits, self.retry_failed = pipeline.limits, pipeline.retry_failed
+        self.given, self.report = given, report
         self.failures: list[Row] = []
 
     def run(self, crew: Crew, show: bool) -> Report:
@@ -136,6 +148,8 @@ class StageRun:
         self._open_folder()
         self.report.given = sum(1 for _ in read_rows(self.given))
         with Journal(self.place.folder / JOURNAL) as journal:
+            if self.retry_failed:
+                journal.forget_failures()
             self._work(journal, work_here if self.stage.light else crew, show)
             self._collect(journal)
         self.report.seconds = round(time.monotonic() - started, 2)
@@ -179,11 +193,11 @@ class StageRun:
         failed = {"key": result["key"], "reason": result["failed"]}
         self.failures += [failed] * result["members"]
         if len(self.failures) > self.limits.max_failed_fraction * self.report.given:
-            named = "\n".join(f"  {row['key']}: {row['reason']}" for row in self.failures[:10])
+            named = "\n".join(f"  {row['key']}: {row['reason']}" for row in self.failures[:SHOWN])
             raise DataBudgetError(
                 f"{self.report.stage}: {len(self.failures)} of {self.report.given} rows failed, more than "
                 f"limits.max_failed_fraction={self.limits.max_failed_fraction} allows:\n{named}\n"
-                "Mend or remove them, or allow more."
+                "Mend or remove them, allow more, or try them again with retry_failed=true."
             )
 
     def _collect(self, journal: Journal) -> None:

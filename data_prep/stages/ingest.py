@@ -63,7 +63,7 @@ class Ingest(Stage):
         lines = read_captions(folder, names, Path(self.captions) if self.captions else None)
         if len(names) == 1:  # a single file, whose folder's lists may tell of others
             lines = [line for line in lines if line.file in names]
-        for video in describe_videos(folder, names, lines, allow_missing=True):
+        for video in describe_videos(folder, names, lines):
             about = {"shots": [asdict(shot) for shot in video.shots]} if video.shots else {}
             yield self.video_row(video.path, video.name, source, {"caption": video.caption, **about})
 

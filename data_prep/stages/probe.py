@@ -10,12 +10,17 @@ import av
 
 from data_prep.pipeline.rows import Dropped, Outcome, Row
 from data_prep.pipeline.stage import Place, Stage
-from data_prep.source_video import UnreadableVideo, decode_frames, nominal_fps, square_pixels
+from data_prep.source_video import (
+    UnreadableVideo,
+    decode_frames,
+    least_seconds,
+    nominal_fps,
+    square_pixels,
+    video_stream,
+)
 
 EVEN_STEPS = 1.5
 """A frame shown this many times longer than the usual one makes the frame rate variable."""
-CUT_SHORT_SECONDS, CUT_SHORT_FRACTION = 0.5, 0.02
-"""A file whose packets end this much before its header's end was cut short."""
 
 
 @dataclass
@@ -49,12 +54,11 @@ def probe_video(path: Path) -> dict[str, Any]:
     """Facts about a video; raises UnreadableVideo. Sizes are as displayed: upright and with square pixels."""
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UnreadableVideo("has no video stream")
-            stream = container.streams.video[0]
+            stream = video_stream(container)
             times = _packet_times(container, stream)
             facts = {**_rate(times, stream), **_sound(container)}
-            _check_end(times, stream)
+            if times[-1] - times[0] < least_seconds(container, stream):
+                raise UnreadableVideo(f"cut short: it ends at {times[-1] - times[0]:.2f} s, before its header's end")
             facts |= {"codec": stream.codec_context.name, "pixel_format": stream.codec_context.pix_fmt}
             stretch = float(stream.sample_aspect_ratio or 1)
     except av.FFmpegError as error:
@@ -90,14 +94,6 @@ def _rate(times: list[float], stream: av.VideoStream) -> dict[str, Any]:
         "duration_seconds": round(seconds, 6),
         "variable_rate": steps[-1] > EVEN_STEPS * usual,
     }
-
-
-def _check_end(times: list[float], stream: av.VideoStream) -> None:
-    if stream.duration and stream.time_base:
-        stated = float(stream.duration * stream.time_base)
-        slack = max(CUT_SHORT_SECONDS, CUT_SHORT_FRACTION * stated)
-        if times[-1] - times[0] < stated - slack:
-            raise UnreadableVideo(f"cut short: it ends after {times[-1] - times[0]:.2f} of {stated:.2f} s")
 
 
 def _sound(container: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Stage split: videos into shots, by their shot list or where a detector finds cuts."""
 
+import importlib.util
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -99,6 +100,14 @@ class Split(Stage):
         if not 0 <= self.min_seconds < self.max_seconds:
             raise ValueError(
                 f"split.min_seconds={self.min_seconds} must be from 0 and below split.max_seconds={self.max_seconds}."
+            )
+
+    def start(self) -> None:
+        """See that the detector is installed."""
+        if self.detector in DETECTORS and importlib.util.find_spec("scenedetect") is None:
+            raise ValueError(
+                f"split.detector={self.detector} needs PySceneDetect: pip install 'kinema[prep]', or type "
+                "split.detector=built_in."
             )
 
     def apply(self, row: Row, place: Place) -> Iterable[Outcome]:

@@ -43,7 +43,7 @@ from kinema.sampling.denoiser import check_condition, check_embedded_guidance
 from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import geometry_of, image_encoder_of
 from kinema.training.checkpoint import Checkpoint, CheckpointStore, write_json
-from kinema.training.dit_task import DiTTask, check_training
+from kinema.training.dit_task import DiTTask, check_sizes, check_training
 from kinema.training.ema import EMA
 from kinema.training.finetune import LoRA, frozen_parameters
 from kinema.training.loop import Outputs, Trainer, initial_weights
@@ -137,6 +137,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     model = make_denoiser(config.model, vae.config.latent_channels, text_encoder.width)
     check_embedded_guidance(config.task.embedded_guidance, config.model, "task.embedded_guidance")
     check_training(config.condition, config.data, vae.config)
+    check_sizes(config.model, geometry, config.data.clip_shapes)
 
     def clip_flops(shape: ClipShape) -> float:
         return model.flops(geometry.token_grid(shape), config.text.max_tokens)

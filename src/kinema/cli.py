@@ -12,6 +12,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data stats": ("kinema.data.stats", "count what a data set holds: sizes, durations, licences, sources"),
     "data show": ("kinema.data.show", "show one clip: its record, its members, its frames"),
     "data diff": ("kinema.data.diff", "name the clips that two data sets do not share"),
+    "data croissant": ("kinema.data.croissant", "describe a data set in Croissant's words, for catalogues and loaders"),
     "data index": ("kinema.data.index", "index the tar shards of a WebDataset that Kinema did not write"),
     "data ledger": ("kinema.training.seen_table", "say which checkpoints of a run saw a source, licence or clip"),
     "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),

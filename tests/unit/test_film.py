@@ -1,21 +1,18 @@
 from itertools import pairwise
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 
-from data_prep.film import (
-    FOLDER,
-    FPS,
-    PART_FRAMES,
-    RIGHTS,
-    SPLIT_RULE,
-    film_videos,
-    part_path,
-    read_shots,
-    rebuild,
-)
-from data_prep.folder import Profile, Recipe, Result, cut_clips, plan_jobs
+from data_prep.captions import read_json_lines
+from data_prep.film import FOLDER, FPS, HELD_OUT, PART_FRAMES, SHOTS, part_path, read_shots, rebuild
+from data_prep.pipeline.rows import Dropped
+from data_prep.pipeline.stage import Place
+from data_prep.prepare import CONFIGS, input_rows
+from data_prep.stages.cut import Cut
+from kinema.config import to_dataclass
 from kinema.data.cuts import suspected_cuts
 
 MIB = 2**20
@@ -44,8 +41,8 @@ def test_shots_are_sorted_apart_and_captioned():
     shots = read_shots()
     assert 140 <= len(shots) <= 170
     for before, after in pairwise(shots):
-        assert before.end_seconds <= after.start_seconds
-    assert shots[-1].end_seconds <= PART_FRAMES[-1] / FPS
+        assert before.end_seconds <= after.start_seconds + 2e-6  # both are rounded
+    assert shots[-1].end_seconds <= PART_FRAMES[-1] / FPS + 2e-6
     assert min(shot.end_seconds - shot.start_seconds for shot in shots) >= 0.6
     captions = [shot.caption for shot in shots]
     assert len(set(captions)) == len(captions)
@@ -54,7 +51,7 @@ def test_shots_are_sorted_apart_and_captioned():
 
 def test_splits_are_by_time_with_guards():
     shots = read_shots()
-    assert [shot.split for shot in shots] == [SPLIT_RULE.split_by_time(shot) for shot in shots]
+    assert [shot.split for shot in shots] == [HELD_OUT.split_by_time(shot) for shot in shots]
     held = [shot for shot in shots if shot.split == "heldout"]
     train = [shot for shot in shots if shot.split == "train"]
     assert all(
@@ -67,31 +64,38 @@ def test_splits_are_by_time_with_guards():
 
 
 def test_no_shot_crosses_from_one_file_to_the_next():
-    assert sum(len(video.shots) for video in film_videos()) == len(read_shots())
-    for number, video in enumerate(film_videos()):
+    for number in range(len(PART_FRAMES) - 1):
         with av.open(str(part_path(number))) as container:
             stream = container.streams.video[0]
             assert stream.frames == PART_FRAMES[number + 1] - PART_FRAMES[number]
             assert (stream.width, stream.height, stream.average_rate) == (160, 90, FPS)
-        assert min(shot.start_seconds for shot in video.shots) >= -1e-6
-        assert max(shot.end_seconds for shot in video.shots) * FPS <= stream.frames + 1e-3
+        shots = [shot for shot, _ in read_json_lines(SHOTS) if shot["path"] == part_path(number).name]
+        assert min(shot["start_seconds"] for shot in shots) >= 0
+        assert max(shot["end_seconds"] for shot in shots) * FPS <= stream.frames + 1e-3
 
 
-def test_clips_of_one_file_are_whole_shots_without_cuts():
+@pytest.fixture(scope="module")
+def rows():
+    """The shots of the second file, as the stages before `cut` leave them."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = to_dataclass(compose("prepare", ["preset=film"]))
+    rows, place = input_rows(str(SHOTS)), Place(Path(), "none")
+    for stage in (config.ingest, config.probe, config.split):
+        outcomes = [out for row in rows for out in stage.apply(row, place)]
+        rows = list(stage.finish((out for out in outcomes if not isinstance(out, Dropped)), place))
+    return [row for row in rows if row["video"] == "bbb-2.mp4"]
+
+
+def test_clips_of_one_file_are_whole_shots_without_cuts(rows):
     """The shot list against the detector, which knows nothing of it: no cut inside, and moving pictures."""
-    video = film_videos()[1]
-    profile = Profile(min_seconds=0.5, max_seconds=12)
-    jobs = plan_jobs([video], Recipe(RIGHTS, profile, SPLIT_RULE), Result(1), show_progress=False)
-    kept = [shot for shot in video.shots if shot.split != "guard"]
-    clips = list(cut_clips(jobs[0], profile, RIGHTS))
-    assert [len(frames) for _, _, frames in clips] == [
-        round((shot.end_seconds - shot.start_seconds) * FPS) for shot in kept
-    ]
-    assert [record.caption for record, _, _ in clips] == [shot.caption for shot in kept]
-    assert not any(suspected_cuts(frames) for _, _, frames in clips)
-    for record, _, frames in clips:
-        assert (record.license, record.width, record.height) == ("CC-BY-3.0", 160, 90)
+    clips = list(Cut().clips(rows))
+    assert [shot["key"] for shot, _, _ in clips] == [row["key"] for row in rows]
+    for row, frames, fps in clips:
+        assert len(frames) == round((row["end_seconds"] - row["start_seconds"]) * FPS)
+        assert frames.shape[1:] == (90, 160, 3)
+        assert fps == FPS
         assert np.abs(np.diff(frames[:: FPS // 2].astype(int), axis=0)).mean() > 0.1
+        assert not suspected_cuts(frames)
 
 
 def test_another_film_is_not_taken_for_the_source(tmp_path):

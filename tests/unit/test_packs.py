@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kinema.data.geometry import ClipShape, Geometry
 from kinema.models import attention as door
 from kinema.models.dit import (
     AttentionPattern,
@@ -17,9 +18,11 @@ from kinema.models.dit import (
     Extras,
     ModulationSource,
     NormKind,
+    PositionEmbedding,
     Sound,
     TextEdge,
 )
+from kinema.training.dit_task import check_sizes
 from tests.unit.test_attention import flash_attn_varlen_func
 from tests.unit.test_dit import (
     CHANNELS,
@@ -211,12 +214,33 @@ def check_walk(count):
 
 
 def test_random_points_of_the_product_of_the_axes_take_packs():
-    check_walk(12)
+    check_walk(8)
 
 
 @pytest.mark.soak
 def test_many_random_points_of_the_product_of_the_axes_take_packs():
     check_walk(300)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (PositionEmbedding.learned, r"data\.shapes has \[5, 32, 32\].*exactly model\.position_grid=\[3, 2, 2\]"),
+        (
+            PositionEmbedding.learned_axes,
+            r"data\.shapes has \[9, 64, 32\].*larger than .*model\.position_grid=\[3, 4, 2\]",
+        ),
+    ],
+)
+def test_clips_that_fixed_places_cannot_take_are_refused_before_the_first_step(kind, message):
+    learned = kind is PositionEmbedding.learned
+    words = {"position_words": 8, "text": TextEdge.shared, "modulation": ModulationSource.linear} if learned else {}
+    config = small(position_embedding=kind, position_grid=[3, 2, 2], **words)
+    shapes = [ClipShape(9, 32, 32), ClipShape(5, 32, 32), ClipShape(9, 64, 32)]
+    geometry = Geometry(4, 8, (1, 2, 2))
+    check_sizes(config, geometry, shapes[:1])
+    with pytest.raises(ValueError, match=message):
+        check_sizes(config, geometry, shapes)
 
 
 @pytest.mark.parametrize("case", ["full", "single streams", "joint and factorised", "windowed"])
@@ -239,3 +263,15 @@ def test_a_pack_through_flash_attention_is_the_same(case, monkeypatch):
     wanted = together(model, given)
     model.replace_attention(lambda present: door._flash_varlen)
     assert furthest(together(model, given), wanted, model) < 1e-11
+
+
+def test_compiled_blocks_give_the_same():
+    """A pack of several lengths and then another: other guards, the same numbers. What it costs: docs/packing.md."""
+    config = small(depth=1)
+    model, given = made(config), Given(config, shapes_of(config), WORDS)
+    wanted = [given.run(model, clips) for clips in ([0, 1, 2], [3, 4])]
+    for block in model.blocks:
+        block.compile(backend="eager")
+    for clips, expected in zip(([0, 1, 2], [3, 4]), wanted, strict=True):
+        for one, other in zip(given.run(model, clips), expected, strict=True):
+            torch.testing.assert_close(one, other)

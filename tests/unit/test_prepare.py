@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -99,3 +99,23 @@ def test_what_is_done_is_not_done_again(tmp_path):
         assert run(9) == 9  # other code
     finally:
         Square.version = 1
+
+
+def test_rows_that_failed_are_tried_again_when_asked(tmp_path):
+    mended = tmp_path / "mended"
+
+    @dataclass
+    class Mendable(Stage):
+        def apply(self, row, place):
+            if row["n"] == 2 and not mended.exists():
+                raise RowFailed("disk full")
+            return [row]
+
+    def run(**changes):
+        given = pipeline(tmp_path / "w", numbers(4), LocalEngine(0), Mendable(), max_failed_fraction=0.5)
+        return replace(given, **changes).run(["square"], show=False)[0]
+
+    assert (run().kept, run().failed) == (3, {"disk full": 1})
+    mended.touch()
+    assert run().kept == 3
+    assert (run(retry_failed=True).kept, run().failed) == (4, {})

@@ -18,7 +18,7 @@ from data_prep.pipeline.engines import LocalEngine
 from data_prep.pipeline.rows import read_rows, write_rows
 from data_prep.pipeline.run import INPUT, ROWS, Limits, Pipeline
 from data_prep.pipeline.stage import Stage
-from data_prep.prepare import start
+from data_prep.prepare import write_inputs
 from data_prep.stages.cut import Cut
 from data_prep.stages.ingest import Ingest
 from data_prep.stages.probe import Probe
@@ -83,7 +83,7 @@ def stages(out, **changes):
 def run(footage, out, engine=None, **changes):
     made = stages(out, **changes)
     pipeline = Pipeline(made, out.with_suffix(".work"), engine or LocalEngine(0), Limits())
-    start(pipeline.work, [str(footage)])
+    write_inputs(pipeline.work, [str(footage)])
     return pipeline.run(made, show=False)
 
 

@@ -1,6 +1,7 @@
 """Training the DiT: packs to latents and text, one keyed draw of noise a clip, the objective's loss."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +14,14 @@ from kinema.conditioning.frames import FrameCondition
 from kinema.conditioning.image import ImageEncoder
 from kinema.conditioning.text import TextEncoder
 from kinema.data.config import DataConfig
-from kinema.data.geometry import Geometry
+from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.keyed import keyed_seed
 from kinema.data.pack import Pack
 from kinema.data.pixels import to_model_range
 from kinema.diffusion.objective import Objective
 from kinema.diffusion.timesteps import in_range
 from kinema.distributed.engine import Engine
+from kinema.models.dit import DiTConfig, check_grid
 from kinema.models.vae import CausalVAE, Posterior, VAEConfig
 from kinema.sampling.conditioner import Conditioner, Numbers, shown_frames
 from kinema.sampling.denoiser import Denoiser
@@ -279,6 +281,19 @@ def check_training(condition: FrameCondition, data: DataConfig, vae: VAEConfig) 
             f"data.latents={data.latents}: {reason}, so the first latent frame of a clip is not the latent of its "
             "first image. Type data.latents=null to encode both in every step."
         )
+
+
+def check_sizes(model: DiTConfig, geometry: Geometry, shapes: Sequence[ClipShape]) -> None:
+    """Refuse a model of fixed places for clips of other sizes: all that a pack cannot mix."""
+    for shape in shapes:
+        grid = geometry.token_grid(shape)
+        try:
+            check_grid(model, grid)
+        except ValueError as error:
+            raise ValueError(
+                f"data.shapes has {list(shape)}: {error} Leave that shape out, or type "
+                f"model.position_grid={list(grid)}."
+            ) from error
 
 
 def encode_frames(vae: CausalVAE, frames: list[Tensor], device: torch.device) -> list[Posterior]:

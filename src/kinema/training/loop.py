@@ -35,6 +35,7 @@ from kinema.training.checkpoint import (
 )
 from kinema.training.dit_task import noise_table
 from kinema.training.ema import EMA
+from kinema.training.journal import KeyJournal
 from kinema.training.metrics import Clock, LoggingConfig, MetricsFile, WandbTracker
 from kinema.training.seen import KEYS, Start, data_seen, keys_writer, seen_by
 from kinema.training.start import check_same_data
@@ -152,6 +153,9 @@ class Trainer:
     _failed_saves: int = 0
     _saved_step: int = -1
 
+    def __post_init__(self) -> None:
+        self._journal = KeyJournal(self.outputs.run_dir, self.process.rank)
+
     # The story
 
     def fit(self) -> int:
@@ -242,6 +246,8 @@ class Trainer:
                 f"the loss of step {self.step} is {totals['loss']}. Clips: {keys}. The last checkpoint is intact."
             )
         self.step += 1
+        if self.logging.keys:
+            self._journal.write(self.step, packs)
         if totals.pop("failures"):
             self._quarantine([failure for pack in packs for failure in pack.failures])
         if totals.pop("fallbacks"):
@@ -402,6 +408,8 @@ class Trainer:
         self.sightings = Sightings(len(self.index.entries))
         if self.process.is_main:
             found = self.store.newest(report=lambda line: self.outputs.event(0, "resume", line))
+            for lines in (self.outputs.metrics, self._journal):
+                lines.truncate_after(found.document("training")["step"] if found else 0)
         found = from_main(found)
         if found is None:
             return
@@ -427,7 +435,6 @@ class Trainer:
             own, self.start = seen_by(found)
             assert own is not None, "the loop writes a ledger into every checkpoint"
             self.ledger, self.sightings = own.ledger, Sightings(len(self.index.entries), own.keys)
-            self.outputs.metrics.truncate_after(self.step)
         self.outputs.event(self.step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)")
 
     def _finish(self, how: str) -> None:

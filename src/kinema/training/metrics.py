@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kinema.training.checkpoint import replace_text
+
 
 class WandbMode(enum.Enum):
     """Where Weights & Biases records go."""
@@ -30,6 +32,8 @@ class LoggingConfig:
     """Steps between lines of `metrics.jsonl`; each holds the mean over those steps."""
     wandb: WandbMode = WandbMode.auto
     """auto: online when logged in, else offline (`wandb sync` uploads later); disabled: not at all."""
+    keys: bool = False
+    """Write the clips of every step and lane to `keys/` in the run folder: some 100 bytes a clip."""
     project: str = "kinema"
     """Weights & Biases project."""
 
@@ -38,11 +42,11 @@ class LoggingConfig:
             raise ValueError(f"logging.every_steps={self.every_steps} must be at least 1.")
 
 
-class MetricsFile:
-    """`metrics.jsonl` of a run folder: one JSON object a line, flushed at once; see docs/checkpoints.md."""
+class LineFile:
+    """One JSON object a line, each with its `step`, flushed at once."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "metrics.jsonl"
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def truncate_after(self, step: int) -> None:
         """Forget lines of steps that a resumed run will do again, and a half-written last line."""
@@ -56,12 +60,19 @@ class MetricsFile:
                 continue
             if record["step"] <= step:
                 kept.append(line)
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
         with self.path.open("a") as handle:
             handle.write(json.dumps(record) + "\n")
+
+
+class MetricsFile(LineFile):
+    """`metrics.jsonl` of a run folder; see docs/checkpoints.md."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir / "metrics.jsonl")
 
 
 class WandbTracker:

@@ -18,6 +18,7 @@ from kinema.models.dit.config import DiTConfig, StreamConfig
 from kinema.models.dit.experts import Experts, join_experts, make_denoiser, name_in_expert, split_experts
 from kinema.models.dit.extras import Extras, Sound
 from kinema.models.dit.model import DiT
+from kinema.models.dit.places import check_grid
 
 __all__ = [
     "Activation",
@@ -38,6 +39,7 @@ __all__ = [
     "StreamConfig",
     "TextEdge",
     "TextEmbedding",
+    "check_grid",
     "join_experts",
     "make_denoiser",
     "name_in_expert",

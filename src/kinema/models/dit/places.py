@@ -46,11 +46,7 @@ class Places(nn.Module):
         """(N, D) in the dtype of `like`, to be added to the patches; None for nothing."""
         if self.tokens is not None:
             for grid in grids:
-                if list(grid) != self.config.position_grid:
-                    raise ValueError(
-                        f"a clip of {grid} frames, rows and columns of tokens, where the model has learned places of "
-                        f"exactly model.position_grid={self.config.position_grid}."
-                    )
+                check_grid(self.config, grid)
             return _exact(self.tokens).repeat(len(grids), 1)
         waves = AT_START.get(self.config.position_embedding)
         return None if waves is None else self._waves(waves, grids, like)
@@ -79,11 +75,7 @@ class Places(nn.Module):
     def _sum(self, grid: Grid) -> Tensor:
         """One vector an axis for every token, their sum brought to a root mean square of one: (n, D)."""
         assert self.axes is not None
-        if any(size > largest for size, largest in zip(grid, self.config.position_grid, strict=True)):
-            raise ValueError(
-                f"a clip of {grid} frames, rows and columns of tokens is larger than model.position_grid="
-                f"{self.config.position_grid}: the model has learned no place beyond."
-            )
+        check_grid(self.config, grid)
         t, h, w = (_exact(table[:size]) for table, size in zip(self.axes, grid, strict=True))
         whole = (t[:, None, None] + h[:, None] + w).flatten(0, 2)
         root = torch.linalg.vector_norm(whole, dim=-1, keepdim=True) / math.sqrt(self.config.width)  # flat at zero
@@ -103,6 +95,21 @@ class Places(nn.Module):
             size / extent if extent else 1.0 for size, extent in zip(grid, self.config.position_extent, strict=True)
         ]
         return torch.tensor(stretched, device=device) * torch.tensor(self.config.position_scale, device=device)
+
+
+def check_grid(config: DiTConfig, grid: Grid) -> None:
+    """Refuse a clip in which some token would have no learned place, or some learned place no token."""
+    learned, largest = config.position_embedding, config.position_grid
+    if learned is PositionEmbedding.learned and list(grid) != largest:
+        raise ValueError(
+            f"a clip of {grid} frames, rows and columns of tokens, where the model has learned places of "
+            f"exactly model.position_grid={largest}."
+        )
+    if learned is PositionEmbedding.learned_axes and any(n > most for n, most in zip(grid, largest, strict=True)):
+        raise ValueError(
+            f"a clip of {grid} frames, rows and columns of tokens is larger than model.position_grid="
+            f"{largest}: the model has learned no place beyond."
+        )
 
 
 def _exact(x: Tensor) -> Tensor:
