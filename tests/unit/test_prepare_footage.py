@@ -1,13 +1,11 @@
 """Footage to shards with the real stages and the real command: equal bytes whatever was killed, and wherever it ran."""
 
-import os
 import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ from data_prep.pipeline.cluster import RayEngine
 from data_prep.pipeline.engines import LocalEngine
 from data_prep.pipeline.rows import read_rows, write_rows
 from data_prep.pipeline.run import INPUT, ROWS, Limits, Pipeline
-from data_prep.pipeline.stage import Stage
 from data_prep.prepare import write_inputs
 from data_prep.stages.cut import Cut
 from data_prep.stages.ingest import Ingest
@@ -27,23 +24,7 @@ from data_prep.stages.write import Write
 from kinema.data.check import check_dataset
 from kinema.data.encoding import write_video
 from kinema.data.shards import DatasetIndex
-
-
-@dataclass
-class Where(Stage):
-    """Notes on which node a row was worked on, and waits until all nodes are at work."""
-
-    nodes: int = 2
-    seconds: float = 0.0
-
-    def apply(self, row, place):
-        mine, until = os.environ["RAY_RAYLET_PID"], time.monotonic() + 60
-        place.path_for("x").with_name(f"raylet-{mine}").touch()
-        while len(list(place.folder.rglob("raylet-*"))) < self.nodes and time.monotonic() < until:
-            time.sleep(0.05)
-        time.sleep(self.seconds)
-        return [{**row, "raylet": mine}]
-
+from tests.unit.made_stages import Where
 
 ROOT = Path(__file__).parents[2]
 NUM_VIDEOS = 4
