@@ -9,6 +9,7 @@ from kinema.data.clip_decoder import DecodingRules
 from kinema.data.cost import CostConfig
 from kinema.data.dealing import Packing
 from kinema.data.decoders.video import Decoder
+from kinema.data.foreign import ForeignOptions
 from kinema.data.geometry import ClipShape
 from kinema.data.mixture import SourceConfig, StageConfig
 from kinema.data.remote import StorageConfig
@@ -36,6 +37,8 @@ class DataConfig:
     path: str = "data/toy"
     """Folder of shards (see data_prep), or an address (file, http, https, s3, gs, hf) that is read by ranges."""
     storage: StorageConfig = field(default_factory=StorageConfig)
+    foreign: ForeignOptions = field(default_factory=ForeignOptions)
+    """How tars that have no index, at the address or in the folder, are indexed before the first step."""
     mixture: dict[str, SourceConfig] = field(default_factory=dict)
     """Several data sets by name, in place of `path`: each has its share of every step, and epochs of its own."""
     stages: list[StageConfig] = field(default_factory=list)

@@ -16,12 +16,14 @@ from kinema.data.storage import resolve_folder
 
 def open_index(config: DataConfig, split: str) -> DatasetIndex:
     """One split of the data set, or of those of the mixture; not all of them need held-out clips."""
+
+    def load(path: str) -> DatasetIndex:
+        folder = resolve_folder(path, config.cache_folder, config.storage, options=config.foreign)
+        return DatasetIndex.load(folder, split=split)
+
     if not config.mixture:
-        return DatasetIndex.load(resolve_folder(config.path, config.cache_folder, config.storage), split=split)
-    parts = {
-        name: DatasetIndex.load(resolve_folder(source.path, config.cache_folder, config.storage), split=split)
-        for name, source in config.mixture.items()
-    }
+        return load(config.path)
+    parts = {name: load(source.path) for name, source in config.mixture.items()}
     if split != config.train_split:
         parts = {name: part for name, part in parts.items() if len(part.entries)} or parts
     return JoinedIndex.of(parts)
