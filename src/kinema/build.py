@@ -29,7 +29,7 @@ from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
 from kinema.data.planning import Planner, open_index
 from kinema.data.quarantine import condemned_clips
-from kinema.data.rights import RightsPolicy, change_of_rights
+from kinema.data.rights import RightsPolicy, change_of_rights, idle_words
 from kinema.data.shards import DatasetIndex
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
@@ -351,6 +351,8 @@ def build_data(
     planner = Planner(data, geometry, planned, config.seed, clip_flops)
     plan, kept = planner.training(index)
     clips = plan.clips
+    if line := idle_words_of(rights, index, heldout):
+        run.outputs.event(0, "rights", line)
     if line := change_of_rights((index.locate(clip.entry_index)[1].record for clip in clips), planned, rights):
         run.outputs.event(0, "rights", line)
     heldout_plan = planner.heldout(heldout)
@@ -375,6 +377,15 @@ def build_data(
         lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept, rights,
         from_main(condemned_clips(run.folder) if process.is_main else {}),
     )  # fmt: skip
+
+
+def idle_words_of(rights: RightsPolicy, *indexes: DatasetIndex) -> str | None:
+    """What `data.rights` names and no clip of the data set has, as a line for people."""
+    columns = [index.columns for index in indexes]
+    licenses = [name for column in columns for name in column.license.names]
+    sources = [name for column in columns for name in column.source.names]
+    entries = (index.locate(number)[1] for index in indexes for number in range(len(index.entries)))
+    return idle_words(rights, licenses, sources, (entry.record.key for entry in entries))
 
 
 def text_encoder_of(config: Config) -> TextEncoder:
