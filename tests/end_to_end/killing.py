@@ -40,9 +40,10 @@ def kill_all(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def kill_one_rank(process: subprocess.Popen, chance: random.Random) -> None:
-    """SIGKILL to one rank (or, alone, to the trainer); its launcher then ends the others."""
-    ranks = [pid for pid in children(process.pid) if "train.py" in command_of(pid)] or [process.pid]
+def kill_one_rank(process: subprocess.Popen, layout: Layout, chance: random.Random) -> None:
+    """SIGKILL to one rank; its launcher, if it has one, then ends the others."""
+    under_launcher = [pid for pid in children(process.pid) if "train.py" in command_of(pid)]
+    ranks = (under_launcher if layout.ranks > 1 else []) or [process.pid]
     os.kill(chance.choice(ranks), signal.SIGKILL)
     process.wait(timeout=120)
 

@@ -51,7 +51,7 @@ def disturb(folder, name, steps, kills, layouts, chance):
         if chance.random() < 0.5:
             kill_all(process)
         else:
-            kill_one_rank(process, chance)
+            kill_one_rank(process, layouts[number % len(layouts)], chance)
         deaths.append(reached(folder, name))
         assert deaths[-1] < steps, f"it was finished before kill {number + 1}"
     last = start(layouts[kills % len(layouts)], command, log)

@@ -67,7 +67,7 @@ class ClipReader(Dataset):
         contents: list[Any] = []
         failures, withdrawn, fallbacks = [], [], list[Fallback]()
         for slot, entry in zip(slots, entries, strict=True):
-            if refusal := self._refusal(entry):
+            if refusal := self._refusal(slot, entry):
                 withdrawn.append(refusal)
                 contents.append(None)
                 continue
@@ -104,29 +104,36 @@ class ClipReader(Dataset):
         """Let the pack's clips be fetched while its first ones are decoded."""
         if self.latents is not None:
             pairs = zip(slots, entries, strict=True)
-            self.latents.expect([self._latents_of(slot, entry) for slot, entry in pairs if self._has_latents(entry)])
+            self.latents.expect(
+                [self._latents_of(slot, entry) for slot, entry in pairs if self._has_latents(slot, entry)]
+            )
             return
         wanted = []
         for slot, entry in zip(slots, entries, strict=True):
             number = slot.clip.entry_index
-            if number not in self.condemned and not self._refusal(entry):
+            if entry.record.key not in self.condemned and not self._refusal(slot, entry):
                 names = ("mp4",) if self.rights is None or number in self.compared else ("json", "mp4")
                 wanted += [(entry.shard, entry.members[name]) for name in names if name in entry.members]
         store_of(self.index.folder).expect(wanted)
 
-    def _has_latents(self, entry: ClipEntry) -> bool:
+    def _has_latents(self, slot: Slot, entry: ClipEntry) -> bool:
         assert self.latents is not None
-        return not self._refusal(entry) and entry.record.key not in self.latents.failures
+        return not self._refusal(slot, entry) and entry.record.key not in self.latents.failures
 
-    def _refusal(self, entry: ClipEntry) -> Failure | None:
-        reason = self.rights and self.rights.refusal(entry.record)
+    def _own(self, number: int, entry: ClipEntry) -> tuple[str | os.PathLike[str], ClipEntry]:
+        """The folder that a clip's bytes lie in, and its entry there, which a joint index shows under another key."""
+        return self.index.locate(number) if self.index.parts else (self.index.folder, entry)
+
+    def _refusal(self, slot: Slot, entry: ClipEntry) -> Failure | None:
+        reason = self.rights and self.rights.refusal(self._own(slot.clip.entry_index, entry)[1].record)
         return Failure(entry.record.key, entry.shard, reason) if reason else None
 
     def _compare_record(self, number: int, entry: ClipEntry) -> None:
         """Once for each clip: rights are planned by the index, and must be those that lie beside the clip."""
         if self.rights is None or number in self.compared or "json" not in entry.members:
             return
-        if difference := contradiction(entry.record, read_member(self.index.folder, entry, "json")):
+        folder, own = self._own(number, entry)
+        if difference := contradiction(own.record, read_member(folder, own, "json")):
             raise DamagedSample(entry.record.key, entry.shard, difference)
         self.compared.add(number)
 
@@ -149,7 +156,7 @@ class ClipReader(Dataset):
         self._compare_record(slot.clip.entry_index, entry)
         spare = entry.record.duration_seconds - slot.clip.shape.frames / self.fps
         start, top, left = self._window_and_crop(slot, max(spare, 0.0))
-        mp4 = read_member(self.index.folder, entry, "mp4")
+        mp4 = read_member(*self._own(slot.clip.entry_index, entry), "mp4")
         clip = self.decoder.decode(mp4, slot.clip.shape, self.fps, start, (top, left))
         for failed, reason in clip.refusals:
             fallbacks.append(Fallback(entry.record.key, entry.shard, failed.name, clip.decoder.name, reason))
