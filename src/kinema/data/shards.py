@@ -10,7 +10,7 @@ import sys
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +54,12 @@ class DatasetIndex:
     def columns(self) -> Columns:
         """What planning needs to know of each entry, in their order."""
         return self.entries.columns if isinstance(self.entries, ClipTable) else columns_of(self.entries)
+
+    def clip_keys(self) -> Iterator[str]:
+        """Of each entry, in their order, without making it."""
+        if isinstance(self.entries, ClipTable):
+            return self.entries.texts("key")
+        return (entry.record.key for entry in self.entries)
 
     @property
     def hash(self) -> str:
