@@ -136,10 +136,21 @@ def test_nobody_vouches_for_what_is_not_written_down(base, index, tmp_path):
     ), damaged.doubts
 
 
+def test_exported_weights_know_their_sums_and_not_their_keys(base, index, tmp_path):
+    own = train(index, [[[5]]], 1)
+    data = data_seen(own.ledger.to_dict(), Start.of(CheckpointStore(base).open(3)))
+    exported = CheckpointStore(tmp_path / "exported").publish(0, {"manifest.json": json_writer({"data": data})})
+    save(tmp_path / "tuned", 1, own, Start.of(exported))
+    found = answer(tmp_path / "tuned", Question(source="film"))
+    assert [row.shown for row in found.rows] == [6, 0]
+    assert found.verdict().endswith("first step-00000001, 6 times by step-00000001")
+    assert answer(tmp_path / "tuned", Question(key="clip-003")).verdict().startswith("NOT KNOWN key clip-003")
+
+
 def test_a_run_from_before_keys_were_kept_says_so(index, tmp_path):
     seen = train(index, [[[0, 1]]], 1)
     save(tmp_path / "old", 1, Seen(seen.ledger), Start())
-    assert answer(tmp_path / "old", Question(key="clip-003")).verdict().endswith("the run began before keys were kept)")
+    assert answer(tmp_path / "old", Question(key="clip-003")).verdict().endswith("not all of its keys are kept)")
 
 
 def test_a_withdrawn_clip_is_neither_shown_nor_damaged(index):
