@@ -38,6 +38,17 @@ def test_times_of_every_key_add_up(first, second):
         assert whole.times_of(key) == (first + second).count(key)
 
 
+def test_clips_of_one_key_in_two_data_sets_are_summed(index):
+    class Joined:
+        entries = [*index.entries, *index.entries]
+
+    sightings = Sightings(16)
+    times = np.arange(16, dtype=np.int32)
+    sightings.new_clips(times, Joined)
+    seen = sightings.seen(times)
+    assert [seen.times_of(key) for key in KEYS_OF_SET] == [2 * number + 8 for number in range(8)]
+
+
 def steps_of_a_run():
     """Numbers shown by each of two ranks in each of six steps, every clip several times."""
     order = np.random.default_rng(0).integers(0, 8, (6, 2, 3))
