@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,12 +40,10 @@ def test_times_of_every_key_add_up(first, second):
 
 
 def test_clips_of_one_key_in_two_data_sets_are_summed(index):
-    class Joined:
-        entries = [*index.entries, *index.entries]
-
+    joined = replace(index, entries=[*index.entries, *index.entries])
     sightings = Sightings(16)
     times = np.arange(16, dtype=np.int32)
-    sightings.new_clips(times, Joined)
+    sightings.new_clips(times, joined)
     seen = sightings.seen(times)
     assert [seen.times_of(key) for key in KEYS_OF_SET] == [2 * number + 8 for number in range(8)]
 
