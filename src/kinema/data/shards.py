@@ -55,6 +55,19 @@ class DatasetIndex:
         """What planning needs to know of each entry, in their order."""
         return self.entries.columns if isinstance(self.entries, ClipTable) else columns_of(self.entries)
 
+    def locate(self, number: int) -> tuple[str | os.PathLike[str], ClipEntry]:
+        """The folder that an entry's bytes lie in, and the entry as that folder's index has it."""
+        return self.folder, self.entries[number]
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """Names of the data sets that were joined into this one; none if it is a single one."""
+        return ()
+
+    def part_of(self, number: int) -> str:
+        """Name of the data set that an entry comes from, of those in `parts`."""
+        raise LookupError(f"entry {number} of {self.folder}: it was not joined from several data sets.")
+
     @property
     def hash(self) -> str:
         """Identity of the data: sha256 over the sha256 of each shard. The same for every split."""
