@@ -14,7 +14,7 @@ from kinema.models.dit import DiT, DiTConfig, ModulationSource, TextEdge
 from kinema.models.dit.segments import Grid
 
 CHANNELS, TEXT = 16, 256
-SIZE = {"width": 384, "depth": 4, "num_heads": 6, "rope_axes": [24, 20, 20], "patch_size": [1, 2, 2]}
+SIZE = {"width": 384, "depth": 2, "num_heads": 6, "rope_axes": [24, 20, 20], "patch_size": [1, 2, 2]}
 MODELS = {
     "cross": DiTConfig(**SIZE),
     "joint": DiTConfig(**SIZE, text=TextEdge.joint, modulation=ModulationSource.linear),
