@@ -17,7 +17,7 @@ WORD_BITS = 64
 BITS = HASH_FRAMES * WORD_BITS
 BANDS = 16
 LIMIT = 24
-"""Bits of 256 up to which two clips are one: see docs/preparing.md for what lies on either side."""
+"""Bits of 256 up to which two clips are one: docs/filtering.md says what lies on either side."""
 LARGEST_LIMIT = 63
 BLOCK_PAIRS = 1 << 20
 """Pairs that are compared at once, which bounds the memory."""

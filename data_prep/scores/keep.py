@@ -142,12 +142,20 @@ def histogram(values: NDArray[np.float64], bounds: Sequence[float] = ()) -> dict
     if not len(values):
         return None
     low, high = np.percentile(values, [OUTLIERS, 100 - OUTLIERS])
-    low, high = min([low, *bounds]), max([high, *bounds])
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, BINS + 1)
+    edges = bin_edges(min([low, *bounds]), max([high, *bounds]), sorted(bounds))
+    low, high = edges[0], edges[-1]
     counts, _ = np.histogram(np.clip(values, low, high), edges)
     return {"edges": [float(f"{edge:.6g}") for edge in edges], "counts": counts.tolist(), "clips": len(values)}
+
+
+def bin_edges(low: float, high: float, bounds: Sequence[float]) -> NDArray[np.float64]:
+    """About `BINS` equal bins from low to high, and every bound is one of their edges: no bar is half inside."""
+    step = (high - low) / BINS if high - low > 1e-9 else 1 / BINS
+    if len(bounds) > 1 and bounds[1] > bounds[0]:
+        step = (bounds[1] - bounds[0]) / max(1, round((bounds[1] - bounds[0]) / step))
+    first = bounds[0] if bounds else low
+    below, above = np.ceil((first - low) / step - 1e-9), np.ceil((high - first) / step - 1e-9)
+    return first + step * np.arange(-below, max(above, 1 - below) + 1)
 
 
 def all_histograms(scores: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:

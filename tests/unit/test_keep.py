@@ -78,10 +78,20 @@ def test_a_histogram_counts_every_value_and_shows_the_bounds():
     values = np.append(np.random.default_rng(0).normal(10, 1, 999), [1e6, np.nan])
     found = histogram(values, bounds=(3.0,))
     assert sum(found["counts"]) == found["clips"] == 1000
-    assert found["edges"][0] == 3.0
+    assert found["edges"][0] == pytest.approx(3.0)
     assert found["edges"][-1] < 20  # the outlier lies in the last bin and does not stretch it
     assert histogram(np.array([np.nan])) is None
     assert sum(histogram(np.full(7, 2.0))["counts"]) == 7
+
+
+@pytest.mark.parametrize("bounds", [(), (0.013,), (0.2, 0.77), (-3.0,), (5.0,)])
+def test_bounds_are_edges_of_the_bins(bounds):
+    found = histogram(np.random.default_rng(0).random(500), bounds)
+    edges = np.array(found["edges"])
+    assert all(np.abs(edges - bound).min() < 1e-5 for bound in bounds)
+    np.testing.assert_allclose(np.diff(edges), np.diff(edges)[0], rtol=1e-3)
+    assert 20 <= len(edges) <= 90
+    assert sum(found["counts"]) == 500
 
 
 def test_clips_just_inside_a_bound_come_first():

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import DatasetIndex
 from kinema.report.content import duration
-from kinema.report.histogram import histogram_of, histogram_svg
+from kinema.report.histogram import HALF, WIDE, histogram_of, histogram_svg
 from kinema.report.media import MediaShelf
 
 PREPARATION, KEEP, HISTORY = "preparation", "keep.json", "prepare.json"
@@ -50,7 +50,7 @@ def cards(index: DatasetIndex) -> list[tuple[str, str, str]]:
     return [
         ("clips", f"{len(records):,}", ", ".join(f"{count:,} {name}" for name, count in splits.most_common())),
         ("footage", duration(float(seconds.sum())), f"median clip {duration(float(np.median(seconds)))}"),
-        ("picture", f"{width} x {height}", "all clips" if len(sizes) == 1 else f"most, of {len(sizes)} sizes"),
+        ("picture", f"{width} \u00d7 {height}", "all clips" if len(sizes) == 1 else f"most, of {len(sizes)} sizes"),
         (
             "frame rate",
             f"{rates.most_common(1)[0][0]:g} fps",
@@ -95,7 +95,7 @@ def share_tables(records: Sequence[ClipRecord]) -> list[tuple[str, list[tuple[st
         ("Source", lambda record: record.source),
         ("Consent", lambda record: record.consent),
         ("Generated", lambda record: record.generated),
-        ("Size", lambda record: f"{record.width} x {record.height}"),
+        ("Size", lambda record: f"{record.width} \u00d7 {record.height}"),
         ("Frame rate", lambda record: f"{record.fps:g} fps"),
     ]
     return [(title, _shares(records, name)) for title, name in columns]
@@ -127,7 +127,9 @@ def filters(preparation: Preparation, shelf: MediaShelf) -> list[dict[str, Any]]
     """The keep table: each line with its plot and the pictures of what it removed and of what just stayed."""
     lines = []
     for line in preparation.keep.get("filters", []):
-        plot = line["histogram"] and histogram_svg(line["histogram"], line["name"], line["bounds"], line["rule"])
+        plot = line["histogram"] and histogram_svg(
+            line["histogram"], line["name"], line["bounds"], line["rule"], width=WIDE if line["after"] else HALF
+        )
         shown = {side: [_shown(clip, shelf) for clip in line[side]] for side in ("removed", "inside")}
         lines.append({**line, **shown, "plot": plot})
     return lines
