@@ -12,6 +12,7 @@ from data_prep.pipeline.run import Limits, Pipeline
 from data_prep.stages.borders import CutBorders
 from data_prep.stages.caption import CaptionFromColumns, CaptionWithCommand, CaptionWithModel
 from data_prep.stages.cut import Cut
+from data_prep.stages.encode import Encode
 from data_prep.stages.filter import Filter
 from data_prep.stages.ingest import Ingest
 from data_prep.stages.page import Page
@@ -51,6 +52,7 @@ class PrepareConfig:
     filter: Any = None
     caption: Any = None
     write: Any = None
+    encode: Any = None
     page: Any = None
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ STAGES: dict[str, dict[str, type]] = {
     "filter": {"thresholds": Filter},
     "caption": {"columns": CaptionFromColumns, "command": CaptionWithCommand, "model": CaptionWithModel},
     "write": {"shards": Write},
+    "encode": {"caches": Encode},
     "page": {"page": Page},
 }
 """The classes of each stage. `configs/prep/STAGE/*.yaml` starts from `schema_NAME` and says what differs."""

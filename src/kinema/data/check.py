@@ -7,22 +7,31 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from kinema.data.clip_decoder import OVERHEAD_MIB
 from kinema.data.contact_sheet import contact_sheet
 from kinema.data.cuts import suspected_cuts
+from kinema.data.decoders.packets import read_packets
+from kinema.data.decoders.video import first_line
+from kinema.data.decoding import check_size
 from kinema.data.entry import ClipEntry
+from kinema.data.isolation import CallDied, Isolated
 from kinema.data.licenses import is_known
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import DamagedSample, DatasetIndex, read_member
 
 EXIT_READY, EXIT_DATA_ERROR = 0, 65  # EX_DATAERR of sysexits.h
 SHEET_CLIPS = 24
+CLIP_SECONDS, CLIP_MIB = 120.0, 4096.0
+"""What one clip may take: time, and memory of all its frames."""
 NAMED_KEYS = 5
 """How many clips of one cause the verdict names before it says `...`."""
 
@@ -142,7 +151,7 @@ def check_dataset(folder: str | Path, *, workers: int = 2, show_progress: bool =
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `kinema data check`."""
     parser.add_argument("path", type=Path, help="folder with a data set, e.g. data/toy")
-    parser.add_argument("--workers", type=int, default=2, help="decoding threads (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="decoding processes (default %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -171,9 +180,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _reports(folder: Path, entries: Sequence[ClipEntry], shown: set[int], workers: int) -> Iterator[ClipReport]:
-    """A report for each entry, in order; decoding leaves Python's lock, so threads are enough."""
-    with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(lambda i: check_clip(folder, entries[i], i in shown), range(len(entries)))
+    """A report for each entry, in order. Each thread waits for a process of its own, which a clip may well kill."""
+    idle: SimpleQueue[Isolated] = SimpleQueue()
+    for _ in range(workers):
+        idle.put(Isolated(partial(check_clip, folder), CLIP_SECONDS, 2 * CLIP_MIB + OVERHEAD_MIB))
+
+    def report(number: int) -> ClipReport:
+        entry, process = entries[number], idle.get()
+        try:
+            return process(entry, number in shown)
+        except CallDied as error:
+            return ClipReport(entry.record, _undecodable(entry, f"decoding it {error}"))
+        finally:
+            idle.put(process)
+
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(report, range(len(entries)))
+    finally:
+        while not idle.empty():
+            idle.get().close()
+
+
+def _undecodable(entry: ClipEntry, why: str) -> Problem:
+    return Problem(entry.record.key, "undecodable", f"{entry.shard}: {why}")
 
 
 def check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
@@ -189,8 +219,8 @@ def check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
         return ClipReport(record, Problem(key, "damaged", f"{error.shard}: {error.reason}"))
     try:
         frames, fps = _decode(mp4)
-    except (av.error.FFmpegError, IndexError, ValueError) as error:
-        return ClipReport(record, Problem(key, "undecodable", f"{entry.shard}: {error}"))
+    except Exception as error:  # the library's errors share no narrower base
+        return ClipReport(record, _undecodable(entry, first_line(error)))
 
     report = ClipReport(record, cuts=suspected_cuts(frames))
     difference = _difference(record, frames, fps)
@@ -205,6 +235,8 @@ def check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
 
 def _decode(mp4: bytes) -> tuple[NDArray[np.uint8], float]:
     """All frames (T, H, W, 3) as displayed, and their mean rate by timestamps (0 for a single frame)."""
+    packets = read_packets(mp4)
+    check_size(len(packets.pts), packets, CLIP_MIB)
     with av.open(io.BytesIO(mp4), "r") as container:
         frames = list(container.decode(video=0))
     if not frames:

@@ -1,7 +1,7 @@
 """From mp4 bytes to the frames at given times, through any of the decoders behind one function."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kinema.data.decoders import decord, pyav, torchcodec
-from kinema.data.decoders.video import DecodeError, Decoder, OpenVideo, first_line
+from kinema.data.decoders.packets import Packets, read_packets
+from kinema.data.decoders.video import DecodeError, Decoder, first_line
 from kinema.data.geometry import ClipShape
 
 
@@ -35,12 +36,12 @@ def decode_clip(
     times = start_seconds + np.arange(shape.frames) / fps
     check_installed(decoder)  # a broken installation is not a damaged clip
     try:
-        video = _OPEN[decoder](mp4)
-        _check_times(times, video)
-        unique, where = np.unique(nearest_frames(video.starts, times), return_inverse=True)
-        _check_size(len(unique), video, max_mib)
-        batches = video.read(unique.tolist())
-        parts = [resize_and_crop(frames, shape, crop, _stretch(video, frames)) for frames in batches]
+        packets = read_packets(mp4)
+        _check_times(times, packets)
+        unique, where = np.unique(nearest_frames(packets.starts, times), return_inverse=True)
+        check_size(len(unique), packets, max_mib)
+        batches = _READ[decoder](mp4, packets, unique.tolist())
+        parts = [resize_and_crop(frames, shape, crop, _stretch(packets, frames)) for frames in batches]
     except DecodeError:
         raise
     except Exception as error:  # the libraries' errors share no narrower base
@@ -80,22 +81,22 @@ def resize_and_crop(
     return resized.permute(0, 2, 3, 1).contiguous()
 
 
-def _stretch(video: OpenVideo, frames: NDArray[np.uint8]) -> float:
+def _stretch(packets: Packets, frames: NDArray[np.uint8]) -> float:
     """Width of a pixel over its height in upright frames: a quarter turn swaps the two."""
-    header = video.header
-    turned = frames.shape[1:3] == (header.width, header.height) and header.width != header.height
-    return 1 / header.pixel_aspect if turned else header.pixel_aspect
+    turned = frames.shape[1:3] == (packets.width, packets.height) and packets.width != packets.height
+    return 1 / packets.pixel_aspect if turned else packets.pixel_aspect
 
 
-def _check_times(times: NDArray[np.float64], video: OpenVideo) -> None:
-    if times[0] < 0 or times[-1] > video.end + 1e-3:
+def _check_times(times: NDArray[np.float64], packets: Packets) -> None:
+    if times[0] < 0 or times[-1] > packets.end + 1e-3:
         raise DecodeError(
-            f"frames from {times[0]:.3f} s to {times[-1]:.3f} s were asked of a video that lasts {video.end:.3f} s"
+            f"frames from {times[0]:.3f} s to {times[-1]:.3f} s were asked of a video that lasts {packets.end:.3f} s"
         )
 
 
-def _check_size(frames: int, video: OpenVideo, max_mib: float) -> None:
-    width, height = video.header.width, video.header.height
+def check_size(frames: int, packets: Packets, max_mib: float) -> None:
+    """Raise DecodeError when so many frames, as RGB, would take more than `max_mib`."""
+    width, height = packets.width, packets.height
     mib = frames * width * height * 3 / 2**20
     if mib > max_mib:
         raise DecodeError(
@@ -103,11 +104,12 @@ def _check_size(frames: int, video: OpenVideo, max_mib: float) -> None:
         )
 
 
-_OPEN: dict[Decoder, Callable[[bytes], OpenVideo]] = {
-    Decoder.decord: decord.open_video,
-    Decoder.torchcodec: torchcodec.open_video,
-    Decoder.pyav: pyav.open_video,
+_READ: dict[Decoder, Callable[[bytes, Packets, list[int]], Iterator[NDArray[np.uint8]]]] = {
+    Decoder.decord: decord.read_frames,
+    Decoder.torchcodec: torchcodec.read_frames,
+    Decoder.pyav: pyav.read_frames,
 }
+"""(mp4, its packets, rising frame numbers) -> the frames as RGB (n, H, W, 3), upright, up to BATCH at a time."""
 _IMPORT: dict[Decoder, Callable[[], Any]] = {
     Decoder.decord: decord.import_decord,
     Decoder.torchcodec: torchcodec.import_torchcodec,

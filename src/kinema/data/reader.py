@@ -111,15 +111,15 @@ class ClipReader(Dataset):
 
     def _refusal(self, slot: Slot) -> Failure | None:
         entry = self.index.entries[slot.clip.entry_index]
-        reason = self.rights and self.rights.refusal(entry.record)
+        reason = self.rights and self.rights.refusal(self.index.locate(slot.clip.entry_index)[1].record)
         return Failure(entry.record.key, entry.shard, reason) if reason else None
 
     def _compare_record(self, number: int) -> None:
         """Once for each clip: rights are planned by the index, and must be those that lie beside the clip."""
-        entry = self.index.entries[number]
+        folder, entry = self.index.locate(number)
         if self.rights is None or number in self.compared or "json" not in entry.members:
             return
-        if difference := contradiction(entry.record, read_member(self.index.folder, entry, "json")):
+        if difference := contradiction(entry.record, read_member(folder, entry, "json")):
             raise DamagedSample(entry.record.key, entry.shard, difference)
         self.compared.add(number)
 
@@ -142,7 +142,7 @@ class ClipReader(Dataset):
         self._compare_record(slot.clip.entry_index)
         spare = entry.record.duration_seconds - slot.clip.shape.frames / self.fps
         start, top, left = self._window_and_crop(slot, max(spare, 0.0))
-        mp4 = read_member(self.index.folder, entry, "mp4")
+        mp4 = read_member(*self.index.locate(slot.clip.entry_index), "mp4")
         clip = self.decoder.decode(mp4, slot.clip.shape, self.fps, start, (top, left))
         for failed, reason in clip.refusals:
             fallbacks.append(Fallback(entry.record.key, entry.shard, failed.name, clip.decoder.name, reason))

@@ -2,47 +2,39 @@
 
 import importlib.metadata
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kinema.data.decoders.packets import read_packets
-from kinema.data.decoders.video import BATCH, DecodeError, OpenVideo
+from kinema.data.decoders.packets import Packets
+from kinema.data.decoders.video import BATCH, TIME_TOLERANCE, DecodeError
 
 
-def open_video(mp4: bytes) -> OpenVideo:
-    """decord's own list of frames and times; the header is PyAV's, as decord tells nothing before it decodes."""
-    header = read_packets(mp4).header
-    # fault_tol counts frames that decord made up by repeating others; a fraction this small allows none.
-    reader = import_decord().VideoReader(io.BytesIO(mp4), num_threads=1, fault_tol=1e-9)
-    spans = reader.get_frame_timestamp(range(len(reader))).astype(np.float64)
-    return OpenVideo(
-        header,
-        starts=spans[:, 0] - spans[0, 0],
-        end=float(spans[-1, 1] - spans[0, 0]),
-        read=lambda indices: read_frames(reader, indices),
-    )
-
-
-def read_frames(reader: Any, wanted: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-    """Decode from the first frame of the video to the last wanted one, a few at a time to spare memory.
+def read_frames(mp4: bytes, packets: Packets, wanted: list[int]) -> Iterator[NDArray[np.uint8]]:
+    """Batches of the wanted frames; decoded is everything from the first frame on, a few at a time to spare memory.
 
     decord seeks when frames are left out, and then now and then returns a neighbour of the frame asked for
     (seen with decord2 3.4 where key frames follow each other). Without gaps it cannot, and short clips even
     decode faster.
     """
+    # fault_tol counts frames that decord made up by repeating others; a fraction this small allows none.
+    reader = import_decord().VideoReader(io.BytesIO(mp4), num_threads=1, fault_tol=1e-9)
+    starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
+    if len(starts) != len(packets.pts) or np.abs(starts - starts[0] - packets.starts).max() > TIME_TOLERANCE:
+        raise DecodeError("decord's list of frames and times is not that of the file. Type data.decoder=pyav.")
     for first in range(0, wanted[-1] + 1, BATCH):
         numbers = range(first, min(first + BATCH, wanted[-1] + 1))
-        frames = _batch(reader, numbers)
+        frames = take(reader, numbers)
         kept = [number - first for number in wanted if number in numbers]
         if kept:
             yield frames[kept]
 
 
-def _batch(reader: Any, numbers: range) -> NDArray[np.uint8]:
+def take(reader: Any, numbers: range) -> NDArray[np.uint8]:
+    """Neighbouring frames, RGB (n, H, W, 3)."""
     try:
         return reader.get_batch(numbers).asnumpy()
     except Exception as error:

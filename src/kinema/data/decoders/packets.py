@@ -1,24 +1,31 @@
-"""A video's header and packets, read by PyAV without decoding anything."""
+"""A video's header and packets, read by PyAV without decoding anything: what all decoders are measured against."""
 
 import io
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kinema.data.decoders.video import DecodeError, Header
+from kinema.data.decoders.video import DecodeError
 
 
-class Packets(NamedTuple):
-    """Every packet of the video stream that is shown, in order of presentation."""
+@dataclass(frozen=True)
+class Packets:
+    """The packets of the video stream that are shown; a frame's number is its packet's, in order of presentation."""
 
-    header: Header
+    width: int
+    """Pixels as they are stored, before any turning."""
+    height: int
+    pixel_aspect: float
+    """Width of a stored pixel over its height; 1 where the file does not say."""
     pts: list[int]
     durations: list[int]
     is_key: list[bool]
     seconds_per_tick: float
 
-    @property
+    @cached_property
     def starts(self) -> NDArray[np.float64]:
         """Seconds at which each frame appears, from 0."""
         return (np.array(self.pts) - self.pts[0]) * self.seconds_per_tick
@@ -35,7 +42,7 @@ def read_packets(mp4: bytes) -> Packets:
 
     with av.open(io.BytesIO(mp4), "r") as container:
         stream = only_video_stream(container)
-        header, base = _header(stream), float(stream.time_base)
+        size, aspect, base = (stream.width, stream.height), stream.sample_aspect_ratio, float(stream.time_base)
         packets = [packet for packet in container.demux(stream) if packet.pts is not None]
     # Decoders that read ahead fail on such a packet or not, by chance: it is an error for all of them.
     if any(packet.is_corrupt for packet in packets):
@@ -44,15 +51,14 @@ def read_packets(mp4: bytes) -> Packets:
     if not found:
         raise DecodeError("the video stream has no frames")
     pts, durations, is_key = (list(column) for column in zip(*sorted(found), strict=True))
-    return Packets(header, pts, durations, is_key, base)
+    return Packets(*size, float(aspect or 1), pts, durations, is_key, base)
 
 
 def only_video_stream(container: Any) -> Any:
-    """The first video stream of an opened container; raises DecodeError without one."""
+    """The first video stream of an opened container; raises DecodeError without one that can be decoded."""
     if not container.streams.video:
         raise DecodeError("no video stream")
-    return container.streams.video[0]
-
-
-def _header(stream: Any) -> Header:
-    return Header(stream.width, stream.height, float(stream.sample_aspect_ratio or 1))
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise DecodeError("the video stream is of no known codec")
+    return stream

@@ -8,32 +8,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kinema.data.decoders.packets import Packets, only_video_stream, read_packets
-from kinema.data.decoders.video import BATCH, DecodeError, Header, OpenVideo
+from kinema.data.decoders.packets import Packets, only_video_stream
+from kinema.data.decoders.video import BATCH, DecodeError
 
 
-def open_video(mp4: bytes) -> OpenVideo:
-    """Frames are told apart by their timestamps, so no count of the container can mislead."""
-    packets = read_packets(mp4)
-    return OpenVideo(packets.header, packets.starts, packets.end, read=lambda indices: _read(mp4, packets, indices))
+def read_frames(mp4: bytes, packets: Packets, wanted: list[int]) -> Iterator[NDArray[np.uint8]]:
+    """Batches of the wanted frames, decoded from the key frame before the first of them up to the last.
 
-
-def _read(mp4: bytes, packets: Packets, indices: list[int]) -> Iterator[NDArray[np.uint8]]:
-    """Batches of the wanted frames, decoded from the key frame before the first of them up to the last."""
+    Frames are told apart by their timestamps, so no count of the container can mislead.
+    """
     from av.video.reformatter import VideoReformatter
 
-    waiting = deque(packets.pts[index] for index in indices)
+    waiting = deque(packets.pts[number] for number in wanted)
     held, reformatter = list[NDArray[np.uint8]](), VideoReformatter()
-    for frame in _frames_from(mp4, packets, indices[0]):
+    for frame in _frames_from(mp4, packets, wanted[0]):
         if frame.pts == waiting[0]:
             waiting.popleft()
-            held.append(_upright(frame, packets.header, reformatter))
+            held.append(_upright(frame, packets, reformatter))
         if held and (len(held) == BATCH or not waiting):
             yield np.stack(held)
             held = []
         if not waiting:
             return
-    raise DecodeError(f"{len(waiting)} of the {len(indices)} frames asked for do not decode")
+    raise DecodeError(f"{len(waiting)} of the {len(wanted)} frames asked for do not decode")
 
 
 def _frames_from(mp4: bytes, packets: Packets, first: int) -> Iterator[Any]:
@@ -55,8 +52,8 @@ def _frames_from(mp4: bytes, packets: Packets, first: int) -> Iterator[Any]:
                 return
 
 
-def _upright(frame: Any, header: Header, reformatter: Any) -> NDArray[np.uint8]:
-    if (frame.width, frame.height) != (header.width, header.height):
+def _upright(frame: Any, packets: Packets, reformatter: Any) -> NDArray[np.uint8]:
+    if (frame.width, frame.height) != (packets.width, packets.height):
         raise DecodeError("the pictures change their size within the video")
     if frame.rotation % 90:
         raise DecodeError(f"the pictures are turned by {frame.rotation} degrees, which is no multiple of 90")

@@ -1,15 +1,12 @@
-"""What every decoder gives: an opened video whose frames are numbered in presentation order."""
+"""What all decoders have in common."""
 
 import re
-from collections.abc import Callable, Iterator
 from enum import Enum
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 BATCH = 32
 """Frames that are held at their full size at a time."""
+TIME_TOLERANCE = 1e-3
+"""Seconds that a decoder's time of a frame may differ from the file's: containers round to milliseconds."""
 
 
 class Decoder(Enum):
@@ -26,28 +23,6 @@ class DecodeError(Exception):
 
 class DecoderDied(DecodeError):
     """Decoding a video killed its process, or took so long that the process was killed."""
-
-
-class Header(NamedTuple):
-    """What a video says of itself before any frame is decoded."""
-
-    width: int
-    """Pixels as they are stored, before any turning."""
-    height: int
-    pixel_aspect: float
-    """Width of a stored pixel over its height; 1 where the file does not say."""
-
-
-class OpenVideo(NamedTuple):
-    """A video opened by one of the libraries."""
-
-    header: Header
-    starts: NDArray[np.float64]
-    """Seconds at which each frame appears, from 0."""
-    end: float
-    """Seconds at which the last frame ends."""
-    read: Callable[[list[int]], Iterator[NDArray[np.uint8]]]
-    """Rising frame numbers -> the frames as RGB (n, H, W, 3), upright, up to BATCH at a time."""
 
 
 def first_line(error: BaseException) -> str:
