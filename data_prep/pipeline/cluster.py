@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.pipeline.engines import Crew, Engine
-from data_prep.pipeline.isolation import IsolatedStage
+from data_prep.pipeline.isolation import START_SECONDS, IsolatedStage
 from data_prep.pipeline.journal import Result
 from data_prep.pipeline.rows import Row
 from data_prep.pipeline.stage import Place, Stage
-
-WAIT_SECONDS = 60.0
 
 
 @dataclass
@@ -72,7 +70,7 @@ class RayCrew:
 
         actor: Any = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus_per_worker)(IsolatedStage)
         self.engine, self.lost = engine, 0
-        self.make_actor = lambda: actor.remote(engine.attempts)
+        self.make_actor = lambda: actor.remote(engine.attempts, engine.max_memory_gib)
         self.actors = [self.make_actor() for _ in range(count)]
 
     def run(self, stage: Stage, place: Place, rows: Iterator[Row]) -> Generator[Result, None, None]:
@@ -93,7 +91,10 @@ class RayCrew:
                 busy[actor.run.remote(row, self.engine.timeout(row))] = actor, row
             if idle and not any(row for _, row in busy.values()):
                 return
-            for ref in ray.wait(list(busy), timeout=WAIT_SECONDS)[0]:
+            done = ray.wait(list(busy), timeout=START_SECONDS)[0]
+            if not done and not any(row for _, row in busy.values()):
+                raise ValueError(f"engine.address={self.engine.address}: no worker was ready in {START_SECONDS:g} s.")
+            for ref in done:
                 actor, row = busy.pop(ref)
                 try:
                     result = ray.get(ref)

@@ -12,11 +12,13 @@ from data_prep.pipeline.run import Limits, Pipeline
 from data_prep.stages.borders import CutBorders
 from data_prep.stages.caption import CaptionFromColumns, CaptionWithCommand, CaptionWithModel
 from data_prep.stages.cut import Cut
+from data_prep.stages.encode import Encode
 from data_prep.stages.filter import Filter
 from data_prep.stages.ingest import Ingest
 from data_prep.stages.page import Page
 from data_prep.stages.probe import Probe
 from data_prep.stages.score import Score
+from data_prep.stages.sound import Sound
 from data_prep.stages.split import Split
 from data_prep.stages.write import Write
 
@@ -47,10 +49,12 @@ class PrepareConfig:
     split: Any = None
     cut: Any = None
     borders: Any = None
+    sound: Any = None
     score: Any = None
     filter: Any = None
     caption: Any = None
     write: Any = None
+    encode: Any = None
     page: Any = None
 
     def __post_init__(self) -> None:
@@ -86,10 +90,12 @@ STAGES: dict[str, dict[str, type]] = {
     "split": {"shots": Split},
     "cut": {"clips": Cut},
     "borders": {"borders": CutBorders},
+    "sound": {"sound": Sound},
     "score": {"scores": Score},
     "filter": {"thresholds": Filter},
     "caption": {"columns": CaptionFromColumns, "command": CaptionWithCommand, "model": CaptionWithModel},
     "write": {"shards": Write},
+    "encode": {"caches": Encode},
     "page": {"page": Page},
 }
 """The classes of each stage. `configs/prep/STAGE/*.yaml` starts from `schema_NAME` and says what differs."""

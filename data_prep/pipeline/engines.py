@@ -30,6 +30,8 @@ class Engine:
     """... this much longer. A row that takes more is quarantined, and its process replaced."""
     attempts: int = 2
     """How often a row is tried that kills its process."""
+    max_memory_gib: float | None = None
+    """That a worker process may fill: a row that wants more fails. Linux only."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
@@ -60,7 +62,7 @@ class LocalEngine(Engine):
 
     def _run(self, stage: Stage, place: Place, rows: Iterator[Row]) -> Generator[Result, None, None]:
         count = self.workers or os.cpu_count() or 1
-        workers = [IsolatedStage(self.attempts, stage, place) for _ in range(count)]
+        workers = [IsolatedStage(self.attempts, self.max_memory_gib, stage, place) for _ in range(count)]
         idle = queue.SimpleQueue[IsolatedStage]()
         for worker in workers:
             idle.put(worker)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -47,8 +48,10 @@ class IsolatedStage:
     long is not. Either way its result says so.
     """
 
-    def __init__(self, attempts: int = 2, stage: Stage | None = None, place: Place | None = None) -> None:
-        self.attempts, self.stage, self.place = attempts, stage, place
+    def __init__(
+        self, attempts: int, max_memory_gib: float | None, stage: Stage | None = None, place: Place | None = None
+    ) -> None:
+        self.attempts, self.max_memory_gib, self.stage, self.place = attempts, max_memory_gib, stage, place
         self.process: subprocess.Popen[bytes] | None = None
         self.connection: Connection | None = None
         self.stopped = False
@@ -88,7 +91,7 @@ class IsolatedStage:
             )
         self.connection = Connection(ours.detach())
         try:
-            self.connection.send((self.stage, self.place))
+            self.connection.send((self.stage, self.place, self.max_memory_gib))
             problem = self.connection.recv() if self.connection.poll(START_SECONDS) else "took too long to start"
         except (EOFError, OSError):
             problem = f"its process ended: {self.bury()}"
@@ -124,7 +127,9 @@ class IsolatedStage:
 def serve(connection: Connection) -> None:
     """The other side: start the stage that arrives first, then work on row after row until nobody asks."""
     _end_with_parent()
-    stage, place = connection.recv()
+    stage, place, max_memory_gib = connection.recv()
+    if max_memory_gib is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (round(max_memory_gib * 2**30),) * 2)
     try:
         stage.start()
     except Exception as error:

@@ -1,5 +1,6 @@
 """Runs stages one after the other over all rows: journaled, counted, and stopped by limits."""
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -7,7 +8,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class Pipeline:
     def run(self, names: Iterable[str], show: bool = True) -> list[Report]:
         """Run these stages, each on what the one before it left; those that are done already only report."""
         reports = []
-        with self.engine.crew() as crew:
+        with alone_in(self.work), self.engine.crew() as crew:
             for name in names:
                 reports.append(self._run_stage(name, crew, show))
                 if show:
@@ -228,6 +229,17 @@ class StageRun:
         report.failed = dict(sorted(Counter(cause(row["reason"]) for row in failed).items()))
         if report.kept < self.limits.min_kept:
             raise ValueError(f"{report.line()}: fewer rows are left than limits.min_kept={self.limits.min_kept}.")
+
+
+@contextmanager
+def alone_in(work: Path) -> Iterator[None]:
+    """See that no other command works in this folder at the same time; raises ValueError."""
+    with open(work / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"work={work}: another command works there. Wait, or give another work=.") from error
+        yield
 
 
 def read_report(place: Place) -> Report | None:

@@ -1,8 +1,8 @@
 """Stage cut: each shot becomes a file of the one form that every reader decodes."""
 
 import hashlib
+import itertools
 import re
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,12 @@ from data_prep.pipeline.rows import Dropped, Outcome, Row
 from data_prep.pipeline.stage import Place, Stage
 from data_prep.source_video import Shaper, at_constant_rate, decode_frames
 from data_prep.stages.split import SLACK_SECONDS
-from kinema.data.encoding import write_video
+from kinema.data.encoding import write_pictures
 
-Frames = NDArray[np.uint8]
-"""(T, H, W, 3)"""
+OF_THE_VIDEO = ("frames", "variable_rate", "rotation", "stretch", "colour_space", "colour_transfer")
+"""What the stage `probe` found, and no longer holds."""
+Picture = NDArray[np.uint8]
+"""(H, W, 3)"""
 
 
 @dataclass
@@ -58,48 +60,42 @@ class Cut(Stage):
 
     def apply(self, row: Row, place: Place) -> Iterable[Outcome]:
         """A clip file for each of a video's shots."""
-        left = {shot["key"] for shot in row["members"]}
-        for shot, frames, fps in self.clips(row["members"]):
-            left.remove(shot["key"])
-            yield self.clip_row(shot, frames, fps, place)
-        yield from (Dropped(shot, "holds no frame") for shot in row["members"] if shot["key"] in left)
+        shots, done = row["members"], set[int]()
+        fps = self.fps or shots[0]["fps"]
+        for number, group in itertools.groupby(self.pictures(shots, fps), key=lambda found: found[0]):
+            done.add(number)
+            yield self.write_clip(shots[number], (picture for _, picture in group), fps, place)
+        yield from (Dropped(shot, "holds no frame") for number, shot in enumerate(shots) if number not in done)
 
-    def clips(self, shots: list[Row]) -> Iterator[tuple[Row, Frames, float]]:
-        """The frames of each shot and their rate, in one pass over the video.
+    def pictures(self, shots: list[Row], fps: float) -> Iterator[tuple[int, Picture]]:
+        """Each picture at this rate that lies in a shot, with the shot's number, in one pass over the video.
 
         A shot gets the frames whose own time lies in it, so none of its neighbour's slips in at another rate.
         """
-        fps = self.fps or shots[0]["fps"]
         shaper = Shaper(shots[0]["stretch"], self.width_and_height(), self.short_side)
-        waiting, pictures = deque(shots), list[Frames]()
-        converted: tuple[float, Frames] | None = None
+        number, converted = 0, None
         for seconds, _, frame in at_constant_rate(decode_frames(Path(shots[0]["path"])), fps):
-            while waiting and seconds >= waiting[0]["end_seconds"] - SLACK_SECONDS:
-                shot = waiting.popleft()
-                if pictures:
-                    yield shot, np.stack(pictures), fps
-                pictures = []
-            if not waiting:
+            while number < len(shots) and seconds >= shots[number]["end_seconds"] - SLACK_SECONDS:
+                number += 1
+            if number == len(shots):
                 return
-            if seconds >= waiting[0]["start_seconds"] - SLACK_SECONDS:
+            if seconds >= shots[number]["start_seconds"] - SLACK_SECONDS:
                 if converted is None or converted[0] != seconds:  # a repeated frame is converted once
                     converted = (seconds, shaper.picture(frame))
-                pictures.append(converted[1])
-        if pictures:
-            yield waiting.popleft(), np.stack(pictures), fps
+                yield number, converted[1]
 
-    def clip_row(self, shot: Row, frames: Frames, fps: float, place: Place) -> Row:
+    def write_clip(self, shot: Row, pictures: Iterator[Picture], fps: float, place: Place) -> Row:
         """Write the clip, and state the facts about it instead of those about its video."""
         path = place.path_for(f"{shot['key']}.mp4")
-        write_video(path, frames, fps, crf=self.crf)
-        gone = ("frames", "variable_rate", "rotation", "stretch", "colour_space", "colour_transfer")
-        return {name: value for name, value in shot.items() if name not in gone} | {
+        first = next(pictures)
+        num_frames = write_pictures(path, itertools.chain([first], pictures), fps, crf=self.crf)
+        return {name: value for name, value in shot.items() if name not in OF_THE_VIDEO} | {
             "clip": place.relative(path),
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "clip_bytes": path.stat().st_size,
             "fps": fps,
-            "num_frames": len(frames),
-            "width": frames.shape[2],
-            "height": frames.shape[1],
-            "duration_seconds": len(frames) / fps,
+            "num_frames": num_frames,
+            "width": first.shape[1],
+            "height": first.shape[0],
+            "duration_seconds": num_frames / fps,
         }

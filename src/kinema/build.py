@@ -27,11 +27,10 @@ from kinema.data.ledger import Ledger, Quarantine
 from kinema.data.loading import make_loader
 from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
-from kinema.data.planning import Planner
+from kinema.data.planning import Planner, open_index
 from kinema.data.quarantine import condemned_clips
-from kinema.data.rights import RightsPolicy, change_of_rights
+from kinema.data.rights import RightsPolicy, change_of_rights, idle_words
 from kinema.data.shards import DatasetIndex
-from kinema.data.storage import resolve_folder
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process, seed_everything
@@ -346,35 +345,47 @@ def build_data(
 
     `clip_flops` is what a clip costs, where the configuration does not say.
     """
-    data, shapes, rights = config.data, config.data.clip_shapes, config.data.rights.policy()
-    path = resolve_folder(data.path, data.cache_folder, data.storage)
-    index = DatasetIndex.load(path, split=data.train_split)
-    heldout = DatasetIndex.load(path, split=data.heldout_split)
+    data, shapes, rights = config.data, config.data.all_shapes, config.data.rights.policy()
+    index, heldout = open_index(data, data.train_split), open_index(data, data.heldout_split)
     planned = from_main(rights_of_plan(run.folder, rights, bool(run.store.steps())) if process.is_main else None)
     planner = Planner(data, geometry, planned, config.seed, clip_flops)
-    clips, kept = planner.choose(index)
-    if line := change_of_rights((index.entries[clip.entry_index].record for clip in clips), planned, rights):
+    plan, kept = planner.training(index)
+    clips = plan.clips
+    if line := idle_words_of(rights, index, heldout):
         run.outputs.event(0, "rights", line)
-    heldout_plan = planner.plan(planner.choose(heldout)[0]) if heldout.entries else None
+    if line := change_of_rights((index.locate(clip.entry_index)[1].record for clip in clips), planned, rights):
+        run.outputs.event(0, "rights", line)
+    heldout_plan = planner.heldout(heldout)
     cache = None
     if data.latents is not None:
         if vae_hash is None:
             raise ValueError(f"data.latents={data.latents}: a VAE trains on frames. Type data.latents=null.")
         cache = LatentCache.load(data.latents, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps)
-        cache.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in clips])
+        for stage in plan.stages:
+            cache.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in stage.clips])
     if process.is_main:
-        tqdm.write(f"data {redacted(data.path)}: {kept.line()}")
+        name = ", ".join(redacted(source.path) for source in data.mixture.values()) or redacted(data.path)
+        tqdm.write(f"data {name}: {kept.line()}")
         if heldout_plan is None and config.validation.every_steps:
             tqdm.write(
-                f"data {redacted(data.path)}: no clip is in split {data.heldout_split!r}, so nothing is validated. "
+                f"data {name}: no clip is in split {data.heldout_split!r}, so nothing is validated. "
                 "Prepare the data with a held-out share, name another data.heldout_split, or type "
                 "validation.every_steps=0."
             )
     return Data(
-        data, index, heldout, planner.plan(clips), heldout_plan,
+        data, index, heldout, plan, heldout_plan,
         lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept, rights,
         from_main(condemned_clips(run.folder) if process.is_main else {}),
     )  # fmt: skip
+
+
+def idle_words_of(rights: RightsPolicy, *indexes: DatasetIndex) -> str | None:
+    """What `data.rights` names and no clip of the data set has, as a line for people."""
+    columns = [index.columns for index in indexes]
+    licenses = [name for column in columns for name in column.license.names]
+    sources = [name for column in columns for name in column.source.names]
+    entries = (index.locate(number)[1] for index in indexes for number in range(len(index.entries)))
+    return idle_words(rights, licenses, sources, (entry.record.key for entry in entries))
 
 
 def text_encoder_of(config: Config) -> TextEncoder:

@@ -154,7 +154,7 @@ def test_what_cannot_be_read_is_trouble(folder, tmp_path, capsys):
 
 
 def test_a_foreign_set_is_compared_with_its_indexed_self(tmp_path, mp4, capsys):
-    from kinema.data.shards import index_shards
+    from kinema.data.indexing import index_shards
 
     samples = {"one": {"mp4": mp4, "json": b'{"caption": "a cat", "license": "MIT"}'}}
     path = foreign(tmp_path / "theirs", samples)

@@ -1,7 +1,5 @@
 """Footage to shards: the engine's promises, on stages made for the purpose and on real videos."""
 
-import os
-import signal
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,35 +7,11 @@ from pathlib import Path
 import pytest
 
 from data_prep.pipeline.engines import LocalEngine
-from data_prep.pipeline.rows import Dropped, RowFailed, read_rows, write_rows
-from data_prep.pipeline.run import Limits, Pipeline
+from data_prep.pipeline.rows import RowFailed, read_rows, write_rows
+from data_prep.pipeline.run import Limits, Pipeline, alone_in
 from data_prep.pipeline.stage import Stage
 from kinema.data.ledger import DataBudgetError
-
-
-@dataclass
-class Square(Stage):
-    """Squares numbers; some rows misbehave as real decoders do."""
-
-    calls: str = ""
-    """A file that gets one letter for each row worked on."""
-
-    def apply(self, row, place):
-        if self.calls:
-            with open(self.calls, "a") as file:
-                file.write("x")
-        match row.get("misbehave"):
-            case "segfault":
-                os.kill(os.getpid(), signal.SIGSEGV)
-            case "hang":
-                signal.pause()
-            case "fail":
-                raise RowFailed("odd: nobody knows why")
-            case "bug":
-                raise KeyError("caption")
-        if row["n"] % 5 == 4:
-            return [Dropped(row, "a five")]
-        return [{**row, "key": f"{row['key']}-{part}", "square": row["n"] ** 2} for part in range(2)]
+from tests.unit.made_stages import Square
 
 
 def pipeline(work: Path, rows: Iterable[dict], engine=None, stage=None, **limits) -> Pipeline:
@@ -61,11 +35,11 @@ def test_rows_come_out_in_the_order_of_the_input_and_are_counted(tmp_path):
 
 
 def test_rows_that_crash_hang_or_fail_are_named_and_the_others_go_on(tmp_path):
-    given = numbers(12, row_1="segfault", row_3="hang", row_6="fail", row_8="bug")
-    engine = LocalEngine(workers=2, timeout_seconds=1.0)
+    given = numbers(12, row_1="segfault", row_3="hang", row_6="fail", row_8="bug", row_10="memory")
+    engine = LocalEngine(workers=2, timeout_seconds=1.0, max_memory_gib=1.0)
     [report] = pipeline(tmp_path / "w", given, engine, max_failed_fraction=0.5).run(["square"], show=False)
-    assert report.kept == 2 * (12 - 4 - 2)
-    assert report.failed == {"killed its process": 1, "took too long": 1, "odd": 1, "KeyError": 1}
+    assert report.kept == 2 * (12 - 5 - 2)
+    assert report.failed == {"killed its process": 1, "took too long": 1, "odd": 1, "KeyError": 1, "MemoryError": 1}
     failed = {row["key"]: row["reason"] for row in read_rows(tmp_path / "w" / "01-square" / "failed.jsonl")}
     assert failed["row-1"] == "killed its process: SIGSEGV, 2 times"
     assert failed["row-3"] == "took too long: over 1 s"
@@ -119,3 +93,9 @@ def test_rows_that_failed_are_tried_again_when_asked(tmp_path):
     mended.touch()
     assert run().kept == 3
     assert (run(retry_failed=True).kept, run().failed) == (4, {})
+
+
+def test_two_commands_do_not_work_in_one_folder(tmp_path):
+    one = pipeline(tmp_path, numbers(2), LocalEngine(0))
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another command works there"):
+        one.run(["square"], show=False)

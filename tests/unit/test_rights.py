@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from kinema.data.candidates import plan_clips
 from kinema.data.config import DataConfig
+from kinema.data.ledger import Ledger
 from kinema.data.licenses import is_known, licenses_named
 from kinema.data.loading import make_loader
-from kinema.data.rights import RightsConfig, RightsPolicy
+from kinema.data.rights import RightsConfig, RightsPolicy, idle_words
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import DatasetIndex, index_name
 from tests.unit.clips import GEOMETRY, SHAPES, build, make_plan, record
@@ -136,6 +137,30 @@ def test_records_from_before_these_fields_read_as_unknown():
         del values[name]
     old = ClipRecord.from_dict(values)
     assert (old.generated, old.generator, old.source_url, old.collected) == ("unknown", "", "", "")
+
+
+def test_a_slip_in_a_list_is_said(index):
+    records = [entry.record for entry in index.entries]
+    found = [[getattr(record, name) for record in records] for name in ("license", "source", "key")]
+    assert idle_words(RightsPolicy(), *found) is None
+    right = RightsPolicy(
+        ("cc-by-4.0", "CC-BY-NC-*"), ("*-nc-*",), excluded_sources=("f?lm",), excluded_keys=("clip-003",)
+    )
+    assert idle_words(right, *found) is None
+    wrong = RightsPolicy(("CC-BY-4.0", "CC-BY"), excluded_sources=("Film", "toy"), excluded_keys=("clip-3", "Clip-*"))
+    assert idle_words(wrong, *found) == (
+        "no clip has what data.rights names: allowed_licenses CC-BY; excluded_sources Film; "
+        "excluded_keys clip-3, Clip-*. Is it written as in the records?"
+    )
+
+
+def test_all_that_a_plan_leaves_out_is_in_the_ledger_by_reason(index):
+    _, report = plan_clips(index, SHAPES, 8, GEOMETRY, rights=RightsPolicy(("CC-BY-4.0",)), max_clips=5)
+    ledger = Ledger()
+    ledger.record_kept(report)
+    again = Ledger.from_dict(json.loads(json.dumps(ledger.to_dict())))
+    assert again.left_out == {"license CC-BY-NC-4.0 not in data.rights.allowed_licenses": 1, "beyond data.max_clips": 6}
+    assert sum(account.dropped for account in again.sources.values()) == again.left_out.total() == 12 - report.kept
 
 
 # While reading

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from braceexpand import braceexpand
+
 REMOTE_SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
 """Address schemes that data.path may have; never `pipe`, which runs commands."""
 HIDDEN = "***"
@@ -36,6 +38,14 @@ class Address:
     def name(self) -> str:
         """Last part of the folder's path."""
         return urlsplit(self.text).path.rstrip("/").rsplit("/", 1)[-1] or urlsplit(self.text).netloc.rsplit("@")[-1]
+
+    def split_tars(self) -> tuple["Address", list[str]]:
+        """The folder, and the names of an address such as .../part-{000..099}.tar; no names for any other."""
+        parts = urlsplit(self.text)
+        folder, _, last = parts.path.rpartition("/")
+        if not last.endswith(".tar"):
+            return self, []
+        return Address(urlunsplit(parts._replace(path=folder))), list(braceexpand(last))
 
     def of(self, file: str) -> str:
         """Address of a file in the folder: the query, if any, stays at the end."""

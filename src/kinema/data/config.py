@@ -9,7 +9,9 @@ from kinema.data.clip_decoder import DecodingRules
 from kinema.data.cost import CostConfig
 from kinema.data.dealing import Packing
 from kinema.data.decoders.video import Decoder
+from kinema.data.foreign import ForeignOptions
 from kinema.data.geometry import ClipShape
+from kinema.data.mixture import SourceConfig, StageConfig
 from kinema.data.remote import StorageConfig
 from kinema.data.rights import RightsConfig
 
@@ -35,6 +37,12 @@ class DataConfig:
     path: str = "data/toy"
     """Folder of shards (see data_prep), or an address (file, http, https, s3, gs, hf) that is read by ranges."""
     storage: StorageConfig = field(default_factory=StorageConfig)
+    foreign: ForeignOptions = field(default_factory=ForeignOptions)
+    """How tars that have no index, at the address or in the folder, are indexed before the first step."""
+    mixture: dict[str, SourceConfig] = field(default_factory=dict)
+    """Several data sets by name, in place of `path`: each has its share of every step, and epochs of its own."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """What is different in the first steps of the run, stage after stage; then all is as said here."""
     cache_folder: str = "~/.cache/kinema/data"
     """Where manifests, indexes and members of remote data sets are kept on this machine."""
     train_split: str = "train"
@@ -108,7 +116,8 @@ class DataConfig:
         for name in ("num_workers", "min_failed_clips"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 0.")
-        if Address.parse(self.path) and self.storage.patience_seconds > self.timeout_seconds / 2:
+        paths = [source.path for source in self.mixture.values()] or [self.path]
+        if any(map(Address.parse, paths)) and self.storage.patience_seconds > self.timeout_seconds / 2:
             raise ValueError(
                 f"data.timeout_seconds={self.timeout_seconds:g} must be at least "
                 f"{math.ceil(2 * self.storage.patience_seconds)}, twice as long as data.storage may wait for a store "
@@ -118,6 +127,7 @@ class DataConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must lie in 0 to 1.")
         self._check_decoders()
+        self._check_mixture()
         if not self.shapes or any(len(shape) != 3 for shape in self.shapes):
             raise ValueError(f"data.shapes={self.shapes} must list [frames, height, width], e.g. [[17,64,64]].")
 
@@ -144,3 +154,31 @@ class DataConfig:
     def clip_shapes(self) -> list[ClipShape]:
         """`shapes` as ClipShape."""
         return [ClipShape(*shape) for shape in self.shapes]
+
+    @property
+    def all_shapes(self) -> list[ClipShape]:
+        """`shapes` and those of all stages, each once."""
+        staged = [ClipShape(*shape) for stage in self.stages for shape in stage.shapes or []]
+        return list(dict.fromkeys([*self.clip_shapes, *staged]))
+
+    def _check_mixture(self) -> None:
+        for name, source in self.mixture.items():
+            if not source.path:
+                raise ValueError(f"data.mixture.{name}.path is missing: type the folder or address of the data set.")
+        if self.mixture and self.latents is not None:
+            raise ValueError(
+                f"data.latents={self.latents} belongs to one data set, and data.mixture names {len(self.mixture)}. "
+                "Type data.latents=null."
+            )
+        last = 0
+        for number, stage in enumerate(self.stages):
+            if stage.until_step <= last:
+                raise ValueError(
+                    f"data.stages[{number}].until_step={stage.until_step} must be above {last}, where it begins."
+                )
+            last = stage.until_step
+            if unknown := set(stage.weights or {}) ^ set(self.mixture if stage.weights is not None else {}):
+                raise ValueError(
+                    f"data.stages[{number}].weights must give each data set of data.mixture a weight; "
+                    f"{', '.join(sorted(unknown))} is in one of them only."
+                )

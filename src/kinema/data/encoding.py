@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+from collections.abc import Iterable
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +41,29 @@ def write_video(
 
     Raises ValueError for another dtype or layout, odd sides, or a frame rate that is not positive.
     """
-    pictures = _checked(frames, fps)
-    path = Path(path)
+    pictures = _checked(frames)
+    write_pictures(path, pictures, fps, crf=crf, audio=audio, sample_rate=sample_rate, metadata=metadata)
+
+
+def write_pictures(
+    path: str | Path,
+    pictures: Iterable[NDArray[np.uint8]],
+    fps: float,
+    *,
+    crf: float = 18,
+    audio: NDArray[np.float32] | None = None,
+    sample_rate: int = 16_000,
+    metadata: dict[str, str] | None = None,
+) -> int:
+    """`write_video` for a stream of uint8 pictures (H, W, 3) of one size; returns how many there were.
+
+    Raises ValueError for no picture at all, odd sides, or a frame rate that is not positive.
+    """
+    stream, path = iter(pictures), Path(path)
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(f"{path.name}: a video needs at least one picture.")
+    _check_form(first, fps)
     unfinished = path.with_name(f".{path.name}.part")
     try:
         with av.open(
@@ -50,14 +73,15 @@ def write_video(
             options={"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact"},
         ) as container:
             container.metadata.update(metadata or {})
-            video = _add_video(container, pictures, fps, crf)
+            video = _add_video(container, first.shape[:2], fps, crf)
             sound = _add_sound(container, sample_rate) if audio is not None else None
-            _encode_pictures(container, video, pictures)
+            count = _encode_pictures(container, video, chain([first], stream))
             if sound is not None and audio is not None:
                 _encode_sound(container, sound, audio)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+    return count
 
 
 def encode_video(
@@ -83,14 +107,18 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return dict(container.metadata)
 
 
-def _checked(frames: "Tensor | NDArray[np.uint8]", fps: float) -> NDArray[np.uint8]:
+def _checked(frames: "Tensor | NDArray[np.uint8]") -> NDArray[np.uint8]:
     pictures = frames if isinstance(frames, np.ndarray) else frames.cpu().numpy()
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3 or len(pictures) == 0:
         raise ValueError(
             f"frames of type {pictures.dtype} and shape {pictures.shape} must be uint8 (T >= 1, H, W, 3). "
             "Model output goes through kinema.data.pixels.to_uint8."
         )
-    height, width = pictures.shape[1:3]
+    return pictures
+
+
+def _check_form(picture: NDArray[np.uint8], fps: float) -> None:
+    height, width = picture.shape[:2]
     if height % 2 or width % 2:
         raise ValueError(
             f"height={height} width={width} must both be even: yuv420p halves the colour planes. "
@@ -98,14 +126,13 @@ def _checked(frames: "Tensor | NDArray[np.uint8]", fps: float) -> NDArray[np.uin
         )
     if not fps > 0:
         raise ValueError(f"fps={fps} must be above 0.")
-    return pictures
 
 
 def _add_video(
-    container: av.container.OutputContainer, pictures: NDArray[np.uint8], fps: float, crf: float
+    container: av.container.OutputContainer, size: tuple[int, ...], fps: float, crf: float
 ) -> av.VideoStream:
     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-    stream.height, stream.width = pictures.shape[1:3]
+    stream.height, stream.width = size
     stream.pix_fmt = "yuv420p"
     context = stream.codec_context
     stream.time_base = context.time_base = Fraction(1, FRAME_TICKS)
@@ -126,10 +153,11 @@ def _add_sound(container: av.container.OutputContainer, sample_rate: int) -> av.
 
 
 def _encode_pictures(
-    container: av.container.OutputContainer, stream: av.VideoStream, pictures: NDArray[np.uint8]
-) -> None:
+    container: av.container.OutputContainer, stream: av.VideoStream, pictures: Iterable[NDArray[np.uint8]]
+) -> int:
     ticks = FRAME_TICKS / Fraction(stream.codec_context.framerate)
     reformatter = VideoReformatter()  # one for all frames: setting it up costs more than using it
+    count = 0
     for index, picture in enumerate(pictures):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
         frame = reformatter.reformat(
@@ -139,7 +167,9 @@ def _encode_pictures(
         frame.pts = round(index * ticks)
         frame.duration = round((index + 1) * ticks) - frame.pts
         container.mux(stream.encode(frame))
+        count += 1
     container.mux(stream.encode())
+    return count
 
 
 def _encode_sound(container: av.container.OutputContainer, stream: av.AudioStream, audio: NDArray[np.float32]) -> None:

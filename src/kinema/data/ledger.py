@@ -45,6 +45,13 @@ class Account:
         """How often each of the distinct clips was shown, on average."""
         return self.decoded / self.distinct if self.distinct else 0.0
 
+    def show(self, seconds: float, license: str, *, again: bool) -> None:
+        """A clip was shown to the model once more."""
+        self.decoded += 1
+        self.repeated += again
+        self.seconds += seconds
+        self.licenses[license] += 1
+
     def add(self, other: "Account") -> None:
         """Add the other's totals to these."""
         for name in ("decoded", "distinct", "failed", "withdrawn", "repeated", "dropped", "seconds"):
@@ -96,13 +103,13 @@ class Ledger:
         rows = zip(pack.entries, pack.keys, pack.shapes, pack.weights.tolist(), pack.epochs, strict=True)
         for number, key, shape, weight, epoch in rows:
             entry = index.entries[number]
-            if weight > 0:
-                seconds, licenses = shape.frames / pack.fps, Counter({entry.record.license: 1})
-                self._enter(entry, Account(decoded=1, repeated=int(epoch > 0), seconds=seconds, licenses=licenses))
-            elif key in withdrawn:
-                self._enter(entry, Account(withdrawn=1))
-            else:
-                self._enter(entry, Account(failed=1))
+            for account in self._accounts(entry):
+                if weight > 0:
+                    account.show(shape.frames / pack.fps, entry.record.license, again=epoch > 0)
+                elif key in withdrawn:
+                    account.withdrawn += 1
+                else:
+                    account.failed += 1
         self.reasons.update(failure.reason for failure in pack.failures)
         self.withdrawn.update(left.reason for left in pack.withdrawn)
         self.fallbacks.update(fallback.cause() for fallback in pack.fallbacks)
@@ -116,7 +123,8 @@ class Ledger:
     def record_distinct(self, entries: Iterable[ClipEntry]) -> None:
         """Enter clips that were shown for the first time."""
         for entry in entries:
-            self._enter(entry, Account(distinct=1))
+            for account in self._accounts(entry):
+                account.distinct += 1
 
     @property
     def total(self) -> Account:
@@ -136,6 +144,16 @@ class Ledger:
             }
             for kind in ("licenses", "sources", "generated", "consent", "attributions")
         }
+
+    @classmethod
+    def of_shown(cls, shown: dict[str, dict[str, dict[str, float]]]) -> "Ledger":
+        """What `shown` tells, as a ledger again: sums without failures, shards and repeats."""
+        ledger = cls()
+        for kind, rows in shown.items():
+            for name, row in rows.items():
+                account = Account(decoded=int(row["shown"]), distinct=int(row["clips"]), seconds=row["seconds"])
+                ledger.accounts[kind][name] = account
+        return ledger
 
     def merge(self, other: "Ledger") -> None:
         """Add another rank's entries to these."""
@@ -167,14 +185,15 @@ class Ledger:
     def _counters(self) -> dict[str, Counter[str]]:
         return {name: getattr(self, name) for name in ("reasons", "left_out", "withdrawn", "fallbacks")}
 
-    def _enter(self, entry: ClipEntry, account: Account) -> None:
-        for kind, name_of in BY.items():
-            self._account(kind, name_of(entry)).add(account)
+    def _accounts(self, entry: ClipEntry) -> list[Account]:
+        return [self._account(kind, name_of(entry)) for kind, name_of in BY.items()]
 
     def _account(self, kind: str, name: str) -> Account:
         accounts = self.accounts[kind]
-        known = name in accounts or len(accounts) < MOST_NAMES
-        return accounts.setdefault(name if known else OTHERS, Account())
+        if name not in accounts:  # asked for each clip of each step, hence no needless Account
+            name = name if len(accounts) < MOST_NAMES else OTHERS
+            accounts.setdefault(name, Account())
+        return accounts[name]
 
 
 @dataclass(frozen=True)

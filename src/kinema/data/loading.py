@@ -43,7 +43,8 @@ def make_loader(
     if latents is not None:
         if crop is not Crop.center:
             raise ValueError(f"data.crop={crop.name} cannot be used with data.latents, which cache the centre crop.")
-        latents.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in plan.clips])
+        for stage in plan.stages:
+            latents.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in stage.clips])
     dataset = ClipReader(
         index,
         plan,

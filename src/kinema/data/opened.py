@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kinema.data.shards import MANIFEST, DatasetIndex, index_shards
+from kinema.data.indexing import index_shards
+from kinema.data.shards import DatasetIndex
+from kinema.data.store import MANIFEST
 
 
 @contextmanager

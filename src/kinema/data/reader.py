@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from kinema.data.pack import Failure, Fallback, Pack
 from kinema.data.plan import Plan, Slot
 from kinema.data.rights import RightsPolicy, contradiction
 from kinema.data.shards import DamagedSample, DatasetIndex, read_member
-from kinema.data.store import store_of
+from kinema.data.store import Member, store_of
 
 
 class ClipReader(Dataset):
@@ -96,30 +97,38 @@ class ClipReader(Dataset):
             entries=[slot.clip.entry_index for slot in slots],
             withdrawn=withdrawn,
             fallbacks=fallbacks,
-            storage=store_of(self.index.folder).take_counts(),
+            storage=self._storage_counts(),
         )
 
     def _expect(self, slots: list[Slot]) -> None:
         """Let the pack's clips be fetched while its first ones are decoded."""
-        wanted = []
+        wanted: dict[Any, list[tuple[str, Member]]] = {folder: [] for folder in self.index.folders}
         for slot in slots:
-            number, entry = slot.clip.entry_index, self.index.entries[slot.clip.entry_index]
+            number = slot.clip.entry_index
+            folder, entry = self.index.locate(number)
             if self.latents is None and number not in self.condemned and not self._refusal(slot):
                 names = ("mp4",) if self.rights is None or number in self.compared else ("json", "mp4")
-                wanted += [(entry.shard, entry.members[name]) for name in names if name in entry.members]
-        store_of(self.index.folder).expect(wanted)
+                wanted[folder] += [(entry.shard, entry.members[name]) for name in names if name in entry.members]
+        for folder, members in wanted.items():
+            store_of(folder).expect(members)
+
+    def _storage_counts(self) -> dict[str, float]:
+        counts = Counter[str]()
+        for folder in self.index.folders:
+            counts.update(store_of(folder).take_counts())
+        return dict(counts)
 
     def _refusal(self, slot: Slot) -> Failure | None:
         entry = self.index.entries[slot.clip.entry_index]
-        reason = self.rights and self.rights.refusal(entry.record)
+        reason = self.rights and self.rights.refusal(self.index.locate(slot.clip.entry_index)[1].record)
         return Failure(entry.record.key, entry.shard, reason) if reason else None
 
     def _compare_record(self, number: int) -> None:
         """Once for each clip: rights are planned by the index, and must be those that lie beside the clip."""
-        entry = self.index.entries[number]
+        folder, entry = self.index.locate(number)
         if self.rights is None or number in self.compared or "json" not in entry.members:
             return
-        if difference := contradiction(entry.record, read_member(self.index.folder, entry, "json")):
+        if difference := contradiction(entry.record, read_member(folder, entry, "json")):
             raise DamagedSample(entry.record.key, entry.shard, difference)
         self.compared.add(number)
 
@@ -142,7 +151,7 @@ class ClipReader(Dataset):
         self._compare_record(slot.clip.entry_index)
         spare = entry.record.duration_seconds - slot.clip.shape.frames / self.fps
         start, top, left = self._window_and_crop(slot, max(spare, 0.0))
-        mp4 = read_member(self.index.folder, entry, "mp4")
+        mp4 = read_member(*self.index.locate(slot.clip.entry_index), "mp4")
         clip = self.decoder.decode(mp4, slot.clip.shape, self.fps, start, (top, left))
         for failed, reason in clip.refusals:
             fallbacks.append(Fallback(entry.record.key, entry.shard, failed.name, clip.decoder.name, reason))

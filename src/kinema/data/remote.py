@@ -75,9 +75,20 @@ class Unreadable(OSError):
 class RemoteStore:
     """A data set at an address. Connections belong to the process that opened them: a forked worker opens its own."""
 
-    def __init__(self, address: Address, identity: str, settings: StorageConfig, cache: MemberCache | None) -> None:
-        """`identity` names the data set's bytes (its hash) in the cache, whatever address they come from."""
+    def __init__(
+        self,
+        address: Address,
+        identity: str,
+        settings: StorageConfig,
+        cache: MemberCache | None,
+        landmark: str = MANIFEST,
+    ) -> None:
+        """`identity` names the data set's bytes (its hash) in the cache, whatever address they come from.
+
+        `landmark` is a file by which to tell a store that is down from a file that is missing.
+        """
         self.address, self.identity, self.settings, self.cache = address, identity, settings, cache
+        self.landmark = landmark
         self._lines: _Lines | None = None
 
     def read(self, shard: str, member: Member) -> bytes:
@@ -99,18 +110,41 @@ class RemoteStore:
 
     def fetch_first(self, file: str) -> bytes:
         """The file that the data set begins with: ValueError if it cannot be had, StoreDown if nobody answers."""
-        try:
-            content = self._try(lambda: self._cat(file))
-            byte = self._try(lambda: self._cat(file, 0, 1))
-        except Unreadable as error:
-            kind = ValueError if error.refused else StoreDown
-            raise kind(f"data.path={self.address}: {file} cannot be read there ({error}).") from None
-        if len(byte) != 1:
+        content = self._first(lambda: self._cat(file), file)
+        self.check_ranges(file)
+        return content
+
+    def check_ranges(self, file: str) -> None:
+        """Raise ValueError unless the server answers with the part that it is asked for; errors as `fetch_first`."""
+        if len(self._first(lambda: self._cat(file, 0, 1), file)) != 1:
             raise ValueError(
                 f"data.path={self.address}: the server sends whole files where a part is asked for (no range "
                 "requests). Serve the folder with a program that knows them, e.g. nginx, or copy it to this machine."
             )
-        return content
+
+    def has(self, file: str) -> bool:
+        """Whether the file is there; StoreDown if nobody answers."""
+        try:
+            self._first(lambda: self._cat(file, 0, 1), file)
+        except ValueError:
+            return False
+        return True
+
+    def names(self, pattern: str) -> list[str]:
+        """Names of the files in the folder that match; none where the server does not list them."""
+        try:
+            found = self._first(lambda: self.lines.filesystem.glob(self.address.of(pattern)), pattern)
+        except ValueError:
+            return []
+        return sorted(name.partition("?")[0].rsplit("/", 1)[-1] for name in found)
+
+    def size(self, file: str) -> int:
+        """Bytes of a file; errors as `fetch`."""
+        return self._persist(lambda: self._size(file), file)
+
+    def read_range(self, file: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file, not cached; errors as `fetch`."""
+        return self._persist(lambda: self._cat(file, start, end), file)
 
     def reaches(self, file: str, size: int) -> bool:
         """Whether the file has at least so many bytes; errors as `fetch`."""
@@ -168,12 +202,32 @@ class RemoteStore:
             self.lines.count("cache_errors")
             return None
 
+    def _size(self, file: str) -> int:
+        self.lines.count("requests")
+        try:
+            size = self.lines.filesystem.info(self.address.of(file))["size"]
+        except FileNotFoundError as error:
+            if isinstance(error.__cause__, Exception) and is_transient(error.__cause__):
+                raise error.__cause__ from None  # fsspec calls every failure so
+            raise
+        if size is None:
+            raise ValueError(f"data.path={self.address}: the server does not tell the size of {file}.")
+        return size
+
     def _cat(self, file: str, start: int | None = None, end: int | None = None) -> bytes:
         lines = self.lines
         lines.count("requests")
         payload = lines.cat(self.address.of(file), start, end)
         lines.count("bytes", len(payload))
         return payload
+
+    def _first(self, attempt: Callable[[], Result], file: str) -> Result:
+        """As `_persist`, before anything is known of the address."""
+        try:
+            return self._try(attempt)
+        except Unreadable as error:
+            kind = ValueError if error.refused else StoreDown
+            raise kind(f"data.path={self.address}: {file} cannot be read there ({error}).") from None
 
     def _persist(self, attempt: Callable[[], Result], file: str) -> Result:
         """Try until it succeeds or cannot; then find out whether the file or the store is at fault."""
@@ -204,10 +258,10 @@ class RemoteStore:
     def _check_answers(self, file: str, error: "Unreadable") -> None:
         """Raise StoreDown if not even the file that the data set began with can be read."""
         try:
-            self._try(lambda: self._cat(MANIFEST, 0, 1), retries=1)
+            self._try(lambda: self._cat(self.landmark, 0, 1), retries=1)
         except Unreadable:
             raise StoreDown(
-                f"data.path={self.address} does not answer any more: neither {file} nor {MANIFEST} can be read "
+                f"data.path={self.address} does not answer any more: neither {file} nor {self.landmark} can be read "
                 f"({error}). No clip was quarantined for it. Start the same command again when the store answers; "
                 "data.storage.retries and data.storage.timeout_seconds make it wait longer."
             ) from None

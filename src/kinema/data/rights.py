@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from fnmatch import translate
 from functools import cached_property
@@ -178,6 +178,24 @@ def change_of_rights(planned: Iterable[ClipRecord], before: RightsPolicy, now: R
     )
 
 
+def idle_words(
+    policy: RightsPolicy, licenses: Iterable[str], sources: Iterable[str], keys: Iterable[str]
+) -> str | None:
+    """Words of a policy that fit no clip at all, as a line for people: a slip in a withdrawal would go unseen.
+
+    Given are the distinct licences and sources of all clips, and their keys, which are asked for only if need be.
+    """
+    parts = {part.casefold() for license in licenses for part in licenses_named(license)}
+    found = {"allowed_licenses": parts, "denied_licenses": parts, "excluded_sources": set(sources)}
+    found["excluded_keys"] = set(keys) if policy.excluded_keys else set()
+    idle = []
+    for name, names in found.items():
+        asked = [word for word in getattr(policy, name) if word != "*"]
+        words = [word for word in asked if not _Matcher([word], any_case=names is parts).fits_one(names)]
+        idle += [f"{name} {first_few(words)}"] if words else []
+    return f"no clip has what data.rights names: {'; '.join(idle)}. Is it written as in the records?" if idle else None
+
+
 def first_few(keys: Sequence[str], few: int = 5) -> str:
     """`a, b, c, ...`"""
     return ", ".join(keys[:few]) + (", ..." if len(keys) > few else "")
@@ -192,6 +210,10 @@ class _Matcher:
         wild = [pattern for pattern in patterns if set("*?") & set(pattern)]
         self.words = frozenset(patterns).difference(wild)
         self.wild = re.compile("|".join(translate(pattern.replace("[", "[[]")) for pattern in wild)) if wild else None
+
+    def fits_one(self, words: Set[str]) -> bool:
+        """Whether one of these, which are of the case that counts, is in the list."""
+        return not self.words.isdisjoint(words) or (self.wild is not None and any(map(self, words)))
 
     def __call__(self, word: str) -> bool:
         word = word.casefold() if self.any_case else word

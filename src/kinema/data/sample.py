@@ -82,7 +82,7 @@ class ClipRecord:
         if allow_missing_caption and values.get("caption") is None:
             values["caption"] = ""
         _check_names(key, set(values))
-        for record_field in fields(cls):
+        for record_field in _FIELDS:
             if record_field.name in values:
                 values[record_field.name] = _typed(key, record_field, values[record_field.name])
         record = cls(**values)
@@ -90,13 +90,16 @@ class ClipRecord:
         return record
 
 
+_FIELDS = fields(ClipRecord)  # asked for once: an index has millions of records
+_KNOWN = {f.name for f in _FIELDS}
+_NEEDED = {f.name for f in _FIELDS if f.default is MISSING and f.default_factory is MISSING}
+
+
 def _check_names(key: str, present: set[str]) -> None:
-    known = {f.name for f in fields(ClipRecord)}
-    needed = {f.name for f in fields(ClipRecord) if f.default is MISSING and f.default_factory is MISSING}
-    missing = sorted(needed - present)
+    missing = sorted(_NEEDED - present)
     if missing:
         raise ValueError(f"Clip key={key}: its json lacks {', '.join(missing)}. Write the shard with ShardWriter.")
-    unknown = sorted(present - known)
+    unknown = sorted(present - _KNOWN)
     if unknown:
         raise ValueError(f"Clip key={key}: its json has unknown fields {', '.join(unknown)}. Put them under 'extra'.")
 

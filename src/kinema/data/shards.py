@@ -20,6 +20,7 @@ from kinema.data.address import redacted
 from kinema.data.columns import Columns, columns_of
 from kinema.data.compiled import load_table
 from kinema.data.entry import ClipEntry
+from kinema.data.foreign import split_name
 from kinema.data.sample import ClipRecord
 from kinema.data.store import MANIFEST, Member, StoredFolder, WrongBytes, store_of
 from kinema.data.table import ClipTable
@@ -53,6 +54,30 @@ class DatasetIndex:
     def columns(self) -> Columns:
         """What planning needs to know of each entry, in their order."""
         return self.entries.columns if isinstance(self.entries, ClipTable) else columns_of(self.entries)
+
+    def clip_keys(self) -> Iterator[str]:
+        """Of each entry, in their order, without making it."""
+        if isinstance(self.entries, ClipTable):
+            return self.entries.texts("key")
+        return (entry.record.key for entry in self.entries)
+
+    def locate(self, number: int) -> tuple[str | os.PathLike[str], ClipEntry]:
+        """The folder that an entry's bytes lie in, and the entry as that folder's index has it."""
+        return self.folder, self.entries[number]
+
+    @property
+    def folders(self) -> Sequence[Path | StoredFolder]:
+        """Where the bytes of the entries lie."""
+        return [self.folder]
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """Names of the data sets that were joined into this one; none if it is a single one."""
+        return ()
+
+    def part_of(self, number: int) -> str:
+        """Name of the data set that an entry comes from, of those in `parts`."""
+        raise LookupError(f"entry {number} of {self.folder}: it was not joined from several data sets.")
 
     @property
     def hash(self) -> str:
@@ -129,7 +154,7 @@ class ShardWriter:
         self._check_target(overwrite)
         self._records: list[ClipRecord] = []
         self._keys: set[str] = set()
-        self._shards: list[dict[str, Any]] = []
+        self._shards: list[ShardFacts] = []
         self._tar: Any = None
 
     def _check_target(self, overwrite: bool) -> None:
@@ -182,7 +207,8 @@ class ShardWriter:
         self._tar.close()
         members = _scan_members(self._tar_path)
         entries = [ClipEntry(record, self._tar_path.name, members[record.key]) for record in self._records]
-        self._shards.append(_write_index(self._tar_path, entries))
+        size, digest = self._tar_path.stat().st_size, _sha256_of_file(self._tar_path)
+        self._shards.append(write_index(self.building, self._tar_path.name, entries, size, digest))
         self._tar, self._records = None, []
 
     def __exit__(
@@ -198,7 +224,7 @@ class ShardWriter:
         if not self._shards:
             shutil.rmtree(self.building)
             raise ValueError(f"No clip was written for folder={self.folder}: a data set needs at least one.")
-        _write_manifest(self.building, self._shards, self.name, self.command)
+        write_manifest(self.building, self._shards, self.name, self.command)
         self._publish()
 
     def _publish(self) -> None:
@@ -210,34 +236,6 @@ class ShardWriter:
             os.replace(self.folder, retired)
         os.replace(self.building, self.folder)
         shutil.rmtree(retired, ignore_errors=True)
-
-
-def index_shards(folder: str | Path, *, name: str | None = None) -> DatasetIndex:
-    """Write indexes and a manifest for a folder of WebDataset tars that someone else made.
-
-    A sample needs an mp4; its caption is `caption` (or `text`) of its json, or else its txt. Facts that the
-    json does not state are read from the mp4; licence and consent become `unknown` then, which the data
-    config has to allow by name. The tars are left as they are. Raises ValueError for a folder without tars,
-    a damaged tar, or a key used twice.
-    """
-    folder = Path(folder)
-    tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise ValueError(f"folder={folder} has no .tar files: nothing to index.")
-    shards, seen = [], set()
-    for tar in tars:
-        members = _scan_members(tar)
-        entries = [
-            ClipEntry(_foreign_record(sample, tar), tar.name, members[sample["__key__"]])
-            for sample in _read_samples(tar)
-        ]
-        for entry in entries:
-            if entry.record.key in seen:
-                raise ValueError(f"Clip key={entry.record.key} occurs twice in {folder}: rename one of them.")
-            seen.add(entry.record.key)
-        shards.append(_write_index(tar, entries))
-    _write_manifest(folder, shards, name or folder.resolve().name, f"kinema data index {folder}")
-    return DatasetIndex.load(folder)
 
 
 def load_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -320,78 +318,23 @@ def _scan_members(tar: Path) -> dict[str, dict[str, Member]]:
                 payload = payloads.read(info.size)
                 if len(payload) != info.size:
                     raise ValueError(f"{tar} ends inside {info.name}: it was cut short. Copy it again.")
-                key, ext = _split_name(info.name)
+                key, ext = split_name(info.name)
                 found.setdefault(key, {})[ext] = Member(info.offset_data, info.size, zlib.crc32(payload))
     except tarfile.TarError as error:
         raise ValueError(f"{tar} is not a whole tar file ({error}). Copy it again.") from error
     return found
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the file's base name."""
-    base = name.rsplit("/", 1)[-1]
-    stem, _, ext = base.partition(".")
-    return name[: len(name) - len(base)] + stem, ext.lower()
+@dataclass(frozen=True)
+class ShardFacts:
+    """A shard's line of the manifest, and the records in it, of which the manifest counts some things."""
+
+    line: dict[str, Any]
+    records: list[ClipRecord]
 
 
-def _read_samples(tar: Path) -> Iterator[dict[str, Any]]:
-    """The tar's samples as WebDataset groups them, undecoded: its default decoders unpickle."""
-    os.environ.setdefault("WDS_SECURE", "1")  # read when the library is imported: no shell commands as addresses
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    with open(tar, "rb") as stream:
-        yield from group_by_keys(tar_file_expander([{"url": str(tar), "stream": stream}]))
-
-
-def _foreign_record(sample: dict[str, Any], tar: Path) -> ClipRecord:
-    key = sample["__key__"]
-    if "mp4" not in sample:
-        raise ValueError(f"{tar}: sample {key} has no .mp4 member, only {sorted(k for k in sample if k[0] != '_')}.")
-    stated = json.loads(sample["json"]) if "json" in sample else {}
-    caption = stated.get("caption", stated.get("text"))
-    if caption is None:
-        caption = sample.get("txt", b"").decode("utf-8").strip()
-    known = {name: stated[name] for name in ClipRecord.__dataclass_fields__ if name in stated and name != "extra"}
-    facts = {
-        **_probe(sample["mp4"], key, tar),
-        "source": tar.name,
-        "license": "unknown",
-        "consent": "unknown",
-        "split": "train",
-        **known,
-        "key": key.replace("/", "_").replace(" ", "_"),
-        "caption": caption,
-        "sha256": hashlib.sha256(sample["mp4"]).hexdigest(),
-    }
-    return ClipRecord.from_dict(facts, allow_missing_caption=True)
-
-
-def _probe(mp4: bytes, key: str, tar: Path) -> dict[str, Any]:
-    """What the mp4's own headers say, frames counted by their packets."""
-    import io
-
-    import av
-
-    try:
-        with av.open(io.BytesIO(mp4), "r") as container:
-            stream = container.streams.video[0]
-            num_frames = sum(1 for packet in container.demux(stream) if packet.size > 0)
-            fps = float(stream.average_rate or 0)
-            width, height = stream.codec_context.width, stream.codec_context.height
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{tar}: the mp4 of {key} cannot be opened ({error}). Remove the sample.") from error
-    seconds = num_frames / fps if fps else 0.0
-    return {
-        "fps": fps,
-        "num_frames": num_frames,
-        "width": width,
-        "height": height,
-        "duration_seconds": seconds,
-    }
-
-
-def _write_index(tar: Path, entries: list[ClipEntry]) -> dict[str, Any]:
-    """Write the shard's index; returns the shard's line of the manifest."""
+def write_index(folder: Path, shard: str, entries: list[ClipEntry], size: int, sha256: str) -> ShardFacts:
+    """Write the index of a shard of so many bytes into `folder`."""
     samples = [
         {
             "key": entry.record.key,
@@ -400,20 +343,18 @@ def _write_index(tar: Path, entries: list[ClipEntry]) -> dict[str, Any]:
         }
         for entry in entries
     ]
-    content = json.dumps({"shard": tar.name, "samples": samples}, ensure_ascii=False, indent=0).encode()
-    write_aside(tar.with_name(index_name(tar.name)), content)
-    return {
-        "file": tar.name,
-        "bytes": tar.stat().st_size,
-        "samples": len(entries),
-        "sha256": _sha256_of_file(tar),
-        "index_sha256": hashlib.sha256(content).hexdigest(),
-        "_records": [entry.record for entry in entries],
-    }
+    content = json.dumps({"shard": shard, "samples": samples}, ensure_ascii=False, indent=0).encode()
+    write_aside(folder / index_name(shard), content)
+    digest = hashlib.sha256(content).hexdigest()
+    line = {"file": shard, "bytes": size, "samples": len(entries), "sha256": sha256, "index_sha256": digest}
+    return ShardFacts(line, [entry.record for entry in entries])
 
 
-def _write_manifest(folder: Path, shards: list[dict[str, Any]], name: str, command: str) -> None:
-    records = [record for shard in shards for record in shard.pop("_records")]
+def write_manifest(
+    folder: Path, shards: list[ShardFacts], name: str, command: str, *, refused: dict[str, int] | None = None
+) -> None:
+    """Write `dataset.json`, the last file of a data set; `refused` counts what of foreign tars was left out."""
+    records = [record for shard in shards for record in shard.records]
     manifest = {
         "format_version": FORMAT_VERSION,
         "name": name,
@@ -424,8 +365,9 @@ def _write_manifest(folder: Path, shards: list[dict[str, Any]], name: str, comma
         "licenses": dict(sorted(Counter(record.license for record in records).items())),
         "sources": dict(sorted(Counter(record.source for record in records).items())),
         "attributions": sorted({record.attribution for record in records if record.attribution}),
-        "hash": hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest(),
-        "shards": shards,
+        **({"refused": refused} if refused else {}),
+        "hash": hashlib.sha256("".join(shard.line["sha256"] for shard in shards).encode()).hexdigest(),
+        "shards": [shard.line for shard in shards],
     }
     write_aside(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 

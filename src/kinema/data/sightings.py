@@ -26,16 +26,22 @@ class SeenKeys:
 
     def times_of(self, key: str) -> int:
         """How often the clip of this key was shown."""
-        wanted = np.uint64(hash_of(key))
-        place = int(np.searchsorted(self.hashes, wanted))
-        found = place < len(self.hashes) and self.hashes[place] == wanted
-        return int(self.times[place]) if found else 0
+        return int(self.look_up(np.array([hash_of(key)], np.uint64))[0])
+
+    def look_up(self, hashes: NDArray[np.uint64]) -> NDArray[np.int32]:
+        """How often each of these was shown; 0 for one that never was."""
+        if not len(self.hashes):
+            return np.zeros(len(hashes), np.int32)
+        place = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+        return np.where(self.hashes[place] == hashes, self.times[place], 0).astype(np.int32)
 
     def plus(self, other: "SeenKeys") -> "SeenKeys":
         """Both together."""
-        hashes, place = np.unique(np.concatenate([self.hashes, other.hashes]), return_inverse=True)
-        times = np.bincount(place, np.concatenate([self.times, other.times]), len(hashes))
-        return SeenKeys(hashes, times.astype(np.int32))
+        mine = self.look_up(other.hashes) > 0
+        hashes = np.concatenate([self.hashes, other.hashes[~mine]])
+        times = np.concatenate([self.times + other.look_up(self.hashes), other.times[~mine]])
+        order = np.argsort(hashes, kind="stable")
+        return SeenKeys(hashes[order], times[order])
 
     def to_tensors(self) -> dict[str, Tensor]:
         """As they go into a checkpoint."""
@@ -64,19 +70,18 @@ class Sightings:
 
     def new_clips(self, times: NDArray[np.int32], index: DatasetIndex) -> list[ClipEntry]:
         """Clips that no checkpoint has entered yet; `times` are those of all ranks together."""
-        new = []
-        for number in np.flatnonzero((times > 0) & ~self._known):
-            entry = index.entries[int(number)]
-            self._known[number], self._hashes[number] = True, hash_of(entry.record.key)
-            if not self.earlier.times_of(entry.record.key):
-                new.append(entry)
-        return new
+        numbers = np.flatnonzero((times > 0) & ~self._known)
+        entries = [index.entries[int(number)] for number in numbers]
+        hashes = np.array([hash_of(entry.record.key) for entry in entries], np.uint64)
+        self._known[numbers], self._hashes[numbers] = True, hashes
+        before = self.earlier.look_up(hashes)
+        return [entry for entry, times_before in zip(entries, before.tolist(), strict=True) if not times_before]
 
     def seen(self, times: NDArray[np.int32]) -> SeenKeys:
-        """All clips shown so far, after `new_clips` of the same times."""
+        """All clips shown so far, after `new_clips` of the same times; clips of one key, in a mixture, are one."""
         shown = np.flatnonzero(times)
-        order = np.argsort(self._hashes[shown])
-        return self.earlier.plus(SeenKeys(self._hashes[shown][order], times[shown][order]))
+        hashes, place = np.unique(self._hashes[shown], return_inverse=True)
+        return self.earlier.plus(SeenKeys(hashes, np.bincount(place, times[shown], len(hashes)).astype(np.int32)))
 
 
 def hash_of(key: str) -> int:

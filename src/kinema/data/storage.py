@@ -2,46 +2,106 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kinema.data.address import Address
+from kinema.data.foreign import ForeignOptions
+from kinema.data.indexing import open_remote, write_indexes
 from kinema.data.locking import locked
 from kinema.data.member_cache import MemberCache
 from kinema.data.remote import RemoteStore, StorageConfig, Unreadable
-from kinema.data.shards import index_name, write_aside
-from kinema.data.store import MANIFEST, StoredFolder
+from kinema.data.shards import index_name, load_manifest, write_aside
+from kinema.data.store import MANIFEST, LocalStore, StoredFolder
 
 CONCURRENT_INDEXES = 16
 
 
-def resolve_folder(path: str, cache_folder: str | Path, settings: StorageConfig | None = None) -> Path | StoredFolder:
-    """Where to load a data set from: `path` itself, or for an address, e.g. https://HOST/FOLDER, a folder of
-    cache_folder that gets its manifest and indexes.
+def resolve_folder(
+    path: str,
+    cache_folder: str | Path,
+    settings: StorageConfig | None = None,
+    *,
+    options: ForeignOptions | None = None,
+) -> Path | StoredFolder:
+    """Where to load a data set from: `path` itself, or a folder of cache_folder with the manifest and the indexes of
+    an address, e.g. https://HOST/FOLDER.
 
     They are checked against their sha256; indexes that are there already stay, and a data set that changed at its
-    address gets a folder of its own. Members of shards are read from the address by ranges as they are needed. Raises
-    ValueError for a scheme outside REMOTE_SCHEMES, an address without a data set, a file that arrives damaged or a
-    shard that is cut short; StoreDown for an address that does not answer.
+    address gets a folder of its own. Members of shards are read from the address by ranges as they are needed. Tars
+    without an index (a folder, or an address such as https://HOST/FOLDER/part-{000..099}.tar) are streamed through
+    once and indexed in cache_folder, by `options`. Raises ValueError for a scheme outside REMOTE_SCHEMES, an address
+    without a data set, a file that arrives damaged or a shard that is cut short; StoreDown for an address that does
+    not answer.
     """
-    address = Address.parse(path)
+    address, cache_folder = Address.parse(path), Path(cache_folder).expanduser()
+    settings, options = settings or StorageConfig(), options or ForeignOptions()
     if address is None:
-        return Path(path)
-    settings, cache_folder = settings or StorageConfig(), Path(cache_folder).expanduser()
-    store = RemoteStore(address, "", settings, None)
-    content = store.fetch_first(MANIFEST)
-    shards, data_hash = _shards_of(content, address)
-    folder = cache_folder / f"{address.name}-{hashlib.sha256(content).hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock"):  # one process of the machine fetches, the others find the files
-        missing = [shard for shard in shards if not (folder / index_name(shard["file"])).is_file()]
-        with ThreadPoolExecutor(CONCURRENT_INDEXES) as pool:
-            list(pool.map(lambda shard: _fetch_index(store, shard, folder), missing))
-        write_aside(folder / MANIFEST, content)
+        return _local(Path(path), cache_folder, options)
     limit = int(settings.cache_gib * 2**30)
     cache = MemberCache(cache_folder / "members", limit) if limit else None
-    return StoredFolder(folder, RemoteStore(address, data_hash, settings, cache))
+    address, tars = address.split_tars()
+    probe = RemoteStore(address, "", settings, None)
+    if not tars and not probe.has(MANIFEST):
+        tars = probe.names("*.tar")
+    if tars:
+        return _stream_remote(address, tars, cache_folder, settings, options, cache)
+    content = probe.fetch_first(MANIFEST)
+    shards, data_hash = _shards_of(content, address)
+    local = cache_folder / f"{address.name}-{hashlib.sha256(content).hexdigest()[:16]}"
+    local.mkdir(parents=True, exist_ok=True)
+    with locked(local / ".lock"):  # one process of the machine fetches, the others find the files
+        missing = [shard for shard in shards if not (local / index_name(shard["file"])).is_file()]
+        with ThreadPoolExecutor(CONCURRENT_INDEXES) as pool:
+            list(pool.map(lambda shard: _fetch_index(probe, shard, local), missing))
+        write_aside(local / MANIFEST, content)
+    return StoredFolder(local, RemoteStore(address, data_hash, settings, cache))
+
+
+def _local(folder: Path, cache_folder: Path, options: ForeignOptions) -> Path | StoredFolder:
+    """The folder, or where the index of its foreign tars lies."""
+    tars = sorted(folder.glob("*.tar"))
+    if (folder / MANIFEST).exists() or not tars:
+        return folder
+    sizes = {tar.name: tar.stat().st_size for tar in tars}
+    changed = [tar.stat().st_mtime_ns for tar in tars]
+    name = f"{folder.resolve().name}-{_digest(str(folder.resolve()), sizes, changed, options)}"
+    aside = _indexed(cache_folder / name, list(sizes), lambda tar: (folder / tar).open("rb"), str(folder), options)
+    return StoredFolder(aside, LocalStore(folder))
+
+
+def _stream_remote(
+    address: Address,
+    tars: list[str],
+    cache_folder: Path,
+    settings: StorageConfig,
+    options: ForeignOptions,
+    cache: MemberCache | None,
+) -> StoredFolder:
+    store = RemoteStore(address, "", settings, None, landmark=tars[0])
+    store.check_ranges(tars[0])
+    sizes = {tar: store.size(tar) for tar in tars}
+    name = f"{address.name}-{_digest(str(address), sizes, options)}"
+    aside = _indexed(cache_folder / name, tars, lambda tar: open_remote(store, tar, sizes[tar]), str(address), options)
+    data_hash = load_manifest(aside)["hash"]
+    return StoredFolder(aside, RemoteStore(address, data_hash, settings, cache, landmark=tars[0]))
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _indexed(
+    aside: Path, tars: list[str], open_tar: Callable[[str], BinaryIO], shown: str, options: ForeignOptions
+) -> Path:
+    """The folder with the index of tars, which one process of the machine makes, the others waiting for it."""
+    aside.mkdir(parents=True, exist_ok=True)
+    with locked(aside / ".lock"):
+        if not (aside / MANIFEST).exists():
+            write_indexes(aside, tars, open_tar, shown, f"kinema data index {shown}", options)
+    return aside
 
 
 def _shards_of(content: bytes, address: Address) -> tuple[list[dict[str, Any]], str]:

@@ -95,7 +95,9 @@ def check_toy_data(checkpoint: Checkpoint, run: str) -> None:
     if not stored.exists():
         raise ValueError(f"run={run} was not trained here: kinema evaluate judges toy captions only. Type a toy run.")
     data = OmegaConf.load(stored).data
-    index = DatasetIndex.load(resolve_folder(data.path, data.cache_folder, data.storage), split=data.train_split)
+    index = DatasetIndex.load(
+        resolve_folder(data.path, data.cache_folder, data.storage, options=data.foreign), split=data.train_split
+    )
     if others := {e.record.caption for e in index.entries if not is_toy_caption(e.record.caption)}:
         shown = ", ".join(repr(caption[:80]) for caption in sorted(others)[:3])
         raise ValueError(

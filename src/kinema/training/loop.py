@@ -220,7 +220,7 @@ class Trainer:
                 "data.rights withdrew them, start a new run from the last checkpoint: another name, and init_from."
             )
         learning_rate = self.learning_rate(self.step)
-        sums: dict[str, float] = {}
+        sums = {f"data_sets/{name}": 0.0 for name in self.index.parts}  # on every rank, whatever it reads
         balance = Balance(self.plan.lanes, self.plan.balanced_lanes)
         for pack in packs:
             before = clock.spent(*LANE_PHASES)
@@ -230,6 +230,8 @@ class Trainer:
             for key, value in pack.storage.items():
                 sums[key] = sums.get(key, 0.0) + value
             self.ledger.record(pack, self.index)
+            for number in pack.entries if self.index.parts else ():
+                sums[f"data_sets/{self.index.part_of(number)}"] += 1
             self.sightings.add_shown(pack)
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
@@ -468,7 +470,7 @@ class Window:
         record: dict[str, Any] = {"steps": steps}
         if "noise_sum_0" in totals:
             record["loss_by_noise"] = noise_table(totals)
-        for group, prefix in (("terms", "term_"), ("lanes", "lanes/")):
+        for group, prefix in (("terms", "term_"), ("lanes", "lanes/"), ("data_sets", "data_sets/")):
             members = {key.removeprefix(prefix): totals.pop(key) for key in list(totals) if key.startswith(prefix)}
             if members:
                 record[group] = {key: value / steps for key, value in members.items()}

@@ -1,0 +1,87 @@
+"""Configuration of data preparation: every file composes, and no key is wrong or without effect."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from data_prep.pipeline.config import ENGINES, STAGES, PrepareConfig
+from data_prep.prepare import CONFIGS
+from kinema.config import to_dataclass
+from kinema.console import first_cause
+
+GIVEN = ["input=videos", "out=data/mine"]
+CHOICES = sorted((path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def hydra():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
+
+
+def prepared(*overrides: str) -> PrepareConfig:
+    return to_dataclass(compose("prepare", [*GIVEN, *overrides]))
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes(group, choice):
+    config = prepared(f"{group}={choice}")
+    if group != "preset":
+        assert type(getattr(config, group)) in {**STAGES, "engine": ENGINES}[group].values()
+
+
+def test_every_stage_has_a_field_and_is_told_apart():
+    config = prepared()
+    assert set(STAGES) <= {field.name for field in dataclasses.fields(PrepareConfig)}
+    pipeline = dataclasses.replace(config, pipeline=list(STAGES)).to_pipeline()
+    assert len({stage.identity(name) for name, stage in pipeline.stages.items()}) == len(STAGES)
+    changed = prepared("cut.crf=20").cut
+    assert changed.identity("cut") != config.cut.identity("cut")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("split.min_second=2", "min_second"),
+        ("split.detector=best", r"split\.detector=best is unknown"),
+        ("split.threshold=high", "threshold"),
+        ("split.min_seconds=20", r"below split\.max_seconds=10\.0"),
+        ("split.heldout.every=1", r"split\.heldout\.every=1"),
+        ("split.heldout.by=luck", r"split\.heldout\.by=luck"),
+        ("cut.size=100x75", "even sides"),
+        ("cut.fps=0", r"cut\.fps=0\.0 must be above 0"),
+        ("engine.workers=-1", r"engine\.workers=-1"),
+        ("engine.address=auto", "address"),
+        ("limits.max_failed_fraction=2", r"limits\.max_failed_fraction=2"),
+        ("write.shard_mib=0", r"write\.shard_mib=0"),
+        ("pipeline=[ingest,prob]", "there is no stage prob. Stages: ingest, probe"),
+        ("pipeline=[probe,ingest]", "must begin with ingest"),
+        ("stages=[caption]", r"stages=\[caption\] is not in pipeline"),
+    ],
+)
+def test_wrong_values_are_named(override, message):
+    with pytest.raises((ValueError, HydraException, OmegaConfBaseException)) as caught:
+        prepared(override)
+    assert re.search(message, first_cause(caught.value))
+
+
+def test_settings_of_a_stage_that_does_not_run_are_refused():
+    config = prepared("pipeline=[ingest,probe]")
+    assert "split" in config.unread(["pipeline=[ingest,probe]", "split.min_seconds=2"])
+    assert config.unread(["probe.min_side=8", "engine=local"]) is None
+
+
+def test_the_command_says_what_to_type(tmp_path):
+    script = Path(CONFIGS).parents[1] / "data_prep/prepare.py"
+    given = ["input=nowhere", f"out={tmp_path / 'out'}", "split.min_second=2"]
+    done = subprocess.run([sys.executable, str(script), *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 64
+    assert "Did you mean split.min_seconds?" in done.stderr
+    assert not (tmp_path / "out.work").exists()
