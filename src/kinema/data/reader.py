@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from kinema.data.pack import Failure, Fallback, Pack
 from kinema.data.plan import Plan, Slot
 from kinema.data.rights import RightsPolicy, contradiction
 from kinema.data.shards import DamagedSample, DatasetIndex, read_member
-from kinema.data.store import store_of
+from kinema.data.store import Member, store_of
 
 
 class ClipReader(Dataset):
@@ -96,18 +97,26 @@ class ClipReader(Dataset):
             entries=[slot.clip.entry_index for slot in slots],
             withdrawn=withdrawn,
             fallbacks=fallbacks,
-            storage=store_of(self.index.folder).take_counts(),
+            storage=self._storage_counts(),
         )
 
     def _expect(self, slots: list[Slot]) -> None:
         """Let the pack's clips be fetched while its first ones are decoded."""
-        wanted = []
+        wanted: dict[Any, list[tuple[str, Member]]] = {folder: [] for folder in self.index.folders}
         for slot in slots:
-            number, entry = slot.clip.entry_index, self.index.entries[slot.clip.entry_index]
+            number = slot.clip.entry_index
+            folder, entry = self.index.locate(number)
             if self.latents is None and number not in self.condemned and not self._refusal(slot):
                 names = ("mp4",) if self.rights is None or number in self.compared else ("json", "mp4")
-                wanted += [(entry.shard, entry.members[name]) for name in names if name in entry.members]
-        store_of(self.index.folder).expect(wanted)
+                wanted[folder] += [(entry.shard, entry.members[name]) for name in names if name in entry.members]
+        for folder, members in wanted.items():
+            store_of(folder).expect(members)
+
+    def _storage_counts(self) -> dict[str, float]:
+        counts = Counter[str]()
+        for folder in self.index.folders:
+            counts.update(store_of(folder).take_counts())
+        return dict(counts)
 
     def _refusal(self, slot: Slot) -> Failure | None:
         entry = self.index.entries[slot.clip.entry_index]
