@@ -111,7 +111,7 @@ class Isolated:
 
     def _prepare(self) -> None:
         faulthandler.disable()  # a crash here is an expected event, told in one line
-        # A scheduler that stops a run signals all its processes. No clip is at fault then: this one ends with its caller.
+        # A scheduler that stops a run signals all its processes; this one ends with its caller, and accuses no clip.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         for number in (signal.SIGALRM, signal.SIGCHLD):
