@@ -16,6 +16,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ def latents(arguments: argparse.Namespace, folder: Path) -> dict[str, Loader]:
     """Cached latents: ours, WebDataset's stream of the same tars, and reads at places known beforehand."""
     shape = ClipShape(9, 64, 64)
     index = write_clips(folder / "clips", arguments.clips, 10, (64, 64))
-    identity = {"vae_hash": "vae", "data_hash": index.hash, "shapes": [shape], "fps": FPS}
+    identity: Any = {"vae_hash": "vae", "data_hash": index.hash, "shapes": [shape], "fps": FPS}
     size = [int(side) for side in arguments.latent.split("x")]
     with LatentWriter(folder / "latents", max_samples=64, **identity) as writer:
         for entry in index.entries:

@@ -19,19 +19,21 @@ CLIPS, PER_STEP = 128, 16
 
 def cached(index, folder):
     identity = {"vae_hash": "vae", "data_hash": index.hash, "shapes": SHAPE, "fps": 8.0}
+    size = (16, 2, 16, 16)
     with LatentWriter(folder, max_samples=32, **identity) as writer:
         for clip in plan_clips(index, SHAPE, 8.0, GEOMETRY)[0]:
-            values = torch.zeros(16, 2, 16, 16)
-            writer.write(index.entries[clip.entry_index].record.key, clip.shape, 0.0, values, values)
+            writer.write(
+                index.entries[clip.entry_index].record.key, clip.shape, 0.0, torch.zeros(size), torch.zeros(size)
+            )
     return LatentCache.load(folder, **identity)
 
 
 def memory_mib() -> float:
-    """Of this process and all below it, pages that they share being counted once."""
+    """Of this process and all below it: anonymous and shared pages, counted once, not the libraries' files."""
     total = 0
     for pid in [os.getpid(), *descendants(os.getpid())]:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     return total / 1024
 
 

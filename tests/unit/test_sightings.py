@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kinema.data.ledger import Ledger
+from kinema.data.mixture import JoinedIndex
 from kinema.data.rights import RightsPolicy
 from kinema.data.sightings import SeenKeys, Sightings, hash_of
 from kinema.interop.data_card import data_section, licenses_seen
@@ -36,6 +38,28 @@ def test_times_of_every_key_add_up(first, second):
     whole = table(Counter(first)).plus(table(Counter(second)))
     for key in [*KEYS_OF_SET, "another"]:
         assert whole.times_of(key) == (first + second).count(key)
+
+
+def test_clips_of_one_key_in_two_data_sets_are_summed(index):
+    joined = replace(index, entries=[*index.entries, *index.entries])
+    sightings = Sightings(16)
+    times = np.arange(16, dtype=np.int32)
+    sightings.new_clips(times, joined)
+    seen = sightings.seen(times)
+    assert [seen.times_of(key) for key in KEYS_OF_SET] == [2 * number + 8 for number in range(8)]
+
+
+def test_in_a_mixture_a_key_is_that_of_every_data_set_or_of_one(index, tmp_path):
+    joined = JoinedIndex.of({"films": index, "toys": index})
+    ledger, sightings = Ledger(), Sightings(16)
+    for shown in ([3, 11, 4], [3]):
+        one = pack(shown)
+        ledger.record(one, joined)
+        sightings.add_shown(one)
+    sightings.new_clips(sightings.times, joined)
+    save(tmp_path, 1, Seen(ledger, sightings.seen(sightings.times)), Start())
+    asked = {"clip-003": 3, "films/clip-003": 2, "toys/clip-003": 1, "clip-004": 1, "toys/clip-004": 0, "clip-005": 0}
+    assert {key: answer(tmp_path, Question(key=key)).rows[0].shown for key in asked} == asked
 
 
 def steps_of_a_run():
@@ -136,10 +160,21 @@ def test_nobody_vouches_for_what_is_not_written_down(base, index, tmp_path):
     ), damaged.doubts
 
 
+def test_exported_weights_know_their_sums_and_not_their_keys(base, index, tmp_path):
+    own = train(index, [[[5]]], 1)
+    data = data_seen(own.ledger.to_dict(), Start.of(CheckpointStore(base).open(3)))
+    exported = CheckpointStore(tmp_path / "exported").publish(0, {"manifest.json": json_writer({"data": data})})
+    save(tmp_path / "tuned", 1, own, Start.of(exported))
+    found = answer(tmp_path / "tuned", Question(source="film"))
+    assert [row.shown for row in found.rows] == [6, 0]
+    assert found.verdict().endswith("first step-00000001, 6 times by step-00000001")
+    assert answer(tmp_path / "tuned", Question(key="clip-003")).verdict().startswith("NOT KNOWN key clip-003")
+
+
 def test_a_run_from_before_keys_were_kept_says_so(index, tmp_path):
     seen = train(index, [[[0, 1]]], 1)
     save(tmp_path / "old", 1, Seen(seen.ledger), Start())
-    assert answer(tmp_path / "old", Question(key="clip-003")).verdict().endswith("the run began before keys were kept)")
+    assert answer(tmp_path / "old", Question(key="clip-003")).verdict().endswith("not all of its keys are kept)")
 
 
 def test_a_withdrawn_clip_is_neither_shown_nor_damaged(index):

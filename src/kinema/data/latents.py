@@ -7,6 +7,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,8 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from kinema.data.candidates import PlannedClip
-from kinema.data.decoding import DecodeError, Decoder, decode_clip
+from kinema.data.clip_decoder import ClipDecoder, DecodingRules
+from kinema.data.decoders.video import DecodeError, Decoder
 from kinema.data.geometry import ClipShape
 from kinema.data.shards import DamagedSample, DatasetIndex, index_name, read_member, write_aside
 from kinema.data.store import Member, StoredFolder, WrongBytes, store_of
@@ -142,14 +144,15 @@ def write_latents(
     """
     failures = {}
     identity: Any = {"vae_hash": vae_hash, "data_hash": index.hash, "shapes": shapes, "fps": fps, "decoder": decoder}
-    with LatentWriter(folder, **identity) as writer:
+    reader = ClipDecoder(DecodingRules(decoder))
+    with closing(reader), LatentWriter(folder, **identity) as writer:
         for clip in clips:
             entry = index.entries[clip.entry_index]
             spare = max(entry.record.duration_seconds - clip.shape.frames / fps, 0.0)
             try:
                 mp4 = read_member(index.folder, entry, "mp4")
                 for start in np.unique(np.linspace(0, spare, windows_per_clip).round(6)).tolist():
-                    frames = decode_clip(mp4, clip.shape, fps, start, decoder)
+                    frames = reader.decode(mp4, clip.shape, fps, start).frames
                     writer.write(entry.record.key, clip.shape, start, *encode(frames))
             except (DamagedSample, DecodeError) as error:
                 failures[entry.record.key] = str(error)

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from kinema.data.pack import Failure, Fallback, Pack
 from kinema.data.plan import Plan, Slot
 from kinema.data.rights import RightsPolicy, contradiction
 from kinema.data.shards import DamagedSample, DatasetIndex, read_member
-from kinema.data.store import store_of
+from kinema.data.store import Member, store_of
 
 
 class ClipReader(Dataset):
@@ -97,7 +98,7 @@ class ClipReader(Dataset):
             entries=[slot.clip.entry_index for slot in slots],
             withdrawn=withdrawn,
             fallbacks=fallbacks,
-            storage=store_of(self.index.folder if self.latents is None else self.latents.folder).take_counts(),
+            storage=self._storage_counts(),
         )
 
     def _expect(self, slots: list[Slot], entries: list[ClipEntry]) -> None:
@@ -108,13 +109,21 @@ class ClipReader(Dataset):
                 [self._latents_of(slot, entry) for slot, entry in pairs if self._has_latents(slot, entry)]
             )
             return
-        wanted = []
+        wanted: dict[Any, list[tuple[str, Member]]] = {folder: [] for folder in self.index.folders}
         for slot, entry in zip(slots, entries, strict=True):
             number = slot.clip.entry_index
+            folder, own = self._own(number, entry)
             if entry.record.key not in self.condemned and not self._refusal(slot, entry):
                 names = ("mp4",) if self.rights is None or number in self.compared else ("json", "mp4")
-                wanted += [(entry.shard, entry.members[name]) for name in names if name in entry.members]
-        store_of(self.index.folder).expect(wanted)
+                wanted[folder] += [(own.shard, own.members[name]) for name in names if name in own.members]
+        for folder, members in wanted.items():
+            store_of(folder).expect(members)
+
+    def _storage_counts(self) -> dict[str, float]:
+        counts = Counter[str]()
+        for folder in self.index.folders if self.latents is None else [self.latents.folder]:
+            counts.update(store_of(folder).take_counts())
+        return dict(counts)
 
     def _has_latents(self, slot: Slot, entry: ClipEntry) -> bool:
         assert self.latents is not None

@@ -28,6 +28,11 @@ class Seen:
             whole.merge(ledger)
         return Seen(whole, self.keys.plus(other.keys))
 
+    def times_of(self, key: str) -> int:
+        """How often a clip was shown; its key, or in a mixture NAME/KEY for that of one data set and KEY for all."""
+        parts = {shard.rpartition("/")[0] for shard in self.ledger.shards if "/" in shard}
+        return sum(self.keys.times_of(name) for name in (key, *(f"{part}/{key}" for part in parts)))
+
     @property
     def keys_are_complete(self) -> bool:
         """Whether the keys are all that the ledger counts: not so in a run that began before they were kept."""
@@ -62,7 +67,7 @@ def seen_by(checkpoint: Checkpoint) -> tuple[Seen | None, Start]:
     path = checkpoint.folder / "training.json"
     training = checkpoint.document("training") if path.exists() else {}
     if "ledger" not in training:
-        return None, Start(is_known=False)
+        return _seen_by_manifest(checkpoint)
     keys = checkpoint.folder / KEYS
     tables = _tables(load_file(keys)) if keys.exists() else {}
     own = Seen(Ledger.from_dict(training["ledger"]), tables.get("run", SeenKeys()))
@@ -71,6 +76,17 @@ def seen_by(checkpoint: Checkpoint) -> tuple[Seen | None, Start]:
     start = training["start"]
     before = Seen(Ledger.from_dict(start["ledger"]), tables.get("start", SeenKeys()))
     return own, Start(start["origin"], start["is_known"], before)
+
+
+def _seen_by_manifest(checkpoint: Checkpoint) -> tuple[Seen | None, Start]:
+    """As `seen_by`, of weights that were exported without their training: sums alone, and no keys."""
+    path = checkpoint.folder / "manifest.json"
+    data = checkpoint.document("manifest").get("data", {}) if path.exists() else {}
+    if "seen" not in data:
+        return None, Start(is_known=False)
+    start = data.get("start", {"origin": "", "is_known": True, "seen": {}})
+    before = Seen(Ledger.of_shown(start["seen"]))
+    return Seen(Ledger.of_shown(data["seen"])), Start(start["origin"], start["is_known"], before)
 
 
 def keys_writer(run: SeenKeys, start: SeenKeys) -> Writer:

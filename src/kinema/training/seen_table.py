@@ -59,7 +59,7 @@ class Question:
         """The answer of one ledger."""
         accounts = seen.ledger.accounts
         if self.key is not None:
-            times = seen.keys.times_of(self.key)
+            times = seen.times_of(self.key)
             return [Row(weights, f"key {self.key}", times, int(times > 0))]
         asked = [(kind, value) for kind, value in vars(self).items() if value is not None]
         everything = [(kind, name) for kind, plural in KINDS.items() for name in accounts[plural]]
@@ -73,7 +73,7 @@ class Question:
         if seen is None:
             return "what it was trained on is not written down"
         if self.key is not None and not seen.keys_are_complete:
-            return "the run began before keys were kept"
+            return "not all of its keys are kept"
         if any(OTHERS in seen.ledger.accounts[KINDS[kind]] for kind in ("source", "license") if getattr(self, kind)):
             return "the ledger had more names than it keeps"
         return None
