@@ -95,6 +95,12 @@ class JoinedIndex(DatasetIndex):
         return self.entries.parts[name].locate(place)
 
     @property
+    def folders(self) -> Sequence[str | os.PathLike[str]]:
+        """Those of all data sets."""
+        assert isinstance(self.entries, JoinedEntries)
+        return [part.folder for part in self.entries.parts.values()]
+
+    @property
     def parts(self) -> Sequence[str]:
         """Names of the data sets."""
         assert isinstance(self.entries, JoinedEntries)

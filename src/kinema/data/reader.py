@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch.utils.data import Dataset
 from kinema.data.clip_decoder import ClipDecoder, DecodingRules
 from kinema.data.config import Crop, Window
 from kinema.data.decoders.video import DecodeError, DecoderDied
+from kinema.data.images import IMAGES, decode_image, media_of
 from kinema.data.keyed import keyed_seed
 from kinema.data.latents import LatentCache
 from kinema.data.pack import Failure, Fallback, Pack
 from kinema.data.plan import Plan, Slot
 from kinema.data.rights import RightsPolicy, contradiction
 from kinema.data.shards import DamagedSample, DatasetIndex, read_member
-from kinema.data.store import store_of
+from kinema.data.store import Member, store_of
 
 
 class ClipReader(Dataset):
@@ -96,18 +98,28 @@ class ClipReader(Dataset):
             entries=[slot.clip.entry_index for slot in slots],
             withdrawn=withdrawn,
             fallbacks=fallbacks,
-            storage=store_of(self.index.folder).take_counts(),
+            storage=self._storage_counts(),
         )
 
     def _expect(self, slots: list[Slot]) -> None:
         """Let the pack's clips be fetched while its first ones are decoded."""
-        wanted = []
+        wanted: dict[str, list[tuple[str, Member]]] = {os.fspath(folder): [] for folder in self.index.folders}
         for slot in slots:
-            number, entry = slot.clip.entry_index, self.index.entries[slot.clip.entry_index]
+            number = slot.clip.entry_index
+            folder, entry = self.index.locate(number)
             if self.latents is None and number not in self.condemned and not self._refusal(slot):
-                names = ("mp4",) if self.rights is None or number in self.compared else ("json", "mp4")
-                wanted += [(entry.shard, entry.members[name]) for name in names if name in entry.members]
-        store_of(self.index.folder).expect(wanted)
+                media = media_of(entry.members)
+                names = (media,) if self.rights is None or number in self.compared else ("json", media)
+                members = [(entry.shard, entry.members[name]) for name in names if name in entry.members]
+                wanted[os.fspath(folder)] += members
+        for folder in self.index.folders:
+            store_of(folder).expect(wanted[os.fspath(folder)])
+
+    def _storage_counts(self) -> dict[str, float]:
+        counts: Counter[str] = Counter()
+        for folder in self.index.folders:
+            counts.update(store_of(folder).take_counts())
+        return dict(counts)
 
     def _refusal(self, slot: Slot) -> Failure | None:
         entry = self.index.entries[slot.clip.entry_index]
@@ -142,8 +154,11 @@ class ClipReader(Dataset):
         self._compare_record(slot.clip.entry_index)
         spare = entry.record.duration_seconds - slot.clip.shape.frames / self.fps
         start, top, left = self._window_and_crop(slot, max(spare, 0.0))
-        mp4 = read_member(*self.index.locate(slot.clip.entry_index), "mp4")
-        clip = self.decoder.decode(mp4, slot.clip.shape, self.fps, start, (top, left))
+        media = media_of(entry.members)
+        content = read_member(*self.index.locate(slot.clip.entry_index), media)
+        if media in IMAGES:
+            return decode_image(content, slot.clip.shape, (top, left))
+        clip = self.decoder.decode(content, slot.clip.shape, self.fps, start, (top, left))
         for failed, reason in clip.refusals:
             fallbacks.append(Fallback(entry.record.key, entry.shard, failed.name, clip.decoder.name, reason))
         return clip.frames
