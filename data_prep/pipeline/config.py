@@ -18,6 +18,7 @@ from data_prep.stages.ingest import Ingest
 from data_prep.stages.page import Page
 from data_prep.stages.probe import Probe
 from data_prep.stages.score import Score
+from data_prep.stages.sound import Sound
 from data_prep.stages.split import Split
 from data_prep.stages.write import Write
 
@@ -48,6 +49,7 @@ class PrepareConfig:
     split: Any = None
     cut: Any = None
     borders: Any = None
+    sound: Any = None
     score: Any = None
     filter: Any = None
     caption: Any = None
@@ -88,6 +90,7 @@ STAGES: dict[str, dict[str, type]] = {
     "split": {"shots": Split},
     "cut": {"clips": Cut},
     "borders": {"borders": CutBorders},
+    "sound": {"sound": Sound},
     "score": {"scores": Score},
     "filter": {"thresholds": Filter},
     "caption": {"columns": CaptionFromColumns, "command": CaptionWithCommand, "model": CaptionWithModel},

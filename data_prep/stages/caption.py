@@ -25,7 +25,9 @@ class CaptionFromColumns(Stage):
 
     def apply(self, row: Row, place: Place) -> Iterable[Outcome]:
         """The row with its caption, or dropped without one."""
-        caption = first_text({**row.get("listed", {}), **row}, self.columns) or self.beside(Path(row.get("path", "")))
+        caption = first_text({**row.get("listed", {}), **row}, self.columns) or (
+            self.beside(Path(row["path"])) if "path" in row else ""
+        )
         found = row | {"caption": caption}
         yield Dropped(found, EMPTY) if self.drop_empty and not caption else found
 

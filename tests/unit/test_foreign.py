@@ -1,7 +1,9 @@
 import io
 import json
 import pickle
+import random
 import tarfile
+from collections import Counter
 
 import pytest
 
@@ -33,6 +35,9 @@ def link(name, target):
     info = tarfile.TarInfo(name)
     info.type, info.linkname = tarfile.SYMTYPE, target
     return info, None
+
+
+PAIR = [("mp4", VIDEO), ("txt", b"a caption")]
 
 
 class Bomb:
@@ -97,6 +102,34 @@ def test_every_cut_of_a_foreign_tar_is_told(tmp_path):
         (folder / "a.tar").write_bytes(whole[: header + 3] + b"?" + whole[header + 4 :])
         with pytest.raises(ValueError, match=r"Copy it again"):
             index_shards(folder)
+
+
+@pytest.mark.parametrize("tars", [40, pytest.param(3000, marks=pytest.mark.soak)])
+def test_of_a_mutated_tar_every_sample_is_indexed_whole_or_counted(tmp_path, tars):
+    rng, options = random.Random(0), ForeignOptions(max_refused_fraction=1.0)
+    folder = write_tar(tmp_path / "set" / "a.tar", [(f"{i}.{ext}", data) for i in range(4) for ext, data in PAIR])
+    whole = (folder / "a.tar").read_bytes()
+    ends: Counter[str] = Counter()
+    for _ in range(tars):
+        content = bytearray(whole)
+        for _ in range(rng.choice([1, 1, 4])):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        if rng.random() < 0.2:
+            del content[rng.randrange(len(content)) :]
+        (folder / "a.tar").write_bytes(content)
+        try:
+            index = index_shards(folder, options=options)
+        except ValueError as error:
+            ends["Copy" if "Copy it again" in str(error) else "Mend"] += 1
+            continue
+        ends["indexed"] += 1
+        refused = index.manifest.get("refused", {})
+        # A flipped name takes a member to another sample; but what was given is there, or counted.
+        found = sum(len(entry.members) for entry in index.entries)
+        assert found + 2 * sum(refused.values()) >= 8, (index.entries, refused)
+        assert all(len(read_member(folder, entry, ext)) for entry in index.entries for ext in entry.members)
+    assert ends["Copy"] + ends["Mend"] + ends["indexed"] == tars
+    assert ends["indexed"] > 0 < ends["Copy"], ends
 
 
 def test_foreign_tars_are_streamed_once_and_then_read_at_random(tmp_path):

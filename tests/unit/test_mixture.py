@@ -1,8 +1,10 @@
 """Several data sets in one run, and what is different in its first steps."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
 
 from kinema.data.clip_decoder import DecodingRules
 from kinema.data.config import DataConfig
@@ -149,3 +151,20 @@ def test_shares_of_data_sets_do_not_depend_on_the_number_of_ranks(folders):
         ]  # fmt: skip
         together = [[pack.keys for packs in row for pack in packs] for row in zip(*rows, strict=True)]
         assert together == whole
+
+
+def test_a_data_set_of_a_mixture_may_lie_at_an_address(folders, tmp_path):
+    here = config(folders)
+    there = {**folders, "film": Path(folders["film"]).resolve().as_uri()}
+    away = config(there, cache_folder=str(tmp_path / "cache"))
+    loaded = []
+    for data in (here, away):
+        index, plan, _ = planned(data)
+        rows = make_loader(index, plan, [0, 1], 0, 6, fps=8, seed=0, decoding=DecodingRules(), num_workers=1)
+        loaded.append([pack for row in rows for pack in row])
+    for pack, clean in zip(loaded[1], loaded[0], strict=True):
+        assert (pack.keys, pack.failures) == (clean.keys, [])
+        assert all(map(torch.equal, pack.frames, clean.frames))
+    read = sum(pack.storage["storage_cache_misses"] + pack.storage["storage_cache_hits"] for pack in loaded[1])
+    assert read == sum(key.startswith("film/") for pack in loaded[0] for key in pack.keys)
+    assert loaded[0][0].storage == {}

@@ -14,7 +14,7 @@ import pytest
 from data_prep.pipeline.cluster import RayEngine
 from data_prep.pipeline.engines import LocalEngine
 from data_prep.pipeline.rows import read_rows, write_rows
-from data_prep.pipeline.run import INPUT, ROWS, Limits, Pipeline
+from data_prep.pipeline.run import DROPPED, FAILED, INPUT, ROWS, Limits, Pipeline
 from data_prep.prepare import write_inputs
 from data_prep.stages.cut import Cut
 from data_prep.stages.ingest import Ingest
@@ -137,6 +137,61 @@ def test_twenty_random_kills_change_nothing(footage, reference, tmp_path):
         run(footage, out, LocalEngine(2))
         assert content(out) == content(reference), number
     assert killed >= 10
+
+
+def damaged(video: bytes, generator: random.Random) -> bytes:
+    """A video as broken disks, interrupted copies and careless renaming leave it."""
+    place = generator.randrange(len(video))
+    match generator.randrange(5):
+        case 0:
+            return video[:place]
+        case 1:
+            return video[:place] + generator.randbytes(64) + video[place + 64 :]
+        case 2:
+            flipped = bytearray(video)
+            for _ in range(20):
+                flipped[generator.randrange(len(video))] ^= 1 << generator.randrange(8)
+            return bytes(flipped)
+        case 3:
+            return generator.choice([b"", b"<html>404</html>", video[place:], bytes(len(video))])
+        case _:
+            return video
+
+
+def account_for_damage(footage, tmp_path, count, engine):
+    generator, folder = random.Random(0), tmp_path / "damaged"
+    folder.mkdir()
+    videos = [path.read_bytes() for path in sorted(footage.glob("*.mp4"))]
+    for number in range(count):
+        (folder / f"{number:05d}.mp4").write_bytes(damaged(generator.choice(videos), generator))
+        (folder / f"{number:05d}.txt").write_text("whatever is left of it")
+    made = stages(tmp_path / "mine")
+    pipeline = Pipeline(made, tmp_path / "work", engine, Limits(max_failed_fraction=1.0))
+    write_inputs(pipeline.work, [str(folder)])
+    ingest, probe, split, cut, write = pipeline.run(made, show=False)
+    assert ingest.kept == count
+    assert probe.kept + sum(probe.failed.values()) == count
+    in_shots = {row["video"] for row in read_rows(pipeline.place("split").folder / ROWS)}
+    out_of_shots = {row["video"] for name in (DROPPED, FAILED) for row in read_rows(tmp_path / "work/03-split" / name)}
+    assert len(in_shots | out_of_shots) == probe.kept
+    assert cut.kept + sum(cut.failed.values()) + sum(cut.dropped.values()) == split.kept
+    assert write.kept == cut.kept
+    clips = check_dataset(tmp_path / "mine")
+    assert clips.ready, clips.verdict()
+    return probe, split, cut
+
+
+def test_damaged_videos_are_counted_one_by_one(footage, tmp_path):
+    probe, _, cut = account_for_damage(footage, tmp_path, 30, LocalEngine(0))
+    assert sum(probe.failed.values()) >= 8
+    assert cut.kept >= 10
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_two_thousand_damaged_videos_are_counted_one_by_one(footage, tmp_path):
+    reports = account_for_damage(footage, tmp_path, 2000, LocalEngine(2))
+    print(*(report.line() for report in reports), sep="\n")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,15 @@ def test_times_of_every_key_add_up(first, second):
     whole = table(Counter(first)).plus(table(Counter(second)))
     for key in [*KEYS_OF_SET, "another"]:
         assert whole.times_of(key) == (first + second).count(key)
+
+
+def test_clips_of_one_key_in_two_data_sets_are_summed(index):
+    joined = replace(index, entries=[*index.entries, *index.entries])
+    sightings = Sightings(16)
+    times = np.arange(16, dtype=np.int32)
+    sightings.new_clips(times, joined)
+    seen = sightings.seen(times)
+    assert [seen.times_of(key) for key in KEYS_OF_SET] == [2 * number + 8 for number in range(8)]
 
 
 def steps_of_a_run():
@@ -136,10 +146,21 @@ def test_nobody_vouches_for_what_is_not_written_down(base, index, tmp_path):
     ), damaged.doubts
 
 
+def test_exported_weights_know_their_sums_and_not_their_keys(base, index, tmp_path):
+    own = train(index, [[[5]]], 1)
+    data = data_seen(own.ledger.to_dict(), Start.of(CheckpointStore(base).open(3)))
+    exported = CheckpointStore(tmp_path / "exported").publish(0, {"manifest.json": json_writer({"data": data})})
+    save(tmp_path / "tuned", 1, own, Start.of(exported))
+    found = answer(tmp_path / "tuned", Question(source="film"))
+    assert [row.shown for row in found.rows] == [6, 0]
+    assert found.verdict().endswith("first step-00000001, 6 times by step-00000001")
+    assert answer(tmp_path / "tuned", Question(key="clip-003")).verdict().startswith("NOT KNOWN key clip-003")
+
+
 def test_a_run_from_before_keys_were_kept_says_so(index, tmp_path):
     seen = train(index, [[[0, 1]]], 1)
     save(tmp_path / "old", 1, Seen(seen.ledger), Start())
-    assert answer(tmp_path / "old", Question(key="clip-003")).verdict().endswith("the run began before keys were kept)")
+    assert answer(tmp_path / "old", Question(key="clip-003")).verdict().endswith("not all of its keys are kept)")
 
 
 def test_a_withdrawn_clip_is_neither_shown_nor_damaged(index):

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from kinema.data import compiled
+from kinema.data import compiled, table
 from kinema.data.columns import columns_of
 from kinema.data.shards import DatasetIndex
 from kinema.data.table import DTYPES, ClipTable, TableWriter
@@ -45,6 +45,7 @@ def entries_of_jsons(folder, split):
 @pytest.mark.parametrize("in_memory", [0, 100])
 def test_entries_and_columns_are_those_of_the_indexes(folder, monkeypatch, split, in_memory):
     monkeypatch.setattr(compiled, "IN_MEMORY_CLIPS", in_memory)
+    monkeypatch.setattr(table, "ROWS_AT_A_TIME", 7)
     index = DatasetIndex.load(folder, split)
     found = [
         (entry.record.to_dict(with_extra=False), entry.shard, {k: vars(m) for k, m in entry.members.items()})
@@ -53,6 +54,8 @@ def test_entries_and_columns_are_those_of_the_indexes(folder, monkeypatch, split
     assert found == list(entries_of_jsons(folder, split))
     assert index.entries[-1] == index.entries[len(index.entries) - 1] == list(index.entries)[-1]
     assert index.entries[1:3] == [index.entries[1], index.entries[2]]
+    assert list(index.clip_keys()) == [entry.record.key for entry in index.entries]
+    assert list(index.entries.texts("caption")) == [entry.record.caption for entry in index.entries]
     with pytest.raises(IndexError):
         index.entries[len(index.entries)]
     expected = columns_of(list(index.entries))

@@ -215,7 +215,7 @@ def _refused_by(rights: RightsPolicy, index: DatasetIndex, columns: Columns) -> 
             if reason := refused(name):
                 yield reason, column.codes == code
     if rights.excluded_keys:
-        reasons = [rights.refused_key(entry.record.key) for entry in index.entries]
+        reasons = [rights.refused_key(key) for key in index.clip_keys()]
         for reason in filter(None, dict.fromkeys(reasons)):
             yield reason, np.array([other == reason for other in reasons])
 

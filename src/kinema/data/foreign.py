@@ -219,7 +219,8 @@ def _entry(shard: str, key: str, members: _Members, options: ForeignOptions) -> 
         record = ClipRecord.from_dict(facts, allow_missing_caption=True)
         record.caption.encode()  # json can hold halves of characters
     except ValueError as error:
-        raise Refused(f"facts: {error}" if len(str(error)) < 80 else "facts that cannot be") from error
+        fact = str(error).partition(": ")[2].partition("=")[0]  # behind `Clip key=...: `
+        raise Refused(f"impossible {fact}" if fact.isidentifier() else "impossible facts") from error
     others = {ext: member for ext, (member, _) in members.items() if ext != video}
     # One name for the video, whatever its container.
     return ClipEntry(record, shard, {**others, video if video in IMAGES else "mp4": place})
@@ -277,7 +278,10 @@ def _probe(video: bytes) -> dict[str, Any]:
             stream = container.streams.video[0]
             num_frames = sum(1 for packet in container.demux(stream) if packet.size > 0)
             fps = float(stream.average_rate or 0)
-            width, height = stream.codec_context.width, stream.codec_context.height
+            codec = stream.codec_context
+            if codec is None:  # none is known for what the headers name
+                raise Refused("video that cannot be opened")
+            width, height = codec.width, codec.height
     except (av.error.FFmpegError, IndexError, ValueError) as error:
         raise Refused("video that cannot be opened") from error
     seconds = num_frames / fps if fps else 0.0

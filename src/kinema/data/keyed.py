@@ -7,7 +7,7 @@ def keyed_seed(*parts: int | str) -> int:
     """Mix named parts into 64 bits, the same on every machine and version: the one source of keyed
     randomness.
 
-    `keyed_seed(seed, "noise", step, lane)` seeds a generator. Parts are told apart by type and length, so
+    `keyed_seed(seed, "noise", position)` seeds a generator. Parts are told apart by type and length, so
     ("ab", "c") and ("a", "bc"), or 1 and "1", differ.
     """
     digest = hashlib.blake2b(digest_size=8)

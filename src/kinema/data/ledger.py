@@ -145,6 +145,16 @@ class Ledger:
             for kind in ("licenses", "sources", "generated", "consent", "attributions")
         }
 
+    @classmethod
+    def of_shown(cls, shown: dict[str, dict[str, dict[str, float]]]) -> "Ledger":
+        """What `shown` tells, as a ledger again: sums without failures, shards and repeats."""
+        ledger = cls()
+        for kind, rows in shown.items():
+            for name, row in rows.items():
+                account = Account(decoded=int(row["shown"]), distinct=int(row["clips"]), seconds=row["seconds"])
+                ledger.accounts[kind][name] = account
+        return ledger
+
     def merge(self, other: "Ledger") -> None:
         """Add another rank's entries to these."""
         for kind, accounts in other.accounts.items():

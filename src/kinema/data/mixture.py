@@ -13,6 +13,7 @@ import numpy as np
 
 from kinema.data.entry import ClipEntry
 from kinema.data.shards import DatasetIndex
+from kinema.data.store import StoredFolder
 
 
 @dataclass
@@ -95,10 +96,10 @@ class JoinedIndex(DatasetIndex):
         return self.entries.parts[name].locate(place)
 
     @property
-    def folders(self) -> Sequence[str | os.PathLike[str]]:
-        """Those of all data sets."""
+    def folders(self) -> Sequence[Path | StoredFolder]:
+        """Where the bytes of the parts lie."""
         assert isinstance(self.entries, JoinedEntries)
-        return [part.folder for part in self.entries.parts.values()]
+        return [folder for part in self.entries.parts.values() for folder in part.folders]
 
     @property
     def parts(self) -> Sequence[str]:

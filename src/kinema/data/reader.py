@@ -103,20 +103,19 @@ class ClipReader(Dataset):
 
     def _expect(self, slots: list[Slot]) -> None:
         """Let the pack's clips be fetched while its first ones are decoded."""
-        wanted: dict[str, list[tuple[str, Member]]] = {os.fspath(folder): [] for folder in self.index.folders}
+        wanted: dict[Any, list[tuple[str, Member]]] = {folder: [] for folder in self.index.folders}
         for slot in slots:
             number = slot.clip.entry_index
             folder, entry = self.index.locate(number)
             if self.latents is None and number not in self.condemned and not self._refusal(slot):
                 media = media_of(entry.members)
                 names = (media,) if self.rights is None or number in self.compared else ("json", media)
-                members = [(entry.shard, entry.members[name]) for name in names if name in entry.members]
-                wanted[os.fspath(folder)] += members
-        for folder in self.index.folders:
-            store_of(folder).expect(wanted[os.fspath(folder)])
+                wanted[folder] += [(entry.shard, entry.members[name]) for name in names if name in entry.members]
+        for folder, members in wanted.items():
+            store_of(folder).expect(members)
 
     def _storage_counts(self) -> dict[str, float]:
-        counts: Counter[str] = Counter()
+        counts = Counter[str]()
         for folder in self.index.folders:
             counts.update(store_of(folder).take_counts())
         return dict(counts)

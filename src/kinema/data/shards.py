@@ -10,7 +10,7 @@ import sys
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,13 +55,19 @@ class DatasetIndex:
         """What planning needs to know of each entry, in their order."""
         return self.entries.columns if isinstance(self.entries, ClipTable) else columns_of(self.entries)
 
+    def clip_keys(self) -> Iterator[str]:
+        """Of each entry, in their order, without making it."""
+        if isinstance(self.entries, ClipTable):
+            return self.entries.texts("key")
+        return (entry.record.key for entry in self.entries)
+
     def locate(self, number: int) -> tuple[str | os.PathLike[str], ClipEntry]:
         """The folder that an entry's bytes lie in, and the entry as that folder's index has it."""
         return self.folder, self.entries[number]
 
     @property
-    def folders(self) -> Sequence[str | os.PathLike[str]]:
-        """All folders that `locate` may name."""
+    def folders(self) -> Sequence[Path | StoredFolder]:
+        """Where the bytes of the entries lie."""
         return [self.folder]
 
     @property

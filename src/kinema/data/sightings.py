@@ -78,10 +78,10 @@ class Sightings:
         return [entry for entry, times_before in zip(entries, before.tolist(), strict=True) if not times_before]
 
     def seen(self, times: NDArray[np.int32]) -> SeenKeys:
-        """All clips shown so far, after `new_clips` of the same times."""
+        """All clips shown so far, after `new_clips` of the same times; clips of one key, in a mixture, are one."""
         shown = np.flatnonzero(times)
-        order = np.argsort(self._hashes[shown])
-        return self.earlier.plus(SeenKeys(self._hashes[shown][order], times[shown][order]))
+        hashes, place = np.unique(self._hashes[shown], return_inverse=True)
+        return self.earlier.plus(SeenKeys(hashes, np.bincount(place, times[shown], len(hashes)).astype(np.int32)))
 
 
 def hash_of(key: str) -> int:

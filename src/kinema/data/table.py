@@ -19,6 +19,7 @@ from kinema.data.store import Member
 
 FORMAT_VERSION = 1
 FACTS = "table.json"
+ROWS_AT_A_TIME = 65_536
 NUMBERS = {"fps": "f8", "duration_seconds": "f8", "num_frames": "i4", "width": "i4", "height": "i4"}
 TEXTS = ("key", "caption", "sha256", "source_url")
 """Fields whose text differs from clip to clip; the other words are kept once, with a number for each clip."""
@@ -80,6 +81,16 @@ class ClipTable(Sequence[ClipEntry]):
         ends = self.arrays[f"{name}.end"]
         begin = int(ends[row - 1]) if row else 0
         return self.arrays[f"{name}.text"][begin : int(ends[row])].tobytes().decode()
+
+    def texts(self, name: str) -> Iterator[str]:
+        """A text field of every clip, without making their records."""
+        begin = 0
+        for first in range(0, len(self), ROWS_AT_A_TIME):
+            ends = self.arrays[f"{name}.end"][first : first + ROWS_AT_A_TIME].tolist()
+            block, start = self.arrays[f"{name}.text"][begin : ends[-1]].tobytes(), begin
+            for end in ends:
+                yield block[begin - start : end - start].decode()
+                begin = end
 
     def __len__(self) -> int:
         return len(self.arrays["width"])

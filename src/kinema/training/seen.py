@@ -62,7 +62,7 @@ def seen_by(checkpoint: Checkpoint) -> tuple[Seen | None, Start]:
     path = checkpoint.folder / "training.json"
     training = checkpoint.document("training") if path.exists() else {}
     if "ledger" not in training:
-        return None, Start(is_known=False)
+        return _seen_by_manifest(checkpoint)
     keys = checkpoint.folder / KEYS
     tables = _tables(load_file(keys)) if keys.exists() else {}
     own = Seen(Ledger.from_dict(training["ledger"]), tables.get("run", SeenKeys()))
@@ -71,6 +71,17 @@ def seen_by(checkpoint: Checkpoint) -> tuple[Seen | None, Start]:
     start = training["start"]
     before = Seen(Ledger.from_dict(start["ledger"]), tables.get("start", SeenKeys()))
     return own, Start(start["origin"], start["is_known"], before)
+
+
+def _seen_by_manifest(checkpoint: Checkpoint) -> tuple[Seen | None, Start]:
+    """As `seen_by`, of weights that were exported without their training: sums alone, and no keys."""
+    path = checkpoint.folder / "manifest.json"
+    data = checkpoint.document("manifest").get("data", {}) if path.exists() else {}
+    if "seen" not in data:
+        return None, Start(is_known=False)
+    start = data.get("start", {"origin": "", "is_known": True, "seen": {}})
+    before = Seen(Ledger.of_shown(start["seen"]))
+    return Seen(Ledger.of_shown(data["seen"])), Start(start["origin"], start["is_known"], before)
 
 
 def keys_writer(run: SeenKeys, start: SeenKeys) -> Writer:

@@ -73,7 +73,7 @@ class Question:
         if seen is None:
             return "what it was trained on is not written down"
         if self.key is not None and not seen.keys_are_complete:
-            return "the run began before keys were kept"
+            return "not all of its keys are kept"
         if any(OTHERS in seen.ledger.accounts[KINDS[kind]] for kind in ("source", "license") if getattr(self, kind)):
             return "the ledger had more names than it keeps"
         return None
