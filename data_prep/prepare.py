@@ -38,7 +38,7 @@ def prepare(config: PrepareConfig) -> None:
     """Run the stages that were asked for, and say what became of the rows."""
     pipeline = config.to_pipeline()
     write_inputs(pipeline.work, config.inputs())
-    reports = pipeline.run(config.stages or config.pipeline)
+    reports = pipeline.run([name for name in config.pipeline if config.stages is None or name in config.stages])
     last = reports[-1]
     if "write" in [report.stage for report in reports]:
         splits = ", ".join(f"{split} {count}" for split, count in load_manifest(config.out)["splits"].items())

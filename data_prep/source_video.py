@@ -46,7 +46,7 @@ def decode_frames(path: Path) -> Iterator[TimedFrame]:
     well before the one that the header promises, and for HDR or interlaced pictures.
     """
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             stream = video_stream(container)
             stream.thread_type = "AUTO"
             frames = map(_checked, container.decode(stream))
@@ -86,7 +86,7 @@ class Shaper:
     def picture(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
         """RGB uint8 (H, W, 3); raises UnreadableVideo for a rotation that is not a multiple of 90 degrees."""
         if frame.rotation % 90:
-            raise UnreadableVideo(f"rotation={frame.rotation} is not a multiple of 90 degrees")
+            raise UnreadableVideo(f"is turned by no multiple of 90 degrees: rotation={frame.rotation}")
         turns = frame.rotation // 90 % 4
         width, height = square_pixels(frame.width, frame.height, self.stretch)
         scaled, kept = self.fit((height, width) if turns % 2 else (width, height))
@@ -147,7 +147,7 @@ def _timed(frames: Iterable[av.VideoFrame], least_seconds: float, usual: float) 
         if held is not None:
             shown = seconds - held[0]
             if shown <= 0:
-                raise UnreadableVideo(f"timestamps run backwards at {seconds:.2f} s; write it with ffmpeg")
+                raise UnreadableVideo(f"timestamps run backwards: at {seconds:.2f} s; write it again with ffmpeg")
             yield TimedFrame(held[0], shown, held[1])
         held = (seconds, frame)
     if held is None:
@@ -155,7 +155,7 @@ def _timed(frames: Iterable[av.VideoFrame], least_seconds: float, usual: float) 
     seconds, frame = held
     stated = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else shown
     if seconds + stated < least_seconds:
-        raise UnreadableVideo(f"ends at {seconds + stated:.2f} s; its header promises more: it was cut short")
+        raise UnreadableVideo(f"cut short: it ends at {seconds + stated:.2f} s, before its header's end")
     yield TimedFrame(seconds, stated, frame)
 
 
@@ -163,7 +163,10 @@ def video_stream(container: Any) -> av.VideoStream:
     """The first video stream of an open file; raises UnreadableVideo without one."""
     if not container.streams.video:
         raise UnreadableVideo("has no video stream")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise UnreadableVideo("has a codec that FFmpeg does not know")
+    return stream
 
 
 def least_seconds(container: Any, stream: av.VideoStream) -> float:

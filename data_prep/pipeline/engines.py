@@ -74,23 +74,25 @@ class LocalEngine(Engine):
             finally:
                 idle.put(worker)
 
-        with ThreadPoolExecutor(count) as pool:
-            try:
-                waiting = set[Future[Result]]()
-                for row in rows:
-                    waiting.add(pool.submit(work, row))
-                    if len(waiting) >= QUEUED * count:
+        try:
+            with ThreadPoolExecutor(count) as pool:
+                try:
+                    waiting = set[Future[Result]]()
+                    for row in rows:
+                        waiting.add(pool.submit(work, row))
+                        if len(waiting) >= QUEUED * count:
+                            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                            yield from (future.result() for future in done)
+                    while waiting:
                         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                         yield from (future.result() for future in done)
-                while waiting:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for worker in workers:
-                    worker.stop()
-        for worker in workers:
-            worker.kill()
+                finally:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for worker in workers:
+                        worker.stop()
+        finally:
+            for worker in workers:
+                worker.kill()
 
 
 def work_here(stage: Stage, place: Place, rows: Iterator[Row]) -> Generator[Result, None, None]:

@@ -105,10 +105,6 @@ class Pipeline:
                     print(reports[-1].line(), *self._failures(name), sep="\n  ", flush=True)
         return reports
 
-    def reports(self) -> list[Report]:
-        """Of all stages that are done, in order: the keep table."""
-        return [report for name in self.stages if (report := read_report(self.place(name))) is not None]
-
     def _failures(self, name: str) -> list[str]:
         """A line for each of the first rows that failed in a stage."""
         failed = read_rows(self.place(name).folder / FAILED)

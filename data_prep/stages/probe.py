@@ -53,7 +53,7 @@ class Probe(Stage):
 def probe_video(path: Path) -> dict[str, Any]:
     """Facts about a video; raises UnreadableVideo. Sizes are as displayed: upright and with square pixels."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             stream = video_stream(container)
             times = _packet_times(container, stream)
             facts = {**_rate(times, stream), **_sound(container)}
@@ -97,9 +97,9 @@ def _rate(times: list[float], stream: av.VideoStream) -> dict[str, Any]:
 
 
 def _sound(container: Any) -> dict[str, Any]:
-    if not container.streams.audio:
+    stream = container.streams.audio[0] if container.streams.audio else None
+    if stream is None or stream.codec_context is None:
         return {"audio": None}
-    stream = container.streams.audio[0]
     return {"audio": {"codec": stream.codec_context.name, "rate": stream.rate, "channels": stream.channels}}
 
 

@@ -68,6 +68,8 @@ def test_what_is_done_is_not_done_again(tmp_path):
     journal.write_bytes(journal.read_bytes()[:-30])  # a crash in the middle of a line
     (journal.with_name("report.json")).unlink()
     assert run(9) == 1
+    (journal.with_name("report.json")).unlink()
+    assert run(9) == 0
     Square.version = 2
     try:
         assert run(9) == 9  # other code
