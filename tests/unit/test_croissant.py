@@ -7,7 +7,8 @@ import json
 import pytest
 
 from kinema.data import croissant
-from kinema.data.shards import DatasetIndex, index_shards, read_member
+from kinema.data.indexing import index_shards
+from kinema.data.shards import DatasetIndex, read_member
 from tests.unit.clips import build, numbered_video
 from tests.unit.test_data_verbs import foreign
 

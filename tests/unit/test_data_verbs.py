@@ -74,6 +74,7 @@ def test_statistics_count_every_clip(folder, capsys):
         "without caption": 1,
         "license not stated": 3,
         "license not SPDX": 1,
+        "left out by the index": 0,
         "consent not a known word": 1,
     }
     code, lines = told(capsys, stats, folder)
@@ -83,7 +84,8 @@ def test_statistics_count_every_clip(folder, capsys):
 
 
 def test_foreign_tars_are_counted_and_stay_as_they_are(tmp_path, mp4, capsys):
-    path = foreign(tmp_path / "theirs", {"a/1": {"mp4": mp4, "txt": b"a cat"}, "a/2": {"mp4": mp4, "txt": b"a dog"}})
+    samples = {f"a/{number}": {"mp4": mp4, "txt": b"a cat"} for number in range(2)}
+    path = foreign(tmp_path / "theirs", samples)
     code, found = told(capsys, stats, path, "--json")
     assert (code, found["clips"], found["name"]) == (0, 2, "theirs")
     assert found["counts"]["license"] == {"unknown": 2}

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kinema.data.ledger import Ledger
+from kinema.data.mixture import JoinedIndex
 from kinema.data.rights import RightsPolicy
 from kinema.data.sightings import SeenKeys, Sightings, hash_of
 from kinema.interop.data_card import data_section, licenses_seen
@@ -46,6 +47,19 @@ def test_clips_of_one_key_in_two_data_sets_are_summed(index):
     sightings.new_clips(times, joined)
     seen = sightings.seen(times)
     assert [seen.times_of(key) for key in KEYS_OF_SET] == [2 * number + 8 for number in range(8)]
+
+
+def test_in_a_mixture_a_key_is_that_of_every_data_set_or_of_one(index, tmp_path):
+    joined = JoinedIndex.of({"films": index, "toys": index})
+    ledger, sightings = Ledger(), Sightings(16)
+    for shown in ([3, 11, 4], [3]):
+        one = pack(shown)
+        ledger.record(one, joined)
+        sightings.add_shown(one)
+    sightings.new_clips(sightings.times, joined)
+    save(tmp_path, 1, Seen(ledger, sightings.seen(sightings.times)), Start())
+    asked = {"clip-003": 3, "films/clip-003": 2, "toys/clip-003": 1, "clip-004": 1, "toys/clip-004": 0, "clip-005": 0}
+    assert {key: answer(tmp_path, Question(key=key)).rows[0].shown for key in asked} == asked
 
 
 def steps_of_a_run():

@@ -55,6 +55,7 @@ def statistics(index: DatasetIndex) -> dict[str, Any]:
             "without caption": sum(not record.caption.strip() for record in records),
             "license not stated": licenses["unknown"],
             "license not SPDX": sum(count for name, count in licenses.items() if not is_known(name)),
+            "left out by the index": sum(index.manifest.get("refused", {}).values()),
             "consent not a known word": sum(record.consent not in CONSENT for record in records),
         },
     }

@@ -28,6 +28,11 @@ class Seen:
             whole.merge(ledger)
         return Seen(whole, self.keys.plus(other.keys))
 
+    def times_of(self, key: str) -> int:
+        """How often a clip was shown; its key, or in a mixture NAME/KEY for that of one data set and KEY for all."""
+        parts = {shard.rpartition("/")[0] for shard in self.ledger.shards if "/" in shard}
+        return sum(self.keys.times_of(name) for name in (key, *(f"{part}/{key}" for part in parts)))
+
     @property
     def keys_are_complete(self) -> bool:
         """Whether the keys are all that the ledger counts: not so in a run that began before they were kept."""

@@ -59,7 +59,7 @@ class Question:
         """The answer of one ledger."""
         accounts = seen.ledger.accounts
         if self.key is not None:
-            times = seen.keys.times_of(self.key)
+            times = seen.times_of(self.key)
             return [Row(weights, f"key {self.key}", times, int(times > 0))]
         asked = [(kind, value) for kind, value in vars(self).items() if value is not None]
         everything = [(kind, name) for kind, plural in KINDS.items() for name in accounts[plural]]
