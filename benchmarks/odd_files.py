@@ -1,4 +1,4 @@
-"""What each decoder makes of real files: python benchmarks/odd_files.py FOLDER
+"""What each decoder makes of real files: python -m benchmarks.odd_files FOLDER
 
 Opens every video below the folder with all decoders and compares, frame by frame, a run from the beginning, one from
 the middle and one up to the end. PyAV is the reference: it reads them all. Prints a Markdown table.

@@ -33,7 +33,7 @@ class Encode(Stage):
     windows: int = 1
     """Windows of each clip, spread over its length."""
     text: list[str] = field(default_factory=list)
-    """Words of the training command that choose a text encoder, such as [text=wan,text.path=DIR]."""
+    """Words of the training command that choose a text encoder, such as ["text=wan","text.path=DIR"]."""
     text_of_run: str | None = None
     """Or a run whose text encoder is used."""
 

@@ -3,7 +3,6 @@
 import io
 import random
 import struct
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -178,47 +177,3 @@ MUTATIONS: dict[str, Callable[[random.Random, bytes], bytes]] = {
     "flipped header again": flipped_header,
     "extreme table again": extreme_table,
 }
-
-
-TROUBLES = (
-    "none",
-    "caption is no UTF-8",
-    "json is no UTF-8",
-    "json is no object",
-    "a pickle",
-    "no mp4",
-    "damaged mp4",
-    "path upwards",
-    "twice",
-)
-
-
-def write_foreign_tar(path, draw: random.Random, samples: int) -> int:
-    """A tar of another program with trouble of its own; returns how many samples it has, good or bad."""
-    good = seeds()[0]
-    with tarfile.open(path, "w") as tar:
-        for number in range(samples):
-            key = f"clip{number:03d}"
-            trouble = TROUBLES[number % len(TROUBLES)]
-            members = {f"{key}.mp4": good, f"{key}.txt": b"a ball"}
-            if trouble == "caption is no UTF-8":
-                members[f"{key}.txt"] = b"caf\xe9 \xff"
-            elif trouble == "json is no UTF-8":
-                members[f"{key}.json"] = b'{"caption": "\xff"}'
-            elif trouble == "json is no object":
-                members[f"{key}.json"] = b"[1, 2]"
-            elif trouble == "a pickle":
-                members[f"{key}.pkl"] = b"cos\nsystem\n(S'touch pickled'\ntR."
-            elif trouble == "no mp4":
-                del members[f"{key}.mp4"]
-            elif trouble == "damaged mp4":
-                members[f"{key}.mp4"] = truncated(draw, good)
-            elif trouble == "path upwards":
-                members = {f"../../{name}": content for name, content in members.items()}
-            elif trouble == "twice":
-                members = {"clip000.mp4": good, "clip000.txt": b"another"}
-            for name, content in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return samples

@@ -5,6 +5,9 @@ from functools import cache
 
 import pytest
 
+from data_prep.pipeline.isolation import IsolatedStage
+from data_prep.pipeline.stage import Place
+from data_prep.stages.probe import Probe
 from kinema.data.check import check_dataset
 from kinema.data.clip_decoder import DecodingRules
 from kinema.data.decoders.video import Decoder
@@ -77,3 +80,23 @@ def test_the_check_of_a_data_set_reports_every_input(build, count):
     assert result.kept + causes.total() == count
     kinds = {problem.key: index_source(result.index, problem.key) for problem in result.problems}
     assert {"empty", "wrong extension", "no video stream", "huge header", "truncated"} <= set(kinds.values())
+
+
+@pytest.mark.parametrize("count", [SOME, pytest.param(MANY, marks=pytest.mark.soak)])
+def test_the_probe_of_data_preparation_takes_or_refuses_every_input(tmp_path, count):
+    probe = IsolatedStage(2, Probe(), Place(tmp_path, "probe"))
+    taken, failed, dropped = Counter(), Counter(), Counter()
+    for mutant in mutants(count):
+        path = tmp_path / f"{mutant.name}.mp4"
+        path.write_bytes(mutant.content)
+        result = probe.run({"key": mutant.name, "path": str(path)}, timeout_seconds=30.0)
+        taken[mutant.kind] += len(result.get("rows", []))
+        dropped[mutant.kind] += len(result.get("dropped", []))
+        failed[mutant.kind] += "failed" in result
+        path.unlink()
+    probe.kill()
+    print(f"\nprobe: taken {taken.total()}, dropped {dropped.total()}, failed {failed.total()} of {count}")
+    assert taken.total() + dropped.total() + failed.total() == count
+    assert taken["sound"] == count // len(MUTATIONS)
+    for kind in ("empty", "wrong extension", "no video stream"):
+        assert failed[kind] == count // len(MUTATIONS), kind

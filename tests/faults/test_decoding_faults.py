@@ -215,6 +215,13 @@ def test_a_call_gives_results_errors_and_the_death_of_its_process():
         os.kill(pid, 0)
 
 
+def test_a_process_is_replaced_after_so_many_calls():
+    isolated = Isolated(os.getpid, timeout_seconds=5, max_memory_mib=500, max_calls=3)
+    pids = [isolated() for _ in range(7)]
+    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 1]
+    isolated.close()
+
+
 def test_a_decoding_process_does_not_outlive_its_caller_even_while_it_hangs():
     def caller(pipe):
         isolated = Isolated(lambda: pipe.send(os.getpid()) or spin(), timeout_seconds=1.0, max_memory_mib=500)

@@ -22,7 +22,7 @@ def children() -> set[int]:
 
 
 @pytest.mark.parametrize("decoder", list(Decoder), ids=lambda decoder: decoder.name)
-@pytest.mark.parametrize("clips", [200, pytest.param(20_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("clips", [60, pytest.param(20_000, marks=pytest.mark.soak)])
 def test_memory_stays_flat_clip_after_clip(decoder, clips):
     """Clips of several sizes, one of them broken; the first tenth is for warming up."""
     videos = [numbered_video([i / 10 for i in range(8)], size=size) for size in ((64, 64), (96, 128), (128, 192))]
@@ -34,7 +34,7 @@ def test_memory_stays_flat_clip_after_clip(decoder, clips):
         except DecodeError:
             assert number % len(videos) == 3
         if (number + 1) % (clips // POINTS) == 0:
-            (pid,) = children() - before
+            pid = max(children() - before)
             curve.append((resident_mib(pid), resident_mib(os.getpid())))
     reader.close()
     print(

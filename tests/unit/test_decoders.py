@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from kinema.data.decoders import pyav as pyav_decoder
 from kinema.data.decoders import torchcodec as torchcodec_decoder
 from kinema.data.decoders.video import BATCH
 from kinema.data.decoding import DecodeError, Decoder, decode_clip
@@ -90,6 +91,22 @@ def test_a_clip_longer_than_a_batch_comes_whole_and_in_order(decoder):
     mp4 = numbered_video([i / 30 for i in range(200)])
     frames = decode_clip(mp4, ClipShape(3 * BATCH + 5, 32, 32), 30, 1.0, decoder)
     assert numbers(frames) == list(range(30, 30 + 3 * BATCH + 5))
+
+
+class OutOfOrder:
+    """A reader of packets whose frames come two by two in the wrong order, as from a file that hides its B-frames."""
+
+    def __init__(self, frames):
+        self.frames = frames
+
+    def __call__(self, mp4, packets, first):
+        frames = list(self.frames(mp4, packets, first))
+        return (frames[number ^ 1] for number in range(len(frames) // 2 * 2))
+
+
+def test_frames_that_leave_the_decoder_out_of_order_are_told_by_their_times(monkeypatch):
+    monkeypatch.setattr(pyav_decoder, "_frames_from", OutOfOrder(pyav_decoder._frames_from))
+    assert asked(numbered_video(TIMES), Decoder.pyav, 20) == list(range(9))
 
 
 @EACH

@@ -1,11 +1,14 @@
 """The stages borders, score and filter on real files: what each removes, and that anyone can look at it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from PIL import Image
 
+from data_prep.pipeline.config import register_schemas
 from data_prep.pipeline.engines import LocalEngine
 from data_prep.pipeline.rows import read_rows
 from data_prep.scores.keep import Range
@@ -13,6 +16,7 @@ from data_prep.scores.measure import Plugin
 from data_prep.stages.borders import CutBorders
 from data_prep.stages.filter import Filter, RemoveDuplicates, preference
 from data_prep.stages.score import Score
+from kinema.config import to_dataclass
 from tests.unit.made_clips import clip_row, panned, pipeline, scenery, still
 
 HERE = LocalEngine(workers=0)
@@ -114,6 +118,22 @@ def test_a_plug_in_scores_and_filters(tmp_path):
         HERE,
     )
     assert run.run(["score", "filter"], show=False)[-1].dropped == {"glow below 180": 1}
+
+
+def test_own_scorers_thresholds_and_captioners_are_named_on_the_command_line():
+    register_schemas()
+    words = [
+        *("input=x", "out=y", "caption=command", 'caption.command=[describe,"{clip}"]'),
+        '++score.scorers={mine:{target:"tests.unit.test_score_stages:brightest",settings:{glow:true}}}',
+        *("++filter.thresholds={mine:{min:5}}", "filter.thresholds.motion.min=0.1"),
+    ]
+    with initialize_config_dir(str(Path(__file__).parents[2] / "configs" / "prep"), version_base="1.3"):
+        config = to_dataclass(compose("prepare", words))
+    assert config.score.scorers["mine"].load("mine")
+    assert config.filter.thresholds["mine"] == Range(min=5)
+    assert config.filter.thresholds["motion"].min == 0.1
+    assert config.filter.thresholds["still_share"].max == 0.9
+    assert config.caption.command == ["describe", "{clip}"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import math
 import os
 import resource
 import signal
@@ -29,17 +30,28 @@ class Isolated:
 
     The process is forked at the first call and serves many; one that died or was killed is replaced by the next
     call. Arguments and results travel through a pipe, so they should be small or bytes. Its memory may grow by
-    `max_memory_mib` beyond what its caller has at the fork; above it allocations fail.
+    `max_memory_mib` beyond what its caller has at the fork; above it allocations fail. After `max_calls` it is
+    replaced, which bounds what the libraries in it leak.
     """
 
-    def __init__(self, function: Callable[..., Any], timeout_seconds: float, max_memory_mib: float) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        timeout_seconds: float,
+        max_memory_mib: float,
+        max_calls: float = math.inf,
+    ) -> None:
         self.function, self.timeout_seconds, self.max_memory_mib = function, timeout_seconds, max_memory_mib
+        self.max_calls, self._calls = max_calls, 0
         self._pid = self._owner = 0
         self._pipe: Connection | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's result; raises what it raised, or CallDied."""
+        if self._calls >= self.max_calls:
+            self.close()
         pipe = self._started()
+        self._calls += 1
         try:
             pipe.send(arguments)
             if not pipe.poll(self.timeout_seconds):
@@ -73,6 +85,7 @@ class Isolated:
         if self._pipe is not None and self._owner == os.getpid():
             return self._pipe
         with _forking:  # so that no other fork gets the child's end, whose closing tells of the child's death
+            self._calls = 0
             self._pipe, theirs = Pipe()
             self._owner, self._pid = os.getpid(), os.fork()
             if self._pid == 0:

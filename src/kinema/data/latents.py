@@ -5,6 +5,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,8 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from kinema.data.candidates import PlannedClip
-from kinema.data.decoding import DecodeError, Decoder, decode_clip
+from kinema.data.clip_decoder import ClipDecoder, DecodingRules
+from kinema.data.decoders.video import DecodeError, Decoder
 from kinema.data.geometry import ClipShape
 from kinema.data.shards import DamagedSample, DatasetIndex, read_member, write_aside
 from kinema.data.store import Member
@@ -135,14 +137,18 @@ def write_latents(
     than one window, starts are spread evenly over what each clip can spare; the loader draws among them.
     """
     failures = {}
-    with LatentWriter(folder, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=fps) as writer:
+    reader = ClipDecoder(DecodingRules(decoder))
+    with (
+        closing(reader),
+        LatentWriter(folder, vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=fps) as writer,
+    ):
         for clip in clips:
             entry = index.entries[clip.entry_index]
             spare = max(entry.record.duration_seconds - clip.shape.frames / fps, 0.0)
             try:
                 mp4 = read_member(index.folder, entry, "mp4")
                 for start in np.unique(np.linspace(0, spare, windows_per_clip).round(6)).tolist():
-                    frames = decode_clip(mp4, clip.shape, fps, start, decoder)
+                    frames = reader.decode(mp4, clip.shape, fps, start).frames
                     writer.write(entry.record.key, clip.shape, start, *encode(frames))
             except (DamagedSample, DecodeError) as error:
                 failures[entry.record.key] = str(error)

@@ -1,10 +1,7 @@
 """Shards at an address (HTTP, S3, ...): read by ranges, tried again when the network fails, kept on the local disk."""
 
-import asyncio
 import itertools
 import os
-import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,12 +13,11 @@ from typing import Any, TypeVar
 from kinema.data.address import Address
 from kinema.data.member_cache import MemberCache
 from kinema.data.store import MANIFEST, Member, StoreDown, WrongBytes, checked
+from kinema.data.transient import LONGEST_PAUSE_SECONDS, is_refusal, is_transient, pause_seconds
 
-LONGEST_PAUSE_SECONDS = 30.0
 SLOWEST_BYTES_PER_SECOND = 2**18
 """A transfer slower than this counts as stalled."""
 COUNTED = ("bytes", "requests", "retries", "cache_hits", "cache_misses", "cache_errors")
-_jitter = random.SystemRandom()  # not the generator that anything else draws from
 Result = TypeVar("Result")
 
 
@@ -248,11 +244,12 @@ class RemoteStore:
                 if not refused and not is_transient(error):
                     raise
                 if refused or failures > retries:
-                    times = f"(tried {failures} times)" if failures > 1 else ""
-                    reason = self.address.scrub(f"{type(error).__name__} {error} {times}".strip())
-                    raise (WrongBytes if isinstance(error, WrongBytes) else Unreadable)(reason, refused) from None
+                    times = f" (tried {failures} times)" if failures > 1 else ""
+                    if isinstance(error, WrongBytes):
+                        raise WrongBytes(f"{error}{times}") from None
+                    raise Unreadable(self.address.scrub(f"{type(error).__name__} {error}{times}"), refused) from None
                 self.lines.count("retries")
-                time.sleep(_pause_seconds(self.settings, failures, error))
+                time.sleep(pause_seconds(self.settings.longest_pause(failures), error))
         raise AssertionError("it returns or raises")
 
     def _check_answers(self, file: str, error: "Unreadable") -> None:
@@ -321,34 +318,3 @@ def _open_filesystem(address: Address, settings: StorageConfig) -> Any:
     if address.scheme == "s3":
         filesystem.retries = 1
     return filesystem
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed later."""
-    import aiohttp
-
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
-        return status in (408, 425, 429) or status >= 500
-    types: tuple[type[BaseException], ...] = (OSError, asyncio.TimeoutError, aiohttp.ClientError, WrongBytes)
-    if botocore := sys.modules.get("botocore.exceptions"):
-        types = (*types, botocore.HTTPClientError)
-    return isinstance(error, types) and not is_refusal(error)
-
-
-def is_refusal(error: Exception) -> bool:
-    """Whether asking again is no use: the file is not there, or not for us."""
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
-        return not is_transient(error)
-    if (botocore := sys.modules.get("botocore.exceptions")) and isinstance(error, botocore.BotoCoreError):
-        return not isinstance(error, botocore.HTTPClientError)  # no credentials, for example
-    return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
-
-
-def _pause_seconds(settings: StorageConfig, failures: int, error: Exception) -> float:
-    """Between nothing and the longest pause, so that many workers do not come back at once; or as the server asks."""
-    asked = (getattr(error, "headers", None) or {}).get("Retry-After", "")
-    if asked.isdigit():
-        return min(float(asked), LONGEST_PAUSE_SECONDS)
-    return _jitter.uniform(0, settings.longest_pause(failures))

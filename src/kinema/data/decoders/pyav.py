@@ -20,17 +20,20 @@ def read_frames(mp4: bytes, packets: Packets, wanted: list[int]) -> Iterator[NDA
     from av.video.reformatter import VideoReformatter
 
     waiting = deque(packets.pts[number] for number in wanted)
+    missing, early = set(waiting), dict[int, NDArray[np.uint8]]()
     held, reformatter = list[NDArray[np.uint8]](), VideoReformatter()
     for frame in _frames_from(mp4, packets, wanted[0]):
-        if frame.pts == waiting[0]:
-            waiting.popleft()
-            held.append(_upright(frame, packets, reformatter))
-        if held and (len(held) == BATCH or not waiting):
+        if frame.pts in missing:  # a file that misstates its B-frames lets them out in another order
+            missing.remove(frame.pts)
+            early[frame.pts] = _upright(frame, packets, reformatter)
+        while waiting and waiting[0] in early:
+            held.append(early.pop(waiting.popleft()))
+        if held and (len(held) >= BATCH or not waiting):
             yield np.stack(held)
             held = []
         if not waiting:
             return
-    raise DecodeError(f"{len(waiting)} of the {len(wanted)} frames asked for do not decode")
+    raise DecodeError(f"{len(missing)} of the {len(wanted)} frames asked for do not decode")
 
 
 def _frames_from(mp4: bytes, packets: Packets, first: int) -> Iterator[Any]:
