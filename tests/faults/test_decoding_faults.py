@@ -215,6 +215,13 @@ def test_a_call_gives_results_errors_and_the_death_of_its_process():
         os.kill(pid, 0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_run_accuses_no_clip(number):
+    isolated = Isolated(lambda: os.kill(os.getpid(), number) or time.sleep(0.1), timeout_seconds=5, max_memory_mib=500)
+    isolated()
+    isolated.close()
+
+
 def test_a_process_is_replaced_after_so_many_calls():
     isolated = Isolated(os.getpid, timeout_seconds=5, max_memory_mib=500, max_calls=3)
     pids = [isolated() for _ in range(7)]

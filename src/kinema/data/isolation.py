@@ -111,8 +111,10 @@ class Isolated:
 
     def _prepare(self) -> None:
         faulthandler.disable()  # a crash here is an expected event, told in one line
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which then saves
-        for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGCHLD, signal.SIGUSR1):
+        # A scheduler that stops a run signals all its processes; this one ends with its caller, and accuses no clip.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGALRM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         limit = _address_space() + int(self.max_memory_mib * 2**20)
