@@ -176,6 +176,7 @@ def plan_clips(
     refusals = [*_refused_by(rights, index, columns)] if rights else []
     if require_captions:
         refusals.append(("no caption", ~columns.captioned))
+    refusals.append(("image, and data.shapes has none of one frame", (shape_ids < 0) & (columns.num_frames == 1)))
     refusals.append(("too short", shape_ids < 0))
     moving = np.array([shape.frames > 1 for shape in legal])[shape_ids]
     # Frames would be shown twice; 23.976 passes for 24.

@@ -23,6 +23,7 @@ from kinema.data.decoders.packets import read_packets
 from kinema.data.decoders.video import first_line
 from kinema.data.decoding import check_size
 from kinema.data.entry import ClipEntry
+from kinema.data.images import IMAGES, image_pixels, media_of
 from kinema.data.isolation import CallDied, Isolated
 from kinema.data.licenses import is_known
 from kinema.data.sample import ClipRecord
@@ -210,15 +211,17 @@ def check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
     """Decode one clip and compare it with its record; with `show`, five of its frames are kept."""
     record, key = entry.record, entry.record.key
     try:
-        mp4 = read_member(folder, entry, "mp4")
-        if hashlib.sha256(mp4).hexdigest() != record.sha256:
-            return ClipReport(record, Problem(key, "damaged", f"{entry.shard}: sha256 of the mp4 is not the record's"))
+        media = media_of(entry.members)
+        content = read_member(folder, entry, media)
+        if hashlib.sha256(content).hexdigest() != record.sha256:
+            problem = f"{entry.shard}: sha256 of the {media} is not the record's"
+            return ClipReport(record, Problem(key, "damaged", problem))
         if "json" in entry.members:
             read_member(folder, entry, "json")
     except DamagedSample as error:
         return ClipReport(record, Problem(key, "damaged", f"{error.shard}: {error.reason}"))
     try:
-        frames, fps = _decode(mp4)
+        frames, fps = (image_pixels(content)[None], 0.0) if media in IMAGES else _decode(content)
     except Exception as error:  # the library's errors share no narrower base
         return ClipReport(record, _undecodable(entry, first_line(error)))
 

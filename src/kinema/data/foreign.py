@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
+from kinema.data.decoders.video import DecodeError
 from kinema.data.entry import ClipEntry
+from kinema.data.images import IMAGES, probe_image
 from kinema.data.sample import ClipRecord
 from kinema.data.store import Member
 
@@ -197,11 +199,13 @@ def split_name(name: str) -> tuple[str, str]:
 def _entry(shard: str, key: str, members: _Members, options: ForeignOptions) -> ClipEntry:
     video = next((ext for ext in VIDEOS if ext in members), None)
     if video is None:
+        video = next((ext for ext in IMAGES if ext in members), None)
+    if video is None:
         raise Refused("no video")
     place, content = members[video]
     stated = _stated(members, options)
     facts = {
-        **_probe(content),
+        **(_probe_still(content) if video in IMAGES else _probe(content)),
         "source": shard,
         "license": "unknown",
         "consent": "unknown",
@@ -218,7 +222,8 @@ def _entry(shard: str, key: str, members: _Members, options: ForeignOptions) -> 
         fact = str(error).partition(": ")[2].partition("=")[0]  # behind `Clip key=...: `
         raise Refused(f"impossible {fact}" if fact.isidentifier() else "impossible facts") from error
     others = {ext: member for ext, (member, _) in members.items() if ext != video}
-    return ClipEntry(record, shard, {**others, "mp4": place})  # one name for the video, whatever its container
+    # One name for the video, whatever its container.
+    return ClipEntry(record, shard, {**others, video if video in IMAGES else "mp4": place})
 
 
 def _stated(members: _Members, options: ForeignOptions) -> dict[str, Any]:
@@ -255,6 +260,13 @@ def _caption(members: _Members) -> str:
             except UnicodeDecodeError as error:
                 raise Refused("caption that is not UTF-8") from error
     return ""
+
+
+def _probe_still(content: bytes) -> dict[str, Any]:
+    try:
+        return probe_image(content)
+    except DecodeError as error:
+        raise Refused("image that does not open") from error
 
 
 def _probe(video: bytes) -> dict[str, Any]:

@@ -122,8 +122,8 @@ def assign_shapes(columns: Columns, shapes: Sequence[ClipShape], fps: float) -> 
     """Give each clip the shape of nearest aspect ratio, and of those the longest that it can fill at `fps`.
 
     Shapes of equal aspect ratio and length are told apart by area: the largest that needs no enlarging, else
-    the smallest. Returns places in `shapes`, -1 where the clip is shorter than every shape of its aspect
-    ratio; the caller counts it.
+    the smallest. A clip of one frame, an image, is given shapes of one frame only. Returns places in `shapes`, -1
+    where the clip is shorter than every shape of its aspect ratio; the caller counts it.
     """
     ids = np.full(len(columns), -1, np.int32)
     for first in range(0, len(columns), ROWS_AT_ONCE):
@@ -131,6 +131,9 @@ def assign_shapes(columns: Columns, shapes: Sequence[ClipShape], fps: float) -> 
         width, height, seconds = columns.width[rows], columns.height[rows], columns.duration_seconds[rows]
         aspect = np.log(width / height)
         misfits = np.stack([np.abs(math.log(shape.width / shape.height) - aspect) for shape in shapes])
+        image = columns.num_frames[rows] == 1
+        moving = np.array([[shape.frames > 1] for shape in shapes])
+        misfits = np.where(image & moving, np.inf, misfits)
         nearest = misfits < misfits.min(axis=0) + 1e-9
         best = np.full((3, len(width)), -np.inf)  # of the preferred shape so far: frames, not enlarged, area
         for place, shape in enumerate(shapes):
@@ -138,7 +141,7 @@ def assign_shapes(columns: Columns, shapes: Sequence[ClipShape], fps: float) -> 
             area = shape.height * shape.width
             preference = np.stack([np.full(len(width), shape.frames), ~enlarged, np.where(enlarged, -area, area)])
             # Durations are rounded when written; a thousandth of a frame is not a missing frame.
-            fits = nearest[place] & (shape.frames <= seconds * fps + 1e-3)
+            fits = nearest[place] & np.where(image, shape.frames == 1, shape.frames <= seconds * fps + 1e-3)
             wins = fits & _greater(preference, best)
             ids[rows][wins] = place
             best = np.where(wins, preference, best)

@@ -176,8 +176,11 @@ class ShardWriter:
         self.building.mkdir(parents=True)
         return self
 
-    def write(self, record: ClipRecord, mp4: bytes) -> None:
-        """Append one clip. Raises ValueError for an invalid record, a key used before, or another sha256."""
+    def write(self, record: ClipRecord, mp4: bytes, ext: str = "mp4") -> None:
+        """Append one clip, or with another `ext` (jpg, png, webp) an image as a clip of one frame.
+
+        Raises ValueError for an invalid record, a key used before, or another sha256.
+        """
         ClipRecord.from_dict(record.to_dict(), allow_missing_caption=True)
         if record.key in self._keys:
             raise ValueError(f"Clip key={record.key} was written before: keys must be unique in a data set.")
@@ -186,7 +189,7 @@ class ShardWriter:
             raise ValueError(f"Clip key={record.key}: sha256={record.sha256} is not that of its mp4, {digest}.")
         if self._tar is None:
             self._open_shard()
-        self._tar.write({"__key__": record.key, "mp4": mp4, "json": record.to_json().encode()})
+        self._tar.write({"__key__": record.key, ext: mp4, "json": record.to_json().encode()})
         self._keys.add(record.key)
         self._records.append(record)
         if len(self._records) == self.max_samples:

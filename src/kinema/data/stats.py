@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kinema.data.images import media_of
 from kinema.data.licenses import is_known
 from kinema.data.opened import opened
 from kinema.data.sample import CONSENT
@@ -36,7 +37,7 @@ def statistics(index: DatasetIndex) -> dict[str, Any]:
             "fps": _quantiles([record.fps for record in records]),
             "width": _quantiles([record.width for record in records]),
             "height": _quantiles([record.height for record in records]),
-            "mp4 kilobytes": _quantiles([_mp4_bytes(entry) / 1000 for entry in index.entries]),
+            "mp4 kilobytes": _quantiles([_media_bytes(entry) / 1000 for entry in index.entries]),
             "caption characters": _quantiles([len(record.caption) for record in records]),
         },
         "counts": {
@@ -100,8 +101,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _mp4_bytes(entry: ClipEntry) -> int:
-    return entry.members["mp4"].size if "mp4" in entry.members else 0
+def _media_bytes(entry: ClipEntry) -> int:
+    media = media_of(entry.members)
+    return entry.members[media].size if media in entry.members else 0
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:
