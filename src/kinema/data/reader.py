@@ -14,12 +14,9 @@ from torch.utils.data import Dataset
 from kinema.data.clip_decoder import ClipDecoder, DecodingRules
 from kinema.data.config import Crop, Window
 from kinema.data.decoders.video import DecodeError, DecoderDied
-<<<<<<< HEAD
 from kinema.data.entry import ClipEntry
 from kinema.data.geometry import ClipShape
-=======
 from kinema.data.images import IMAGES, decode_image, media_of
->>>>>>> main
 from kinema.data.keyed import keyed_seed
 from kinema.data.latents import LatentCache
 from kinema.data.pack import Failure, Fallback, Pack
@@ -116,18 +113,11 @@ class ClipReader(Dataset):
         wanted: dict[Any, list[tuple[str, Member]]] = {folder: [] for folder in self.index.folders}
         for slot, entry in zip(slots, entries, strict=True):
             number = slot.clip.entry_index
-<<<<<<< HEAD
             folder, own = self._own(number, entry)
             if entry.record.key not in self.condemned and not self._refusal(slot, entry):
-                names = ("mp4",) if self.rights is None or number in self.compared else ("json", "mp4")
-                wanted[folder] += [(own.shard, own.members[name]) for name in names if name in own.members]
-=======
-            folder, entry = self.index.locate(number)
-            if self.latents is None and number not in self.condemned and not self._refusal(slot):
-                media = media_of(entry.members)
+                media = media_of(own.members)
                 names = (media,) if self.rights is None or number in self.compared else ("json", media)
-                wanted[folder] += [(entry.shard, entry.members[name]) for name in names if name in entry.members]
->>>>>>> main
+                wanted[folder] += [(own.shard, own.members[name]) for name in names if name in own.members]
         for folder, members in wanted.items():
             store_of(folder).expect(members)
 
@@ -177,16 +167,11 @@ class ClipReader(Dataset):
         self._compare_record(slot.clip.entry_index, entry)
         spare = entry.record.duration_seconds - slot.clip.shape.frames / self.fps
         start, top, left = self._window_and_crop(slot, max(spare, 0.0))
-<<<<<<< HEAD
-        mp4 = read_member(*self._own(slot.clip.entry_index, entry), "mp4")
-        clip = self.decoder.decode(mp4, slot.clip.shape, self.fps, start, (top, left))
-=======
         media = media_of(entry.members)
-        content = read_member(*self.index.locate(slot.clip.entry_index), media)
+        content = read_member(*self._own(slot.clip.entry_index, entry), media)
         if media in IMAGES:
             return decode_image(content, slot.clip.shape, (top, left))
         clip = self.decoder.decode(content, slot.clip.shape, self.fps, start, (top, left))
->>>>>>> main
         for failed, reason in clip.refusals:
             fallbacks.append(Fallback(entry.record.key, entry.shard, failed.name, clip.decoder.name, reason))
         return clip.frames
