@@ -36,6 +36,7 @@ from kinema.data.shards import DatasetIndex, ShardWriter, read_member
 from kinema.data.stages import Stage
 
 PACK = 8
+EPOCHS = 4  # of one measurement: what is done once at the start of a run is shared out
 FPS = 8.0
 GEOMETRY = Geometry(4, 8, (1, 1, 1))
 Loader = Callable[[], int]
@@ -77,13 +78,13 @@ def write_clips(folder: Path, clips: int, frames: int, size: tuple[int, int]) ->
 
 
 def packs_of(index: DatasetIndex, shape: ClipShape, cache: LatentCache | None, window: Window) -> Loader:
-    """Kinema's loader over as many clips as there are, from the middle of an epoch."""
+    """Kinema's loader from the middle of an epoch, over as many clips as EPOCHS have."""
     clips, _ = plan_clips(index, [shape], FPS, GEOMETRY)
     plan = Plan([Stage(clips, 10**9, PACK)], seed=0, lanes=1, shuffle_block_shards=4)
     steps = len(clips) // PACK
 
     def load() -> int:
-        packs = make_loader(index, plan, [0], steps // 2, steps, fps=FPS, seed=0, latents=cache, window=window)
+        packs = make_loader(index, plan, [0], steps // 2, EPOCHS * steps, fps=FPS, seed=0, latents=cache, window=window)
         return sum(int(pack.weights.sum()) for step in packs for pack in step)
 
     return load
@@ -100,6 +101,16 @@ def batches(values: Iterable[object]) -> int:
     return count
 
 
+def write_arrays(folder: Path, keys: list[str], size: list[int]) -> list[str]:
+    """The same numbers as WebDataset's own users store them: .npy members, which its `decode()` reads."""
+    pattern = str(folder / "arrays-%06d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=64, verbose=0) as writer:
+        for key in keys:
+            mean, logvar = torch.randn(size).numpy(), torch.randn(size).numpy()
+            writer.write({"__key__": key, "mean.npy": mean, "logvar.npy": logvar})
+    return sorted(map(str, folder.glob("arrays-*.tar")))
+
+
 def latents(arguments: argparse.Namespace, folder: Path) -> dict[str, Loader]:
     """Cached latents: ours, WebDataset's stream of the same tars, and reads at places known beforehand."""
     shape = ClipShape(9, 64, 64)
@@ -108,26 +119,45 @@ def latents(arguments: argparse.Namespace, folder: Path) -> dict[str, Loader]:
     size = [int(side) for side in arguments.latent.split("x")]
     with LatentWriter(folder / "latents", max_samples=64, **identity) as writer:
         for entry in index.entries:
-            writer.write(entry.record.key, shape, 0.0, torch.randn(size), torch.randn(size))
+            mean, logvar = torch.randn(size), torch.randn(size)
+            writer.write(entry.record.key, shape, 0.0, mean, logvar)
     cache = LatentCache.load(folder / "latents", **identity)
     places = [(folder / "latents" / shard, member) for shard, member in cache.places()]
     tars = sorted(map(str, (folder / "latents").glob("*.tar")))
+    arrays = write_arrays(folder, [entry.record.key for entry in index.entries], size)
 
     def bare() -> int:
         files = {path: os.open(path, os.O_RDONLY) for path, _ in places}
-        shuffled = random.Random(0).sample(places, len(places))
-        reads = (os.pread(files[path], member.size, member.offset) for path, member in shuffled)
-        count = batches(map(safetensors.load, reads))
+        count = 0
+        for epoch in range(EPOCHS):
+            shuffled = random.Random(epoch).sample(places, len(places))
+            reads = (os.pread(files[path], member.size, member.offset) for path, member in shuffled)
+            count += batches(map(safetensors.load, reads))
         for file in files.values():
             os.close(file)
         return count
 
+    def stream() -> int:
+        samples = (
+            sample for _ in range(EPOCHS) for sample in webdataset.WebDataset(tars, shardshuffle=False).shuffle(64)
+        )
+        return batches(safetensors.load(sample["safetensors"]) for sample in samples)
+
     def plain() -> int:
-        stream = webdataset.WebDataset(tars, shardshuffle=False).shuffle(64)
-        return batches(safetensors.load(sample["safetensors"]) for sample in stream)
+        samples = (
+            sample
+            for _ in range(EPOCHS)
+            for sample in webdataset.WebDataset(arrays, shardshuffle=False).shuffle(64).decode()
+        )
+        return batches((torch.from_numpy(s["mean.npy"]), torch.from_numpy(s["logvar.npy"])) for s in samples)
 
     print(f"{arguments.clips} clips of {2 * int(np.prod(size)) * 4 / 2**20:.2f} MiB (mean and log-variance)")
-    return {"Kinema": packs_of(index, shape, cache, Window.start), "WebDataset": plain, "bare reads": bare}
+    return {
+        "Kinema": packs_of(index, shape, cache, Window.start),
+        "WebDataset, its own decode()": plain,
+        "WebDataset, bytes parsed by safetensors": stream,
+        "bare reads": bare,
+    }
 
 
 def video(arguments: argparse.Namespace, folder: Path) -> dict[str, Loader]:

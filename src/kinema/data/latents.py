@@ -28,6 +28,8 @@ FORMAT_VERSION = 2
 PREPROCESSING = "frames nearest in time; centre crop to the aspect ratio; antialiased bilinear resizing; -1 to 1"
 """What is done to a clip before the VAE sees it; changed with the code that does it: older caches are then refused."""
 MANIFEST = "latents.json"
+# Latents are views of bytes that cannot be written to, and that nobody else has.
+warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
 BLOCK = 512  # bytes; tar rounds every payload up to whole blocks
 
 
@@ -251,9 +253,7 @@ def _posterior(payload: bytes) -> tuple[Tensor, Tensor]:
     """Mean and log-variance as views of a safetensors file, which the library would copy: half the time of a read."""
     begin = 8 + int.from_bytes(payload[:8], "little")
     header = json.loads(payload[8:begin])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the bytes cannot be written to, and nobody else has them
-        values = torch.frombuffer(payload, dtype=torch.float32, offset=begin)
+    values = torch.frombuffer(payload, dtype=torch.float32, offset=begin)
     parts = [(header[name]["data_offsets"], header[name]["shape"]) for name in ("mean", "logvar")]
     mean, logvar = (values[first // 4 : end // 4].view(shape) for (first, end), shape in parts)
     return mean, logvar

@@ -152,7 +152,8 @@ class ClipReader(Dataset):
         key = entry.record.key
         if key in self.condemned:
             raise DecoderDied(self.condemned[key])
-        self.progress[self.worker, 1:] = torch.tensor([slot.clip.entry_index, time.monotonic_ns()])
+        progress = self.progress[self.worker].numpy()  # the shared numbers themselves: setting a tensor's costs more
+        progress[1:] = slot.clip.entry_index, time.monotonic_ns()
         try:
             if self.latents is not None:
                 return self.latents.read(*self._latents_of(slot, entry))
@@ -161,7 +162,7 @@ class ClipReader(Dataset):
             self.condemned[key] = str(error)
             raise
         finally:
-            self.progress[self.worker, 1] = -1
+            progress[1] = -1
 
     def _read_frames(self, slot: Slot, entry: ClipEntry, fallbacks: list[Fallback]) -> Tensor:
         self._compare_record(slot.clip.entry_index, entry)
