@@ -38,12 +38,13 @@ def free_port() -> int:
 @contextmanager
 def nginx(root: Path, run: Path, rules: str = "") -> Iterator[int]:
     """nginx serving a folder; yields its port. `run` gets access.log."""
-    if shutil.which("nginx") is None:
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")  # where Debian puts it, beside most paths
+    if program is None:
         pytest.skip("nginx is not installed")
     run.mkdir(exist_ok=True)
     port = free_port()
     (run / "nginx.conf").write_text(NGINX.format(run=run, port=port, root=root, rules=rules))
-    server = subprocess.Popen(["nginx", "-p", str(run), "-c", str(run / "nginx.conf"), "-e", str(run / "error.log")])
+    server = subprocess.Popen([program, "-p", str(run), "-c", str(run / "nginx.conf"), "-e", str(run / "error.log")])
     try:
         _wait_for(port, server)
         yield port
