@@ -39,6 +39,7 @@ class Ingest(Stage):
     """Finds the videos of the inputs. What a list says about one of them goes before what is said here for all."""
 
     version: ClassVar[int] = 2
+    few_may_fail: ClassVar[bool] = False  # a row is a whole input, such as a list with a wrong line
 
     source: str | None = None
     """Where the videos come from; null takes the input's name."""

@@ -60,6 +60,7 @@ def test_every_stage_has_a_field_and_is_told_apart():
         ("engine.workers=-1", r"engine\.workers=-1"),
         ("engine.address=auto", "address"),
         ("limits.max_failed_fraction=2", r"limits\.max_failed_fraction=2"),
+        ("limits.min_failed=-1", r"limits\.min_failed=-1"),
         ("write.shard_mib=0", r"write\.shard_mib=0"),
         ("pipeline=[ingest,prob]", "there is no stage prob. Stages: ingest, probe"),
         ("pipeline=[probe,ingest]", "must begin with ingest"),
