@@ -200,12 +200,13 @@ class StageRun:
         failed = {"key": result["key"], "path": result.get("path"), "reason": result["failed"]}
         self.failures += [failed] * result["members"]
         if not self.limits.allow(len(self.failures), self.report.given, self.stage.few_may_fail):
-            named = "\n".join(f"  {failure_line(row)}" for row in self.failures[:SHOWN])
+            limits, named = self.limits, "\n".join(f"  {failure_line(row)}" for row in self.failures[:SHOWN])
+            least = f" and limits.min_failed={limits.min_failed}" if self.stage.few_may_fail else ""
             raise DataBudgetError(
                 f"{self.report.stage}: {len(self.failures)} of {self.report.given} rows failed, more than "
-                f"limits.max_failed_fraction={self.limits.max_failed_fraction}"
-                f"{f' and limits.min_failed={self.limits.min_failed}' * self.stage.few_may_fail} allow:\n{named}\nMend or remove them, go on without them "
-                "(limits.max_failed_fraction=0.5, or 1 whatever fails), or try them again (retry_failed=true)."
+                f"limits.max_failed_fraction={limits.max_failed_fraction}{least} allow:\n{named}\n"
+                "Mend or remove them, go on without them (limits.max_failed_fraction=0.5, or 1 whatever fails), "
+                "or try them again (retry_failed=true)."
             )
 
     def _collect(self, journal: Journal) -> None:
