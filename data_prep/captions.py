@@ -1,7 +1,9 @@
 """Captions and shot lists for a folder of videos, from the places where people keep them."""
 
+import hashlib
 import json
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ VIDEO_SUFFIXES = (
 )
 RIGHTS = {"source", "source_url", "license", "consent", "attribution", "collected", "generated", "generator"}
 """What a list may state of a video, and captions beside videos may not."""
+KEY_BYTES = 200
+"""Of a key at most, as file names that are made of it may have 255."""
 OVERLAP_SECONDS = 1e-6
 """Below this two shots do not overlap: their times are rounded."""
 
@@ -45,8 +49,15 @@ class Video:
 
 
 def as_key(name: str) -> str:
-    """A name as a clip key may hold it."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "video"
+    """A name as a clip key may hold it: letters and digits of any script, `_` and `-`; anything else is one `-`."""
+    key = re.sub(r"[^\w-]+", "-", unicodedata.normalize("NFC", name)).strip("-") or "video"
+    return key if len(key.encode()) <= KEY_BYTES else hashed_key(key, name)
+
+
+def hashed_key(key: str, label: str) -> str:
+    """The key, cut to KEY_BYTES, with eight hex digits that tell `label` from others."""
+    short = key.encode()[: KEY_BYTES - 9].decode(errors="ignore")  # a letter that the cut parts goes as a whole
+    return f"{short}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from data_prep.captions import VIDEO_SUFFIXES, Shot, as_key, describe_videos, find_videos, parse_shot, read_captions
+from data_prep.captions import (
+    VIDEO_SUFFIXES,
+    Shot,
+    as_key,
+    describe_videos,
+    find_videos,
+    hashed_key,
+    parse_shot,
+    read_captions,
+    some_of,
+)
 from data_prep.lists import (
     CAPTION_COLUMNS,
     LIST_SUFFIXES,
@@ -27,6 +37,8 @@ TIMES = ("start_seconds", "end_seconds", "split")
 @dataclass
 class Ingest(Stage):
     """Finds the videos of the inputs. What a list says about one of them goes before what is said here for all."""
+
+    version: ClassVar[int] = 2
 
     source: str | None = None
     """Where the videos come from; null takes the input's name."""
@@ -128,15 +140,37 @@ class Ingest(Stage):
         return {**row, "bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns}
 
     def finish(self, rows: Iterator[Row], place: Place) -> Iterator[Outcome]:
-        """Number the videos, and see that no two of them share a key."""
-        names: dict[str, str] = {}
-        for number, row in enumerate(rows):
-            if row["key"] in names:
-                raise ValueError(
-                    f"{names[row['key']]} and {row['video']} give equal clip keys, {row['key']}. Rename one of them."
-                )
-            names[row["key"]] = row["video"]
+        """Number the videos, and tell those apart whose names give the same key."""
+        for number, row in enumerate(with_own_keys(list(rows))):
             yield {**row, "number": number}
+
+
+def with_own_keys(rows: list[Row]) -> list[Row]:
+    """The rows; every one whose key another has too gets a hash of its path behind it. Raises ValueError for one
+    that is given twice.
+    """
+    by_key: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_key[row["key"]].append(row)
+    labels = {(row["key"], row["path"]): label for same in by_key.values() for row, label in told_apart(same)}
+    return [_with_label(row, labels.get((row["key"], row["path"]))) for row in rows]
+
+
+def _with_label(row: Row, label: str | None) -> Row:
+    return row if label is None else {**row, "key": hashed_key(row["key"], label)}
+
+
+def told_apart(rows: list[Row]) -> list[tuple[Row, str]]:
+    """Rows of one key, if they are several, with a label each that is the same wherever the folders lie."""
+    if len(rows) == 1:
+        return []
+    paths = [row["path"] for row in rows]
+    if twice := sorted({path for path in paths if paths.count(path) > 1}):
+        raise ValueError(f"input gives the same file twice: {some_of(twice)}. Take one of the inputs away.")
+    labels = [row["video"] for row in rows]
+    if len(set(labels)) < len(labels):  # several inputs
+        labels = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
+    return list(zip(rows, labels, strict=True))
 
 
 def _start(shot: Shot) -> float:

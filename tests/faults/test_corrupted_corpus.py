@@ -84,7 +84,7 @@ def test_the_check_of_a_data_set_reports_every_input(build, count):
 
 @pytest.mark.parametrize("count", [SOME, pytest.param(MANY, marks=pytest.mark.soak)])
 def test_the_probe_of_data_preparation_takes_or_refuses_every_input(tmp_path, count):
-    probe = IsolatedStage(2, Probe(), Place(tmp_path, "probe"))
+    probe = IsolatedStage(2, None, Probe(), Place(tmp_path, "probe"))
     taken, failed, dropped = Counter(), Counter(), Counter()
     for mutant in mutants(count):
         path = tmp_path / f"{mutant.name}.mp4"

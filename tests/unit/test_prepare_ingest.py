@@ -1,5 +1,6 @@
 """What the pipeline takes in: folders, single files, lists with rights and shots, and tars of samples."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -133,7 +134,20 @@ def test_what_cannot_be_taken_in_is_named(folder, name, content, message):
         ingest(folder / name)
 
 
-def test_equal_keys_are_refused(folder):
+def test_letters_of_every_script_stay_and_equal_keys_are_told_apart(folder):
+    for name in ("日本.mp4", "Привет.mkv", "a.mkv", "deep/!.mp4", "x" * 240 + ".mp4"):
+        (folder / name).write_bytes((folder / "a.mp4").read_bytes())
+    rows, _ = ingest(folder)
+    keys = {row["video"]: key for key, row in rows.items()}
+    assert (keys["日本.mp4"], keys["Привет.mkv"], keys["deep/!.mp4"]) == ("日本", "Привет", "deep")
+    assert keys["a.mp4"] == f"a-{hashlib.sha256(b'a.mp4').hexdigest()[:8]}"
+    assert keys["a.mkv"] == f"a-{hashlib.sha256(b'a.mkv').hexdigest()[:8]}"
+    assert len(keys["x" * 240 + ".mp4"]) == 200
+
+
+def test_equal_names_of_two_inputs_are_told_apart_and_a_file_given_twice_is_named(folder):
     (folder / "deep" / "a.mp4").write_bytes((folder / "a.mp4").read_bytes())
-    with pytest.raises(ValueError, match="equal clip keys, a"):
-        ingest(folder / "a.mp4", folder / "deep" / "a.mp4")
+    rows, _ = ingest(folder / "a.mp4", folder / "deep" / "a.mp4")
+    assert list(rows) == [f"a-{hashlib.sha256(path).hexdigest()[:8]}" for path in (b"a.mp4", b"deep/a.mp4")]
+    with pytest.raises(ValueError, match=r"same file twice: .*a\.mp4"):
+        ingest(folder / "a.mp4", folder / "a.mp4")

@@ -381,11 +381,10 @@ def test_equal_videos_give_equal_bytes(folder):
     assert DatasetIndex.load(folder.parent / "first").hash == DatasetIndex.load(folder.parent / "second").hash
 
 
-def test_names_that_would_give_equal_keys_are_refused(folder):
-    write(folder / "a.mp4", [corners(32, 32)] * 20)
-    write(folder / "a.mkv", [corners(32, 32)] * 20)
-    with pytest.raises(ValueError, match="equal clip keys"):
-        build(folder)
+def test_names_of_any_script_become_keys_of_the_data_set(folder):
+    for name in ("日本.mp4", "Привет.mkv"):
+        write(folder / name, [corners(32, 32)] * 20)
+    assert list(build(folder)[0]) == ["Привет-0000", "日本-0000"]
 
 
 def test_long_shots_are_divided_evenly():

@@ -95,9 +95,13 @@ def check_toy_data(checkpoint: Checkpoint, run: str) -> None:
     if not stored.exists():
         raise ValueError(f"run={run} was not trained here: kinema evaluate judges toy captions only. Type a toy run.")
     data = OmegaConf.load(stored).data
-    index = DatasetIndex.load(
-        resolve_folder(data.path, data.cache_folder, data.storage, options=data.foreign), split=data.train_split
-    )
+    if data.get("mixture"):
+        raise ValueError(
+            f"run={run} was trained on data.mixture: kinema evaluate judges runs of one toy data set only."
+        )
+    # Runs of older versions say nothing of how remote or foreign data are read.
+    folder = resolve_folder(data.path, data.cache_folder, data.get("storage"), options=data.get("foreign"))
+    index = DatasetIndex.load(folder, split=data.train_split)
     if others := {e.record.caption for e in index.entries if not is_toy_caption(e.record.caption)}:
         shown = ", ".join(repr(caption[:80]) for caption in sorted(others)[:3])
         raise ValueError(
