@@ -171,7 +171,7 @@ def test_an_address_is_looked_at_or_refused_by_name(folder, tmp_path, capsys, mo
     address = folder.as_uri()
     assert told(capsys, stats, address, "--json")[1] == told(capsys, stats, folder, "--json")[1]
     assert told(capsys, diff, address, folder)[0] == 0
-    code, lines = told(capsys, show, address, "clip-001", "--to", tmp_path / "one.png")
+    lines = told(capsys, show, address, "clip-001", "--to", tmp_path / "one.png")[1]
     assert "clip-001" in lines[-1]
     assert (tmp_path / "one.png").exists()
     for verb in (check, croissant, data_page):
@@ -187,9 +187,7 @@ def test_an_index_without_captions_says_where_they_may_be(tmp_path, mp4, capsys)
     samples = {key: {"mp4": mp4, "json": json.dumps(meta).encode()} for key in ("one", "two")}
     path = foreign(tmp_path / "theirs", samples)
     _, lines = told(capsys, index, path, "--field", "caption=nosuch")
-    assert lines[0] == (
-        "no clip has a caption. Their json has: long.caption, rate. Type --field caption=KEY with the one that holds it."
-    )
+    assert lines[0].startswith("no clip has a caption. Their json has: long.caption, rate. Type --field caption=KEY")
     assert "indexed 2 clips, 0 with a caption, in 1 shard(s)" in lines[1]
     _, lines = told(capsys, index, path, "--field", "caption=long.caption")
     assert "indexed 2 clips, 2 with a caption, in 1 shard(s)" in lines[0]
