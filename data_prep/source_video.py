@@ -10,6 +10,7 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from data_prep.pipeline.rows import RowFailed
+from kinema.data.probe import square_pixels
 
 NOMINAL_FPS = tuple(
     [n * 1000 / 1001 for n in (24, 30, 60, 120)]
@@ -107,11 +108,6 @@ class Shaper:
         factor = min(1.0, self.short_side / min(upright)) if self.short_side else 1.0
         scaled = round(width * factor), round(height * factor)
         return scaled, (scaled[0] // 2 * 2, scaled[1] // 2 * 2)
-
-
-def square_pixels(width: int, height: int, stretch: float) -> tuple[int, int]:
-    """Size at which a picture with stretched pixels looks right; the side that is too short grows."""
-    return (round(width * stretch), height) if stretch >= 1 else (width, round(height / stretch))
 
 
 def to_rgb(reformatter: VideoReformatter, frame: av.VideoFrame, size: tuple[int, int]) -> NDArray[np.uint8]:

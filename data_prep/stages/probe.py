@@ -15,9 +15,9 @@ from data_prep.source_video import (
     decode_frames,
     least_seconds,
     nominal_fps,
-    square_pixels,
     video_stream,
 )
+from kinema.data.probe import square_pixels
 
 EVEN_STEPS = 1.5
 """A frame shown this many times longer than the usual one makes the frame rate variable."""

@@ -43,7 +43,8 @@ def main() -> None:
 
 def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int:
     """Run one verb; an error that a user can cause becomes one line."""
-    from kinema.console import EXIT_CONFIG
+    from kinema.console import EXIT_CONFIG, EXIT_STORE
+    from kinema.data.store import StoreDown
 
     module = import_module(module_name)
     parser = argparse.ArgumentParser(prog=f"kinema {verb}", description=f"{summary[0].upper()}{summary[1:]}.")
@@ -51,6 +52,9 @@ def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int
     add_arguments(parser)
     try:
         return int(module.run(parser.parse_args(words)))
+    except StoreDown as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_STORE
     except ValueError as error:
         if "KINEMA_TRACEBACK" in os.environ:
             raise

@@ -63,6 +63,14 @@ def numbered_video(
         return Path(path).read_bytes()
 
 
+def quarter_turned(mp4: bytes) -> bytes:
+    """Write a 90 degree rotation into the track header's matrix, as telephones do."""
+    upright = b"".join(n.to_bytes(4, "big", signed=True) for n in (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000))
+    turned = b"".join(n.to_bytes(4, "big", signed=True) for n in (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000))
+    at = mp4.index(upright, mp4.index(b"tkhd"))
+    return mp4[:at] + turned + mp4[at + len(turned) :]
+
+
 def numbers(frames) -> list[int]:
     """Frame numbers painted by `numbered_video`."""
     bits = frames.float().mean(dim=(1, 3)).unflatten(1, (8, -1)).mean(dim=2) > 127

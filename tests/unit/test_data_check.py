@@ -117,7 +117,7 @@ def test_the_record_is_held_to_the_picture_as_displayed(tmp_path):
     mp4 = mp4[:matrix] + turned + mp4[matrix + 36 :]
     (tmp_path / "turned.mp4").write_bytes(mp4)
 
-    ours, _ = _decode(mp4)
+    ours, *_ = _decode(mp4)
     reference = decord.VideoReader(str(tmp_path / "turned.mp4"))[0].asnumpy()
     assert ours.shape == (3, 128, 64, 3) == (3, *reference.shape)
     np.testing.assert_allclose(ours[0].astype(int), reference, atol=6)

@@ -8,8 +8,9 @@ import tarfile
 import pytest
 from PIL import Image
 
-from kinema.data import diff, show, stats
+from kinema.data import check, croissant, diff, index, show, stats
 from kinema.data.shards import MANIFEST
+from kinema.report import data_page
 from tests.unit.clips import build, numbered_video
 
 
@@ -163,3 +164,33 @@ def test_a_foreign_set_is_compared_with_its_indexed_self(tmp_path, mp4, capsys):
     again = foreign(tmp_path / "again", samples)
     index_shards(again)
     assert told(capsys, diff, path, again)[0] == 0
+
+
+def test_an_address_is_looked_at_or_refused_by_name(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # the cache
+    address = folder.as_uri()
+    assert told(capsys, stats, address, "--json")[1] == told(capsys, stats, folder, "--json")[1]
+    assert told(capsys, diff, address, folder)[0] == 0
+    lines = told(capsys, show, address, "clip-001", "--to", tmp_path / "one.png")[1]
+    assert "clip-001" in lines[-1]
+    assert (tmp_path / "one.png").exists()
+    for verb in (check, croissant, data_page):
+        with pytest.raises(SystemExit):
+            call(verb, "https://me:word@example.org/set?token=secret")
+        said = capsys.readouterr().err
+        assert "https://***@example.org/set?***" in said
+        assert "takes a folder: copy the data set here first" in said
+
+
+def test_an_index_without_captions_says_where_they_may_be(tmp_path, mp4, capsys):
+    meta = {"long": {"caption": "a cat"}, "rate": 3}
+    samples = {key: {"mp4": mp4, "json": json.dumps(meta).encode()} for key in ("one", "two")}
+    path = foreign(tmp_path / "theirs", samples)
+    _, lines = told(capsys, index, path, "--field", "caption=nosuch")
+    assert lines[0].startswith("no clip has a caption. Their json has: long.caption, rate. Type --field caption=KEY")
+    assert "indexed 2 clips, 0 with a caption, in 1 shard(s)" in lines[1]
+    _, lines = told(capsys, index, path, "--field", "caption=long.caption")
+    assert "indexed 2 clips, 2 with a caption, in 1 shard(s)" in lines[0]
+    assert len(lines) == 1
+    bare = foreign(tmp_path / "bare", {"one": {"mp4": mp4}})
+    assert "have no json either" in told(capsys, index, bare)[1][0]

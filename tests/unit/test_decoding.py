@@ -13,7 +13,7 @@ from kinema.data.decoders import decord as decord_decoder
 from kinema.data.decoding import DecodeError, Decoder, decode_clip, nearest_frames, resize_and_crop
 from kinema.data.encoding import encode_video
 from kinema.data.geometry import ClipShape
-from tests.unit.clips import numbered_video, numbers
+from tests.unit.clips import numbered_video, numbers, quarter_turned
 
 EACH = pytest.mark.parametrize("decoder", list(Decoder), ids=lambda decoder: decoder.name)
 SIZE = (32, 32)
@@ -198,19 +198,11 @@ def test_decoding_twice_gives_the_same_bytes(decoder):
 def test_rotation_is_applied(decoder):
     upright = picture(64, 128)
     mp4 = encode_video(upright, 12)
-    rotated = rotate_by_matrix(mp4)
+    rotated = quarter_turned(mp4)
     frames = decode_clip(rotated, ClipShape(1, 128, 64), 8, 0.0, decoder).int()
     straight = decode_clip(mp4, ClipShape(1, 64, 128), 8, 0.0, decoder).int()
     # The display matrix says: turn by 90 degrees clockwise.
     assert (frames[0] - torch.rot90(straight[0], -1)).abs().float().mean() < 3
-
-
-def rotate_by_matrix(mp4: bytes) -> bytes:
-    """Write a 90 degree rotation into the track header's matrix, as telephones do."""
-    upright = b"".join(n.to_bytes(4, "big", signed=True) for n in (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000))
-    turned = b"".join(n.to_bytes(4, "big", signed=True) for n in (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000))
-    at = mp4.index(upright, mp4.index(b"tkhd"))
-    return mp4[:at] + turned + mp4[at + len(turned) :]
 
 
 def test_the_centre_is_cropped_unless_another_place_is_named():

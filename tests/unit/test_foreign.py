@@ -4,9 +4,11 @@ import pickle
 import random
 import tarfile
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 
+from kinema.data.check import check_dataset
 from kinema.data.foreign import ForeignOptions
 from kinema.data.indexing import index_shards
 from kinema.data.remote import StorageConfig
@@ -14,7 +16,7 @@ from kinema.data.shards import DatasetIndex, read_member
 from kinema.data.storage import resolve_folder
 from kinema.data.store import StoredFolder
 from tests.servers import faulty_proxy, nginx
-from tests.unit.clips import numbered_video
+from tests.unit.clips import numbered_video, quarter_turned
 
 VIDEO = numbered_video([i / 10 for i in range(8)])
 MATROSKA = numbered_video([i / 10 for i in range(8)], container_format="matroska")
@@ -57,6 +59,22 @@ def test_other_names_and_containers_become_clips(tmp_path):
     assert [read_member(folder, e, "mp4") for e in index.entries] == [MATROSKA, MATROSKA, VIDEO, VIDEO]
     with pytest.raises(ValueError, match=r"data\.foreign\.fields: captoin is not a field"):
         ForeignOptions({"captoin": "x"})
+
+
+def test_turned_stretched_and_variable_clips_are_indexed_as_they_are_shown(tmp_path):
+    size, uneven = (32, 64), [0, 0.1, 0.2, 0.5, 0.6, 1.4, 1.5, 1.6]  # rate in the header: 30
+    lying = numbered_video([i / 10 for i in range(8)], size=size)
+    wide = numbered_video([i / 10 for i in range(8)], size=size, pixel_aspect=Fraction(3, 2))
+    videos = {"lying": lying, "turned": quarter_turned(lying), "uneven": numbered_video(uneven), "wide": wide}
+    videos |= {"both": quarter_turned(wide), "mkv": numbered_video(uneven, container_format="matroska")}
+    members = [(f"{key}.{ext}", data) for key, mp4 in videos.items() for ext, data in (("mp4", mp4), ("txt", b"seen"))]
+    index = index_shards(write_tar(tmp_path / "set" / "a.tar", members))
+    assert {entry.record.key: (entry.record.width, entry.record.height) for entry in index.entries} == {
+        "lying": (64, 32), "turned": (32, 64), "uneven": (64, 64), "wide": (96, 32), "both": (32, 96), "mkv": (64, 64)
+    }  # fmt: skip
+    assert [entry.record.fps for entry in index.entries] == pytest.approx([10, 10, 7 / 1.6, 10, 10, 7 / 1.6])
+    result = check_dataset(index.folder)
+    assert result.ready, result.problems
 
 
 HOSTILE = [

@@ -201,6 +201,15 @@ def test_latents_of_other_sizes_than_the_shape_gives_are_refused(tmp_path):
             writer.write("two", SHAPES[0], 0.0, torch.zeros(4, 3, 4, 4), torch.zeros(4, 1, 4, 4))
 
 
+def test_mean_and_log_variance_may_be_one_tensor(tmp_path):
+    both = torch.ones(4, 3, 4, 4)
+    with LatentWriter(tmp_path / "cache", **IDENTITY) as writer:
+        writer.write("one", SHAPES[0], 0.0, both, both)
+    mean, logvar = LatentCache.load(tmp_path / "cache", **IDENTITY).read("one", SHAPES[0], 0.0)
+    assert torch.equal(mean, both)
+    assert torch.equal(logvar, both)
+
+
 def test_a_cache_survives_pickling_for_spawned_workers(cache):
     cache.read("clip-000", SHAPES[0], 0.0)
     again = pickle.loads(pickle.dumps(cache))

@@ -126,6 +126,7 @@ def test_one_data_set_is_planned_as_before(folders):
     ("values", "message"),
     [
         ({"mixture": {"toy": SourceConfig()}}, r"data\.mixture\.toy\.path is missing"),
+        ({"path": "data/film"}, r"data\.path=data/film and data\.mixture are given"),
         ({"latents": "data/latents"}, r"data\.latents=data/latents belongs to one data set"),
         ({"stages": [StageConfig(until_step=0)]}, r"data\.stages\[0\]\.until_step=0 must be above 0"),
         ({"stages": [StageConfig(5), StageConfig(5)]}, r"data\.stages\[1\]\.until_step=5 must be above 5"),

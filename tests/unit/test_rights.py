@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kinema.data.candidates import plan_clips
 from kinema.data.config import DataConfig
+from kinema.data.geometry import ClipShape
 from kinema.data.ledger import Ledger
 from kinema.data.licenses import is_known, licenses_named
 from kinema.data.loading import make_loader
@@ -53,6 +54,14 @@ def test_every_refused_clip_is_counted_under_the_key_that_refuses_it(index, tmp_
         "source film in data.rights.excluded_sources": 1,
         "key in data.rights.excluded_keys": 4,
     }
+
+
+def test_advice_on_lengths_is_given_only_where_lengths_were_the_cause(index):
+    with pytest.raises(ValueError, match=r"allowed_licenses 1\. Change what these reasons name") as refused:
+        plan_clips(index, SHAPES, 8, GEOMETRY, rights=RightsConfig(allowed_licenses=["MIT"]).policy())
+    assert "fewer frames" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"too short 12\. .*Type fewer frames, another data\.fps"):
+        plan_clips(index, [ClipShape(101, 32, 32)], 8, GEOMETRY)
 
 
 def test_by_default_nothing_is_refused(index):

@@ -1,16 +1,19 @@
 """Schedules, averages and identities are pure functions of what they name."""
 
 import itertools
+import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kinema.data.pack import Failure
+from kinema.data.quarantine import QUARANTINE, write_failures
 from kinema.identity import fingerprint, from_plain, to_plain
 from kinema.training.balance import Balance
 from kinema.training.ema import EMAConfig
-from kinema.training.loop import Window, due
+from kinema.training.loop import Outputs, Window, due
 from kinema.training.metrics import LoggingConfig, MetricsFile, WandbMode, WandbTracker
 from kinema.training.optim import AdamW
 from kinema.training.schedule import Constant, Cosine
@@ -118,6 +121,18 @@ def test_metrics_forget_steps_that_will_be_done_again(tmp_path):
         handle.write('{"kind": "train", "st')  # killed while writing
     metrics.truncate_after(2)
     assert [line[-2] for line in metrics.path.read_text().splitlines()] == ["1", "2"]
+
+
+def test_a_step_that_is_done_again_lists_its_failures_once(tmp_path):
+    outputs = Outputs(tmp_path, is_main=True, tracker=None)
+    for step in (1, 2, 3):
+        outputs.write({"kind": "train", "step": step})
+        write_failures(tmp_path, step, [Failure(f"clip-{step}", "s.tar", "damaged")])
+    outputs.truncate_after(2)  # the checkpoint
+    outputs.write({"kind": "train", "step": 3})
+    write_failures(tmp_path, 3, [Failure("clip-3", "s.tar", "damaged")])
+    for file in (outputs.metrics.path, tmp_path / QUARANTINE):
+        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
 
 
 def test_a_tracker_that_cannot_start_neither_stops_nor_stalls_a_run(tmp_path, monkeypatch):

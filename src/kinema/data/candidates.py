@@ -14,6 +14,9 @@ from kinema.data.geometry import ClipShape, Geometry, assign_shapes
 from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
 
+STILL, TOO_SHORT, TOO_SLOW = "image, and data.shapes has none of one frame", "too short", "frame rate below data.fps"
+"""Reasons to leave a clip out that another data.shapes or data.fps may take away."""
+
 
 @dataclass(frozen=True)
 class PlannedClip:
@@ -176,11 +179,11 @@ def plan_clips(
     refusals = [*_refused_by(rights, index, columns)] if rights else []
     if require_captions:
         refusals.append(("no caption", ~columns.captioned))
-    refusals.append(("image, and data.shapes has none of one frame", (shape_ids < 0) & (columns.num_frames == 1)))
-    refusals.append(("too short", shape_ids < 0))
+    refusals.append((STILL, (shape_ids < 0) & (columns.num_frames == 1)))
+    refusals.append((TOO_SHORT, shape_ids < 0))
     moving = np.array([shape.frames > 1 for shape in legal])[shape_ids]
     # Frames would be shown twice; 23.976 passes for 24.
-    refusals.append(("frame rate below data.fps", moving & (columns.fps < 0.95 * fps)))
+    refusals.append((TOO_SLOW, moving & (columns.fps < 0.95 * fps)))
     for reason, refused in refusals:  # a clip counts under the first that applies
         _drop(report, columns, reason, kept & refused)
         kept &= ~refused
@@ -229,9 +232,12 @@ def _drop(report: KeepReport, columns: Columns, reason: str, rows: NDArray[np.bo
 def _nothing_left(
     index: DatasetIndex, columns: Columns, shapes: Sequence[ClipShape], fps: float, report: KeepReport
 ) -> str:
+    refused = f"No clip of {index.folder} can be used: {report.line()}."
+    if not report.dropped.keys() & {STILL, TOO_SHORT, TOO_SLOW}:
+        return f"{refused} Change what these reasons name (data.rights, data.require_captions), or type other data."
     fewest = min(shape.frames for shape in shapes)
     return (
-        f"No clip of {index.folder} can be used: {report.line()}. The shortest of data.shapes needs {fewest} "
+        f"{refused} The shortest of data.shapes needs {fewest} "
         f"frames at data.fps={fps}, {fewest / fps:.2f} s; the longest clip lasts "
         f"{columns.duration_seconds.max(initial=0.0):.2f} s and the fastest has {columns.fps.max(initial=0.0):g} "
         "frames a second. Type fewer frames, another data.fps, or other data."

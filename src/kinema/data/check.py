@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import io
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ from kinema.data.entry import ClipEntry
 from kinema.data.images import IMAGES, image_pixels, media_of
 from kinema.data.isolation import CallDied, Isolated
 from kinema.data.licenses import is_known
+from kinema.data.opened import local_folder
+from kinema.data.probe import square_pixels
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import DamagedSample, DatasetIndex, read_member
 
@@ -151,7 +154,7 @@ def check_dataset(folder: str | Path, *, workers: int = 2, show_progress: bool =
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `kinema data check`."""
-    parser.add_argument("path", type=Path, help="folder with a data set, e.g. data/toy")
+    parser.add_argument("path", type=local_folder, help="folder with a data set, e.g. data/toy")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes (default %(default)s)")
 
 
@@ -207,7 +210,7 @@ def _undecodable(entry: ClipEntry, why: str) -> Problem:
     return Problem(entry.record.key, "undecodable", f"{entry.shard}: {why}")
 
 
-def check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
+def check_clip(folder: str | os.PathLike[str], entry: ClipEntry, show: bool) -> ClipReport:
     """Decode one clip and compare it with its record; with `show`, five of its frames are kept."""
     record, key = entry.record, entry.record.key
     try:
@@ -221,12 +224,12 @@ def check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
     except DamagedSample as error:
         return ClipReport(record, Problem(key, "damaged", f"{error.shard}: {error.reason}"))
     try:
-        frames, fps = (image_pixels(content)[None], 0.0) if media in IMAGES else _decode(content)
+        frames, fps, stretch = (image_pixels(content)[None], 0.0, 1.0) if media in IMAGES else _decode(content)
     except Exception as error:  # the library's errors share no narrower base
         return ClipReport(record, _undecodable(entry, first_line(error)))
 
     report = ClipReport(record, cuts=suspected_cuts(frames))
-    difference = _difference(record, frames, fps)
+    difference = _difference(record, frames, fps, stretch)
     if difference:
         report.problem = Problem(key, "wrong record", difference)
     elif not record.caption.strip():
@@ -236,8 +239,10 @@ def check_clip(folder: Path, entry: ClipEntry, show: bool) -> ClipReport:
     return report
 
 
-def _decode(mp4: bytes) -> tuple[NDArray[np.uint8], float]:
-    """All frames (T, H, W, 3) as displayed, and their mean rate by timestamps (0 for a single frame)."""
+def _decode(mp4: bytes) -> tuple[NDArray[np.uint8], float, float]:
+    """All frames (T, H, W, 3) upright, their mean rate by timestamps (0 for a single frame), and the width of their
+    pixels over the height.
+    """
     packets = read_packets(mp4)
     check_size(len(packets.pts), packets, CLIP_MIB)
     with av.open(io.BytesIO(mp4), "r") as container:
@@ -248,12 +253,14 @@ def _decode(mp4: bytes) -> tuple[NDArray[np.uint8], float]:
     turns = round(frames[0].rotation / 90) % 4
     pictures: NDArray[np.uint8] = np.stack([np.rot90(frame.to_ndarray(format="rgb24"), turns) for frame in frames])
     seconds = frames[-1].time - frames[0].time
-    return pictures, (len(frames) - 1) / seconds if seconds > 0 else 0.0
+    stretch = 1 / packets.pixel_aspect if turns % 2 else packets.pixel_aspect
+    return pictures, (len(frames) - 1) / seconds if seconds > 0 else 0.0, stretch
 
 
-def _difference(record: ClipRecord, frames: NDArray[np.uint8], fps: float) -> str:
+def _difference(record: ClipRecord, frames: NDArray[np.uint8], fps: float, stretch: float) -> str:
     """What the record says against what was decoded; empty when they agree."""
     count, height, width = frames.shape[:3]
+    width, height = square_pixels(width, height, stretch)
     found = []
     if (width, height) != (record.width, record.height):
         found.append(f"size {record.width}x{record.height} in the record, {width}x{height} in the mp4")

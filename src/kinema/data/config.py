@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kinema.data.address import Address
+from kinema.data.address import Address, redacted
 from kinema.data.clip_decoder import DecodingRules
 from kinema.data.cost import CostConfig
 from kinema.data.dealing import Packing
@@ -165,6 +165,11 @@ class DataConfig:
         for name, source in self.mixture.items():
             if not source.path:
                 raise ValueError(f"data.mixture.{name}.path is missing: type the folder or address of the data set.")
+        if self.mixture and self.path != DataConfig.path:
+            raise ValueError(
+                f"data.path={redacted(self.path)} and data.mixture are given, and each says where the data lie. "
+                f"Leave data.path out, or name its data set in data.mixture, or type data.mixture={{}}."
+            )
         if self.mixture and self.latents is not None:
             raise ValueError(
                 f"data.latents={self.latents} belongs to one data set, and data.mixture names {len(self.mixture)}. "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kinema.data.licenses import is_known, licenses_named
+from kinema.data.opened import local_folder
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import DatasetIndex, index_name, write_aside
 
@@ -69,7 +70,7 @@ def describe(index: DatasetIndex, stated: dict[str, str]) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    parser.add_argument("path", type=Path, help="folder with a data set")
+    parser.add_argument("path", type=local_folder, help="folder with a data set")
     parser.add_argument("--to", type=Path, help=f"file to write (default: PATH/{FILE})")
     parser.add_argument("--url", help="where the data set is published")
     parser.add_argument("--description", help="what it is")

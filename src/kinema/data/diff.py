@@ -3,7 +3,6 @@
 import argparse
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kinema.data.opened import opened
@@ -71,8 +70,8 @@ def difference(a: DatasetIndex, b: DatasetIndex) -> Difference:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    parser.add_argument("a", type=Path, help="folder with a data set, or with any WebDataset tars")
-    parser.add_argument("b", type=Path, help="another")
+    parser.add_argument("a", help="folder or address of a data set, or of any WebDataset tars")
+    parser.add_argument("b", help="another")
     parser.add_argument("--most", type=int, default=20, help="lines of each kind (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one json object, with every clip, instead")
 

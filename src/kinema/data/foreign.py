@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, cast
 from kinema.data.decoders.video import DecodeError
 from kinema.data.entry import ClipEntry
 from kinema.data.images import IMAGES, probe_image
+from kinema.data.probe import probe_video
 from kinema.data.sample import ClipRecord
 from kinema.data.store import Member
 
@@ -270,25 +271,9 @@ def _probe_still(content: bytes) -> dict[str, Any]:
 
 
 def _probe(video: bytes) -> dict[str, Any]:
-    """What the video's own headers say, frames counted by their packets."""
     import av
 
     try:
-        with av.open(io.BytesIO(video), "r") as container:
-            stream = container.streams.video[0]
-            num_frames = sum(1 for packet in container.demux(stream) if packet.size > 0)
-            fps = float(stream.average_rate or 0)
-            codec = stream.codec_context
-            if codec is None:  # none is known for what the headers name
-                raise Refused("video that cannot be opened")
-            width, height = codec.width, codec.height
-    except (av.error.FFmpegError, IndexError, ValueError) as error:
+        return probe_video(video)
+    except (av.error.FFmpegError, DecodeError, ValueError) as error:
         raise Refused("video that cannot be opened") from error
-    seconds = num_frames / fps if fps else 0.0
-    return {
-        "fps": fps,
-        "num_frames": num_frames,
-        "width": width,
-        "height": height,
-        "duration_seconds": seconds,
-    }

@@ -1,12 +1,19 @@
 """`kinema data index`: make a WebDataset that Kinema did not write readable by random access."""
 
 import argparse
+import json
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
 from kinema.data.address import Address
 from kinema.data.foreign import ForeignOptions
 from kinema.data.indexing import index_shards
-from kinema.data.shards import DatasetIndex
+from kinema.data.shards import DatasetIndex, read_member
 from kinema.data.storage import resolve_folder
+
+JSON_SEEN = 100
+"""Clips whose json is looked into where no caption was found."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,5 +43,26 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         index = index_shards(arguments.folder, name=arguments.name, options=options)
     shards, shown = len(index.manifest["shards"]), address or arguments.folder
-    print(f"indexed {len(index.entries)} clips in {shards} shard(s), hash {index.hash[:16]} READY {shown}")
+    captioned = int(index.columns.captioned.sum())
+    if not captioned:
+        print(f"no clip has a caption. {_where_captions_may_be(index)}")
+    clips = f"{len(index.entries)} clips, {captioned} with a caption,"
+    print(f"indexed {clips} in {shards} shard(s), hash {index.hash[:16]} READY {shown}")
     return 0
+
+
+def _where_captions_may_be(index: DatasetIndex) -> str:
+    """The keys of the first json members, as --field takes them."""
+    first = [entry for entry in islice(index.entries, JSON_SEEN) if "json" in entry.members]
+    keys = {key for entry in first for key in _keys(json.loads(read_member(index.folder, entry, "json")))}
+    if not keys:
+        return f"The first {JSON_SEEN} clips have no json either: add txt or json members to the tars."
+    return f"Their json has: {', '.join(sorted(keys))}. Type --field caption=KEY with the one that holds it."
+
+
+def _keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

@@ -65,7 +65,7 @@ class Shown:
 def show(index: DatasetIndex, key: str, sheet: Path) -> Shown:
     """Look at one clip; ValueError with the nearest keys if there is no such clip."""
     entry = find(index, key)
-    report = check_clip(Path(index.folder), entry, show=True)
+    report = check_clip(index.folder, entry, show=True)
     problems = [f"{report.problem.cause}, {report.problem.detail}"] if report.problem else []
     stated = None
     if "json" in entry.members:
@@ -93,7 +93,7 @@ def find(index: DatasetIndex, key: str) -> ClipEntry:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    parser.add_argument("path", type=Path, help="folder with a data set, or with any WebDataset tars")
+    parser.add_argument("path", help="folder or address of a data set, or of any WebDataset tars")
     parser.add_argument("key", help="of the clip")
     parser.add_argument("--to", type=Path, help="picture to write (default: KEY.png here)")
     parser.add_argument("--json", action="store_true", help="print one json object instead of lines")

@@ -4,7 +4,6 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,7 +84,7 @@ def verdict(stats: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    parser.add_argument("path", type=Path, help="folder with a data set, or with any WebDataset tars")
+    parser.add_argument("path", help="folder or address of a data set, or of any WebDataset tars")
     parser.add_argument("--json", action="store_true", help="print one json object instead of a table")
 
 

@@ -13,6 +13,7 @@ import yaml
 from kinema.data.contact_sheet import strip_jpeg
 from kinema.data.decoding import DecodeError, Decoder, decode_clip
 from kinema.data.geometry import ClipShape
+from kinema.data.opened import local_folder
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import ClipEntry, DamagedSample, DatasetIndex, read_member
 from kinema.report import data_content as content
@@ -75,7 +76,7 @@ def build_data_page(folder: Path, out: Path | None = None, clips: int = SHEET_CL
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `kinema data page`."""
-    parser.add_argument("path", type=Path, help="folder with a data set, e.g. data/toy")
+    parser.add_argument("path", type=local_folder, help="folder with a data set, e.g. data/toy")
     parser.add_argument("--out", type=Path, help="where to write the page (default: PATH/page.html)")
     parser.add_argument("--clips", type=int, default=SHEET_CLIPS, help="clips to show (default %(default)s)")
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from kinema.data.ledger import Ledger, Quarantine
 from kinema.data.pack import Failure, Fallback, Pack
 from kinema.data.plan import Plan
-from kinema.data.quarantine import write_failures
+from kinema.data.quarantine import QUARANTINE, write_failures
 from kinema.data.shards import DatasetIndex
 from kinema.data.sightings import SeenKeys, Sightings
 from kinema.distributed.collectives import all_sum, all_sum_array, from_main, gather_objects
@@ -36,7 +36,7 @@ from kinema.training.checkpoint import (
 from kinema.training.dit_task import noise_table
 from kinema.training.ema import EMA
 from kinema.training.journal import KeyJournal
-from kinema.training.metrics import Clock, LoggingConfig, MetricsFile, WandbTracker
+from kinema.training.metrics import Clock, LineFile, LoggingConfig, MetricsFile, WandbTracker
 from kinema.training.seen import KEYS, Start, data_seen, keys_writer, seen_by
 from kinema.training.start import check_same_data
 
@@ -102,6 +102,11 @@ class Outputs:
             self.metrics.write(record)
             if self.tracker:
                 self.tracker.write(record)
+
+    def truncate_after(self, step: int) -> None:
+        """Forget what steps wrote that a resumed run will do again; clips not to be tried were read from it before."""
+        for lines in (self.metrics, LineFile(self.run_dir / QUARANTINE)):
+            lines.truncate_after(step)
 
     def event(self, step: int, event: str, detail: str) -> None:
         """Something a person should know of, on the console and in the metrics."""
@@ -408,7 +413,7 @@ class Trainer:
         self.sightings = Sightings(len(self.index.entries))
         if self.process.is_main:
             found = self.store.newest(report=lambda line: self.outputs.event(0, "resume", line))
-            for lines in (self.outputs.metrics, self._journal):
+            for lines in (self.outputs, self._journal):
                 lines.truncate_after(found.document("training")["step"] if found else 0)
         found = from_main(found)
         if found is None:
