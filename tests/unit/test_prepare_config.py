@@ -111,7 +111,7 @@ def test_a_data_set_that_was_made_otherwise_is_in_the_way_and_one_made_likewise_
     (tmp_path / "prepare.json").write_text(json.dumps({"stages": made, "write": config.write.recorded()}))
     check_command(config)
     for other in ("split.min_seconds=2", "write.mixed=false"):
-        with pytest.raises(ValueError, match="made otherwise. Type overwrite=true"):
+        with pytest.raises(ValueError, match="Type overwrite=true to replace"):
             check_command(prepared(f"out={tmp_path}", other))
     check_command(prepared(f"out={tmp_path}", "write.mixed=false", "overwrite=true"))
 
