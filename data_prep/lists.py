@@ -1,9 +1,10 @@
 """Lists of videos that people keep: CSV, Parquet or JSON lines with a path in each row, and tars of samples."""
 
 import csv
+import difflib
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from data_prep.pipeline.rows import RowFailed
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 PATH_COLUMNS = ("path", "file", "file_name", "video", "video_path")
 CAPTION_COLUMNS = ("caption", "text")
+NEAR = 0.85
+"""Likeness of two names from which one is taken for a slip: licence, captions, but not caption_en or video_id."""
 Line = tuple[dict[str, Any], str]
 """A row's values by column, without empty ones, and the place for messages."""
 
@@ -41,6 +44,27 @@ def _numbers(values: dict[str, Any]) -> dict[str, Any]:
             except ValueError:
                 continue  # whoever reads it says what is wrong, and where
     return values
+
+
+def refuse_near_misses(path: Path, lines: list[Line], known: Collection[str], meant: Collection[str]) -> None:
+    """See that no column is a known one in other letters, unless that is there too or the name is in `meant`.
+
+    Raises ValueError that names the column.
+    """
+    columns = {name for values, _ in lines for name in values}
+    for name in sorted(columns - {*known, *meant}):
+        near = near_miss(name, known)
+        if near and near not in columns:
+            raise ValueError(
+                f"{path}: column {name} is unknown. Did you mean {near}? Rename it, or type "
+                f"'ingest.listed=[{name}]' if it shall stay as it is."
+            )
+
+
+def near_miss(name: str, known: Collection[str]) -> str | None:
+    """The known name that was meant, such as license for Licence; a number at the end is no slip."""
+    found = difflib.get_close_matches(name.strip().lower(), known, n=1, cutoff=NEAR)
+    return found[0] if found and not name[-1:].isdigit() else None
 
 
 def take_column(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:

@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from data_prep.lists import (
     Line,
     read_list,
     read_tar,
+    refuse_near_misses,
     take_column,
 )
 from data_prep.pipeline.rows import Dropped, Outcome, Row
@@ -58,6 +59,8 @@ class Ingest(Stage):
     generator: str = ""
     captions: str | None = None
     """For folders: a captions.jsonl, or a prompt.txt beside videos.txt; null looks in the usual places."""
+    listed: list[str] = field(default_factory=list)
+    """Columns of lists that are meant as they are spelled, though much like one that is known."""
 
     def __post_init__(self) -> None:
         check_rights(self, "ingest.")
@@ -87,7 +90,9 @@ class Ingest(Stage):
     def from_list(self, path: Path) -> Iterator[Outcome]:
         """The files that a list names, relative to the list; rows with times are shots of their video."""
         by_name: dict[str, list[Line]] = defaultdict(list)
-        for values, where in read_list(path):
+        lines = read_list(path)
+        refuse_near_misses(path, lines, (*PATH_COLUMNS, *CAPTION_COLUMNS, *RIGHTS, *TIMES), self.listed)
+        for values, where in lines:
             name, rest = take_column(values, PATH_COLUMNS)
             if not isinstance(name, str):
                 raise ValueError(f"{where} must have a path, in a column named {', '.join(PATH_COLUMNS)}.")
@@ -146,7 +151,10 @@ class Ingest(Stage):
 
     def finish(self, rows: Iterator[Row], place: Place) -> Iterator[Outcome]:
         """Number the videos, and tell those apart whose names give the same key."""
-        for number, row in enumerate(with_own_keys(list(rows))):
+        taken = list(rows)
+        if listed := sorted({name for row in taken for name in row.get("listed", {})}):
+            print(f"columns that no stage knows go along under listed: {some_of(listed)}", flush=True)
+        for number, row in enumerate(with_own_keys(taken)):
             yield {**row, "number": number}
 
 

@@ -78,6 +78,32 @@ def test_lists_state_captions_rights_and_whatever_else(folder, kind):
     assert [(out.row["video"], out.reason) for out in dropped] == [("gone.mp4", "file is missing")]
 
 
+@pytest.mark.parametrize(
+    ("column", "meant"),
+    [
+        ("licence", "license"),
+        ("lisence", "license"),
+        ("captions", "caption"),
+        ("Source", "source"),
+        ("end_second", "end_"),
+    ],
+)
+def test_columns_that_are_nearly_known_are_refused(folder, column, meant):
+    (folder / "x.csv").write_text(f"path,{column}\na.mp4,b\n")
+    with pytest.raises(ValueError, match=f"column {column} is unknown. Did you mean {meant}"):
+        ingest(folder / "x.csv")
+    rows, _ = ingest(folder / "x.csv", listed=[column])
+    assert rows["a"]["listed"] == {column: "b"}
+
+
+def test_columns_that_nobody_knows_are_named_once(folder, capsys):
+    (folder / "x.csv").write_text(
+        "path,caption,captions,caption_en,text2,score\na.mp4,b,c,d,e,1\ndeep/b c.mp4,b,c,d,e,2\n"
+    )
+    ingest(folder / "x.csv")
+    assert capsys.readouterr().out.count("go along under listed: caption_en, captions, score, text2\n") == 1
+
+
 def test_rows_with_times_are_shots(folder):
     head = "file,start_seconds,end_seconds,caption,split\n"
     (folder / "shots.csv").write_text(f"{head}a.mp4,0.2,0.3,late,heldout\na.mp4,0,0.2,early,\n")
