@@ -25,9 +25,9 @@ def _made_likewise(config: PrepareConfig) -> bool:
     history = Path(config.out) / HISTORY
     if not history.exists():
         return False
-    made = json.loads(history.read_text(encoding="utf-8"))
+    *made, last = json.loads(history.read_text(encoding="utf-8"))["stages"]
     before = config.pipeline[: config.pipeline.index("write")]
-    mine = [[name, getattr(config, name).identity(name)] for name in before]
+    mine = [(name, getattr(config, name).identity(name)) for name in before]
     assert isinstance(config.write, Write)
-    same = [[stage["stage"], stage["identity"]] for stage in made["stages"] if stage["stage"] in before] == mine
-    return same and made["write"] == json.loads(json.dumps(config.write.recorded()))
+    written = json.loads(json.dumps(config.write.recorded()))
+    return [(stage["stage"], stage["identity"]) for stage in made] == mine and last["settings"] == written

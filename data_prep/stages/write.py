@@ -19,11 +19,14 @@ NOT_IN_SHARDS = ("path", "clip", "clip_bytes", "bytes", "modified_ns", "number")
 HISTORY = "prepare.json"
 """Beside the shards: the settings of every stage, and what each of them kept."""
 
+NO_CAPTION = "no caption"
+
 
 @dataclass
 class Write(Stage):
     """Rows become samples of a data set, in shards of about equal size."""
 
+    version: ClassVar[int] = 2
     light: ClassVar[bool] = True
 
     out: str = ""
@@ -42,28 +45,35 @@ class Write(Stage):
             raise ValueError(f"write.shard_mib={self.shard_mib} must be above 0, e.g. 256.")
 
     def apply(self, row: Row, place: Place) -> Iterable[Outcome]:
-        """The row, if it may be written."""
-        if self.require_captions and not row["caption"].strip():
-            return [Dropped(row, "no caption")]
+        """Every row; `finish` tells which may be written, and notes it beside the shards."""
         return [row]
 
     def finish(self, rows: Iterator[Row], place: Place) -> Iterable[Outcome]:
         """Write the data set; each row learns its shard."""
-        ordered = list(rows)
+        ordered: list[Row] = []
+        dropped: list[Row] = []
+        for row in rows:
+            (ordered if row["caption"].strip() or not self.require_captions else dropped).append(row)
         if self.mixed:
             ordered.sort(key=lambda row: hashlib.sha256(row["key"].encode()).digest())
         if ordered:  # else the pipeline says that nothing is left, and what dropped it
-            self.write_dataset(ordered, place)
+            self.write_dataset(ordered, len(dropped), place)
             shards = {e.record.key: e.shard for e in DatasetIndex.load(self.out).entries}
             yield from ({**row, "shard": shards[row["key"]]} for row in ordered)
+        yield from (Dropped(row, NO_CAPTION) for row in dropped)
 
     def recorded(self) -> dict[str, Any]:
         """The settings that tell what lies in the data set."""
         return {name: value for name, value in self.settings().items() if name not in ("out", "overwrite")}
 
-    def write_dataset(self, rows: list[Row], place: Place) -> None:
+    def entry(self, kept: int, dropped: int) -> dict[str, Any]:
+        """This stage as the history has it, like those before."""
+        counts = {"given": kept + dropped, "kept": kept, "dropped": {NO_CAPTION: dropped} if dropped else {}}
+        return {"stage": "write", "settings": self.recorded(), **counts, "failed": {}}
+
+    def write_dataset(self, rows: list[Row], dropped: int, place: Place) -> None:
         """Publish shards, manifest and history in one rename, unless that was done before."""
-        history = {"rows": _digest(rows), "stages": place.history(), "write": self.recorded()}
+        history = {"rows": _digest(rows), "stages": [*place.history(), self.entry(len(rows), dropped)]}
         if _read(Path(self.out) / HISTORY) == json.loads(json.dumps(history)):
             return
         check_target(Path(self.out), self.overwrite)

@@ -47,13 +47,14 @@ class ParsedPage(HTMLParser):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Four clips of which two are filtered out, written and shown."""
+    """Five clips of which two are filtered out and one has no caption, written and shown."""
     work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("sets") / "mine"
     rows = [
         clip_row(work, "fast", panned(60, 1), caption="a <b>fast</b> pan & more"),
         clip_row(work, "slow", panned(30, 2), caption="a slow pan", license="unknown"),
         clip_row(work, "frozen", still(scenery(3)), caption="nothing moves"),
         clip_row(work, "copy", panned(60, 1)[:, 2:-2, 2:-2], caption="a copy of the fast pan"),
+        clip_row(work, "mute", panned(45, 5), caption=" "),
     ]
     stages = {
         "score": Score(),
@@ -80,12 +81,16 @@ def test_the_page_is_one_well_formed_file_without_scripts_or_addresses(prepared)
 
 def test_the_page_says_what_was_kept_and_shows_what_was_not(prepared):
     out, reports = prepared
-    assert [report.kept for report in reports] == [4, 2, 2, 2]
+    assert [report.kept for report in reports] == [5, 3, 2, 2]
     page = ParsedPage((out / "page.html").read_text())
     words = " ".join(page.words)
-    assert "kept 2 of 4 (50%)" in words
+    assert "kept 3 of 5 (60%)" in words
     assert "1 motion below 0.1" in words
     assert "1 duplicate of a kept clip" in words
+    assert "write 3 2 1 no caption" in " ".join(words.split())
+    *_, written = json.loads((out / "prepare.json").read_text())["stages"]
+    assert (written["stage"], written["given"], written["kept"]) == ("write", 3, 2)
+    assert written["dropped"] == reports[2].dropped == {"no caption": 1}
     for shown in ("nothing moves", "a copy of the fast pan", "fast"):
         assert shown in words
     pictures = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
@@ -97,8 +102,8 @@ def test_the_page_says_what_was_kept_and_shows_what_was_not(prepared):
 def test_what_was_kept_lies_beside_the_shards(prepared):
     out, _ = prepared
     keep = json.loads((out / "preparation" / "keep.json").read_text())
-    assert (keep["given"], keep["kept"]) == (4, 2)
-    assert len(list((out / "preparation" / "shown").glob("*.jpg"))) == 4
+    assert (keep["given"], keep["kept"]) == (5, 3)
+    assert len(list((out / "preparation" / "shown").glob("*.jpg"))) == 5
     assert len(DatasetIndex.load(out).entries) == 2  # what lies beside changes nothing
 
 

@@ -108,7 +108,7 @@ def test_a_data_set_that_was_made_otherwise_is_in_the_way_and_one_made_likewise_
     before = config.pipeline[: config.pipeline.index("write")]
     made = [{"stage": name, "identity": getattr(config, name).identity(name)} for name in before]
     (tmp_path / "dataset.json").write_text("{}")
-    (tmp_path / "prepare.json").write_text(json.dumps({"stages": made, "write": config.write.recorded()}))
+    (tmp_path / "prepare.json").write_text(json.dumps({"stages": [*made, config.write.entry(1, 0)]}))
     check_command(config)
     for other in ("split.min_seconds=2", "write.mixed=false"):
         with pytest.raises(ValueError, match="Type overwrite=true to replace"):

@@ -98,10 +98,10 @@ def test_columns_that_are_nearly_known_are_refused(folder, column, meant):
 
 def test_columns_that_nobody_knows_are_named_once(folder, capsys):
     (folder / "x.csv").write_text(
-        "path,caption,captions,caption_en,text2,score\na.mp4,b,c,d,e,1\ndeep/b c.mp4,b,c,d,e,2\n"
+        "path,caption,captions,caption_en,text2,score,video_id\na.mp4,b,c,d,e,1,v\ndeep/b c.mp4,b,c,d,e,2,w\n"
     )
     ingest(folder / "x.csv")
-    assert capsys.readouterr().out.count("go along under listed: caption_en, captions, score, text2\n") == 1
+    assert capsys.readouterr().out.count("go along under listed: caption_en, captions, score, text2, video_id\n") == 1
 
 
 def test_rows_with_times_are_shots(folder):
