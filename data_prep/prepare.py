@@ -12,6 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, the repository's root is not on the path
+from data_prep.captions import find_videos
+from data_prep.pipeline.before import check_command
 from data_prep.pipeline.config import PrepareConfig, register_schemas
 from data_prep.pipeline.rows import Row, row_digest, write_rows
 from data_prep.pipeline.run import INPUT, ROWS
@@ -36,6 +38,7 @@ def main(composed: DictConfig) -> None:
 
 def prepare(config: PrepareConfig) -> None:
     """Run the stages that were asked for, and say what became of the rows."""
+    check_command(config)
     pipeline = config.to_pipeline()
     write_inputs(pipeline.work, config.inputs())
     reports = pipeline.run([name for name in config.pipeline if config.stages is None or name in config.stages])
@@ -49,8 +52,9 @@ def prepare(config: PrepareConfig) -> None:
 
 def write_inputs(work: Path, inputs: list[str]) -> None:
     """Lay the inputs where the first stage looks for its rows; raises ValueError for one that is not there."""
+    rows = [row for given in inputs for row in input_rows(given)]
     work.mkdir(parents=True, exist_ok=True)
-    write_rows(work / INPUT, (row for given in inputs for row in input_rows(given)))
+    write_rows(work / INPUT, rows)
 
 
 def input_rows(given: str) -> list[Row]:
@@ -59,6 +63,8 @@ def input_rows(given: str) -> list[Row]:
     if not path.exists():
         raise ValueError(f"input={given} does not exist.")
     paths = sorted(path.glob("*.tar")) if path.is_dir() else []
+    if path.is_dir() and not paths:
+        find_videos(path)  # raises for a folder without any
     return [{"key": path.name, "path": str(path), "changed": last_change(path)} for path in paths or [path]]
 
 

@@ -30,7 +30,8 @@ def work_on(stage: Stage, row: Row, place: Place) -> Result:
 
 def failure(row: Row, reason: str) -> Result:
     """The result of a row that could not be worked on."""
-    return {"input": row_digest(row), "members": len(members(row)), "failed": reason, "key": row["key"]}
+    path = members(row)[0].get("path", "")
+    return {"input": row_digest(row), "members": len(members(row)), "failed": reason, "key": row["key"], "path": path}
 
 
 def _told(error: Exception) -> str:

@@ -13,8 +13,8 @@ from data_prep.pipeline.rows import to_line
 FLUSH_EVERY, FLUSH_SECONDS = 64, 0.5
 """A crash of the machine loses at most this many results, or those of this long."""
 Result = dict[str, Any]
-"""Of one input row: `input` (its digest), `members` (how many rows it is), and `rows` and `dropped`, or `key` and
-`failed` with the reason.
+"""Of one input row: `input` (its digest), `members` (how many rows it is), and `rows` and `dropped`, or `key`,
+`path` and `failed` with the reason.
 """
 
 

@@ -42,13 +42,23 @@ class Limits:
     """When a stage stops instead of going on with what is left."""
 
     max_failed_fraction: float = 0.05
-    """Of a stage's rows, that may fail: damaged files, rows that kill or hang their process."""
+    """More of a stage's rows than this share, and more than min_failed, stop it: damaged files, rows that kill or hang
+    their process.
+    """
+    min_failed: int = 3
     min_kept: int = 1
     """Rows that every stage must leave."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"limits.max_failed_fraction={self.max_failed_fraction} must be from 0 to 1.")
+        if self.min_failed < 0:
+            raise ValueError(f"limits.min_failed={self.min_failed} must be at least 0, e.g. 3.")
+
+    def allow(self, failed: int, given: int, few_may_fail: bool) -> bool:
+        """Whether a stage of `given` rows goes on after so many failures; where all failed, few are too many."""
+        few = few_may_fail and failed <= self.min_failed and failed < given
+        return few or failed <= self.max_failed_fraction * given
 
 
 @dataclass
@@ -108,7 +118,7 @@ class Pipeline:
     def _failures(self, name: str) -> list[str]:
         """A line for each of the first rows that failed in a stage."""
         failed = read_rows(self.place(name).folder / FAILED)
-        return [f"failed: {row['key']}: {row['reason']}" for row in itertools.islice(failed, SHOWN)]
+        return [f"failed: {failure_line(row)}" for row in itertools.islice(failed, SHOWN)]
 
     def _run_stage(self, name: str, crew: Crew, show: bool) -> Report:
         given = self._input_of(name)
@@ -187,14 +197,16 @@ class StageRun:
         """Stop as soon as too many rows have failed."""
         if "failed" not in result:
             return
-        failed = {"key": result["key"], "reason": result["failed"]}
+        failed = {"key": result["key"], "path": result.get("path"), "reason": result["failed"]}
         self.failures += [failed] * result["members"]
-        if len(self.failures) > self.limits.max_failed_fraction * self.report.given:
-            named = "\n".join(f"  {row['key']}: {row['reason']}" for row in self.failures[:SHOWN])
+        if not self.limits.allow(len(self.failures), self.report.given, self.stage.few_may_fail):
+            limits, named = self.limits, "\n".join(f"  {failure_line(row)}" for row in self.failures[:SHOWN])
+            least = f" and limits.min_failed={limits.min_failed}" if self.stage.few_may_fail else ""
             raise DataBudgetError(
                 f"{self.report.stage}: {len(self.failures)} of {self.report.given} rows failed, more than "
-                f"limits.max_failed_fraction={self.limits.max_failed_fraction} allows:\n{named}\n"
-                "Mend or remove them, allow more, or try them again with retry_failed=true."
+                f"limits.max_failed_fraction={limits.max_failed_fraction}{least} allow:\n{named}\n"
+                "Mend or remove them, go on without them (limits.max_failed_fraction=0.5, or 1 whatever fails), "
+                "or try them again (retry_failed=true)."
             )
 
     def _collect(self, journal: Journal) -> None:
@@ -225,6 +237,11 @@ class StageRun:
         report.failed = dict(sorted(Counter(cause(row["reason"]) for row in failed).items()))
         if report.kept < self.limits.min_kept:
             raise ValueError(f"{report.line()}: fewer rows are left than limits.min_kept={self.limits.min_kept}.")
+
+
+def failure_line(row: Row) -> str:
+    """`cat (/videos/cat.mp4): cut short: ...`."""
+    return f"{row['key']}{' (' + row['path'] + ')' if row.get('path') else ''}: {row['reason']}"
 
 
 @contextmanager

@@ -61,6 +61,8 @@ class Stage:
     """Raise it with every change of code that changes results: work done by other versions is done anew."""
     light: ClassVar[bool] = False
     """`apply` only looks at the row: it needs no process of its own."""
+    few_may_fail: ClassVar[bool] = True
+    """`limits.min_failed` holds for its rows."""
     bundle: ClassVar[str | None] = None
     """Name of a value: rows in a row that share it come to `apply` as one, {"key": value, "members": [rows]}."""
 

@@ -29,6 +29,7 @@ from data_prep.lists import (
 )
 from data_prep.pipeline.rows import Dropped, Outcome, Row
 from data_prep.pipeline.stage import Place, Stage
+from kinema.data.sample import check_rights
 
 RIGHTS = ("source", "source_url", "license", "consent", "attribution", "collected", "generated", "generator")
 TIMES = ("start_seconds", "end_seconds", "split")
@@ -39,6 +40,7 @@ class Ingest(Stage):
     """Finds the videos of the inputs. What a list says about one of them goes before what is said here for all."""
 
     version: ClassVar[int] = 2
+    few_may_fail: ClassVar[bool] = False  # a row is a whole input, such as a list with a wrong line
 
     source: str | None = None
     """Where the videos come from; null takes the input's name."""
@@ -56,6 +58,9 @@ class Ingest(Stage):
     generator: str = ""
     captions: str | None = None
     """For folders: a captions.jsonl, or a prompt.txt beside videos.txt; null looks in the usual places."""
+
+    def __post_init__(self) -> None:
+        check_rights(self, "ingest.")
 
     def apply(self, row: Row, place: Place) -> Iterable[Outcome]:
         """A row for each video of one input: a folder, a video, a list, or a tar of samples."""

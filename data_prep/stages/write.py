@@ -12,6 +12,7 @@ from data_prep.pipeline.rows import Dropped, Outcome, Row, row_digest, write_jso
 from data_prep.pipeline.stage import Place, Stage
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import DatasetIndex, ShardWriter
+from kinema.data.store import MANIFEST
 
 NOT_IN_SHARDS = ("path", "clip", "clip_bytes", "bytes", "modified_ns", "number")
 """Of this machine and this working folder."""
@@ -56,12 +57,16 @@ class Write(Stage):
             shards = {e.record.key: e.shard for e in DatasetIndex.load(self.out).entries}
             yield from ({**row, "shard": shards[row["key"]]} for row in ordered)
 
+    def recorded(self) -> dict[str, Any]:
+        """The settings that tell what lies in the data set."""
+        return {name: value for name, value in self.settings().items() if name not in ("out", "overwrite")}
+
     def write_dataset(self, rows: list[Row], place: Place) -> None:
         """Publish shards, manifest and history in one rename, unless that was done before."""
-        mine = {name: value for name, value in self.settings().items() if name not in ("out", "overwrite")}
-        history = {"rows": _digest(rows), "stages": place.history(), "write": mine}
+        history = {"rows": _digest(rows), "stages": place.history(), "write": self.recorded()}
         if _read(Path(self.out) / HISTORY) == json.loads(json.dumps(history)):
             return
+        check_target(Path(self.out), self.overwrite)
         writer = ShardWriter(self.out, max_samples=sys.maxsize, command=_command(), overwrite=self.overwrite)
         sizes = [row["clip_bytes"] for row in rows]
         ends = shard_ends(sizes, self.shard_mib * 2**20)
@@ -71,6 +76,18 @@ class Write(Stage):
                 if number in ends:
                     writer.end_shard()
             write_json(writer.building / HISTORY, history)
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """See that a data set may be written there; raises ValueError."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / MANIFEST).exists():
+        raise ValueError(f"out={out} is not empty and not a data set. Give another out=.")
+    if not overwrite:
+        raise ValueError(
+            f"out={out} holds a data set that was made otherwise. Type overwrite=true to replace it, or another out=."
+        )
 
 
 def clip_record(row: Row) -> ClipRecord:

@@ -46,10 +46,18 @@ def test_rows_that_crash_hang_or_fail_are_named_and_the_others_go_on(tmp_path):
 
 
 def test_too_many_failures_stop_the_stage_and_are_kept(tmp_path):
-    given = numbers(10, row_2="fail", row_3="fail")
-    with pytest.raises(DataBudgetError, match=r"limits\.max_failed_fraction=0\.1(.|\n)*row-3: odd"):
-        pipeline(tmp_path, given, LocalEngine(0), max_failed_fraction=0.1).run(["square"], show=False)
+    given = [{**row, "path": "/v/3.mp4"} for row in numbers(10, row_2="fail", row_3="fail")]
+    with pytest.raises(DataBudgetError, match=r"limits\.max_failed_fraction=0\.1(.|\n)*row-3 \(/v/3\.mp4\): odd"):
+        pipeline(tmp_path, given, LocalEngine(0), max_failed_fraction=0.1, min_failed=1).run(["square"], show=False)
     assert not (tmp_path / "01-square" / "report.json").exists()
+
+
+def test_a_few_failures_stop_no_small_stage(tmp_path, capsys):
+    given = numbers(9, row_1="fail", row_2="fail", row_3="fail")
+    [report] = pipeline(tmp_path, [{**row, "path": "/v"} for row in given], LocalEngine(0)).run(["square"])
+    assert (report.failed, "failed: row-3 (/v): odd" in capsys.readouterr().out) == ({"odd": 3}, True)
+    with pytest.raises(DataBudgetError, match=r"4 of 9 rows failed(.|\n)*limits\.max_failed_fraction=0\.5"):
+        pipeline(tmp_path, numbers(9, **{f"row_{n}": "fail" for n in range(4)}), LocalEngine(0)).run(["square"])
 
 
 def test_what_is_done_is_not_done_again(tmp_path):

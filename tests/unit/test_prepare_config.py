@@ -1,6 +1,7 @@
 """Configuration of data preparation: every file composes, and no key is wrong or without effect."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from data_prep.pipeline.before import check_command
 from data_prep.pipeline.config import ENGINES, STAGES, PrepareConfig
-from data_prep.prepare import CONFIGS
+from data_prep.prepare import CONFIGS, prepare
 from kinema.config import to_dataclass
 from kinema.console import first_cause
 
@@ -60,6 +62,10 @@ def test_every_stage_has_a_field_and_is_told_apart():
         ("engine.workers=-1", r"engine\.workers=-1"),
         ("engine.address=auto", "address"),
         ("limits.max_failed_fraction=2", r"limits\.max_failed_fraction=2"),
+        ("limits.min_failed=-1", r"limits\.min_failed=-1"),
+        ("ingest.consent=''", r"ingest\.consent is empty"),
+        ("ingest.generated=yes", r"ingest\.generated='yes' must be one of no, partly"),
+        ("ingest.collected=yesterday", r"ingest\.collected='yesterday' must be a day"),
         ("write.shard_mib=0", r"write\.shard_mib=0"),
         ("pipeline=[ingest,prob]", "there is no stage prob. Stages: ingest, probe"),
         ("pipeline=[probe,ingest]", "must begin with ingest"),
@@ -76,6 +82,38 @@ def test_settings_of_a_stage_that_does_not_run_are_refused():
     config = prepared("pipeline=[ingest,probe]")
     assert "split" in config.unread(["pipeline=[ingest,probe]", "split.min_seconds=2"])
     assert config.unread(["probe.min_side=8", "engine=local"]) is None
+
+
+def test_what_is_missing_or_in_the_way_is_said_before_the_first_stage(tmp_path):
+    full, other, empty, out = (tmp_path / name for name in ("full", "other", "empty", "out"))
+    for folder in (full, other, empty):
+        folder.mkdir()
+    (full / "a.mp4").write_bytes(b"not opened")
+    (other / "notes.txt").write_text("not a data set")
+    for changes, message in (
+        ({"out": ""}, "out is not given.*out=data/NAME"),
+        ({"input": None}, "input= is empty. Type input=FOLDER"),
+        ({"input": [""]}, "is empty"),
+        ({"input": str(empty)}, "empty holds no video"),
+        ({"out": str(other)}, "other is not empty and not a data set"),
+    ):
+        given = {"input": str(full), "out": str(out), "work": str(tmp_path / "work"), **changes}
+        with pytest.raises(ValueError, match=message):
+            prepare(dataclasses.replace(prepared(), **given))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "other"]
+
+
+def test_a_data_set_that_was_made_otherwise_is_in_the_way_and_one_made_likewise_is_not(tmp_path):
+    config = prepared(f"out={tmp_path}")
+    before = config.pipeline[: config.pipeline.index("write")]
+    made = [{"stage": name, "identity": getattr(config, name).identity(name)} for name in before]
+    (tmp_path / "dataset.json").write_text("{}")
+    (tmp_path / "prepare.json").write_text(json.dumps({"stages": made, "write": config.write.recorded()}))
+    check_command(config)
+    for other in ("split.min_seconds=2", "write.mixed=false"):
+        with pytest.raises(ValueError, match="Type overwrite=true to replace"):
+            check_command(prepared(f"out={tmp_path}", other))
+    check_command(prepared(f"out={tmp_path}", "write.mixed=false", "overwrite=true"))
 
 
 def test_the_command_says_what_to_type(tmp_path):

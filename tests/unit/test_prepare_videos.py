@@ -60,7 +60,7 @@ def first_picture(path, **shape):
     return shaper.picture(next(iter(decode_frames(path))).frame)
 
 
-def build(folder, out="out", captions=True, failed=0.05, rights=None, **settings):
+def build(folder, out="out", captions=True, failed=0.05, min_failed=3, rights=None, **settings):
     """The stages on a folder, in this process; returns the records and the frames of each clip by key."""
     if captions:
         for name in find_videos(folder):
@@ -73,7 +73,7 @@ def build(folder, out="out", captions=True, failed=0.05, rights=None, **settings
     write.out = str(target)
     made = {"ingest": Ingest(license="CC0-1.0", **(rights or {})), "probe": Probe(), "split": split, "cut": cut}
     made["write"] = write
-    pipeline = Pipeline(made, folder.parent / f"{out}.work", LocalEngine(0), Limits(max_failed_fraction=failed))
+    pipeline = Pipeline(made, folder.parent / f"{out}.work", LocalEngine(0), Limits(failed, min_failed))
     write_inputs(pipeline.work, [str(folder)])
     pipeline.run(made, show=False)
     index = DatasetIndex.load(target)
@@ -305,8 +305,10 @@ def test_unreadable_videos_are_named_counted_and_limited(folder):
     cut_short.write_bytes(cut_short.read_bytes()[: cut_short.stat().st_size // 2])
     (folder / "noise.mp4").write_bytes(b"not a video" * 100)
     (folder / "half.mp4").write_bytes(good.read_bytes()[:2000])
-    with pytest.raises(DataBudgetError, match=r"more than limits\.max_failed_fraction=0\.05 allows"):
-        build(folder)
+    with pytest.raises(
+        DataBudgetError, match=r"more than limits\.max_failed_fraction=0\.05 and limits\.min_failed=2 allow"
+    ):
+        build(folder, min_failed=2)
     assert not (folder.parent / "out").exists()
     records, _ = build(folder, failed=0.75)
     assert list(records) == ["good-0000", "good-0001"]

@@ -129,15 +129,25 @@ def _check_values(record: ClipRecord, allow_missing_caption: bool) -> None:
             raise ValueError(f"Clip key={key}: {name}={value} must be finite and above 0.")
     if record.split not in SPLITS:
         raise ValueError(f"Clip key={key}: split={record.split!r} must be one of {', '.join(SPLITS)}.")
-    for name in ("source", "license", "consent"):
-        if not getattr(record, name).strip():
-            raise ValueError(f"Clip key={key}: {name} is empty. Type 'unknown' if nobody knows.")
-    if record.generated not in GENERATED:
-        raise ValueError(f"Clip key={key}: generated={record.generated!r} must be one of {', '.join(GENERATED)}.")
-    if record.generator and record.generated == "no":
-        raise ValueError(f"Clip key={key}: generator={record.generator!r} made it, but generated=no. Which is it?")
-    if record.collected and not _is_day(record.collected):
-        raise ValueError(f"Clip key={key}: collected={record.collected!r} must be a day such as 2026-01-31, or empty.")
+    if not record.source.strip():
+        raise ValueError(f"Clip key={key}: source is empty. Type 'unknown' if nobody knows.")
+    check_rights(record, f"Clip key={key}: ")
+
+
+def check_rights(stated: Any, where: str) -> None:
+    """The rules for license, consent, generated, generator and collected, of whatever has them.
+
+    Raises ValueError that begins with `where` and the field's name.
+    """
+    for name in ("license", "consent"):
+        if not getattr(stated, name).strip():
+            raise ValueError(f"{where}{name} is empty. Type 'unknown' if nobody knows.")
+    if stated.generated not in GENERATED:
+        raise ValueError(f"{where}generated={stated.generated!r} must be one of {', '.join(GENERATED)}.")
+    if stated.generator and stated.generated == "no":
+        raise ValueError(f"{where}generator={stated.generator!r} made it, but generated=no. Which is it?")
+    if stated.collected and not _is_day(stated.collected):
+        raise ValueError(f"{where}collected={stated.collected!r} must be a day such as 2026-01-31, or empty.")
 
 
 def _is_day(text: str) -> bool:
