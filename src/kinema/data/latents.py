@@ -75,10 +75,8 @@ class LatentWriter:
         expected = self._latent_shapes.setdefault(shape, list(mean.shape))
         if expected != list(mean.shape):
             raise ValueError(f"Clip key={key}: latents {list(mean.shape)}, but others of {shape} have {expected}.")
-        tensors = {
-            "mean": mean.float().cpu().contiguous(),
-            "logvar": logvar.float().cpu().contiguous().clone(),
-        }  # never shared
+        tensors = {"mean": mean, "logvar": logvar.clone()}  # safetensors refuses shared memory
+        tensors = {name: value.float().cpu().contiguous() for name, value in tensors.items()}
         self._append(key, shape, round(start_seconds, 6), safetensors.save(tensors))
 
     def fail(self, key: str, reason: str) -> None:

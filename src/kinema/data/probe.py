@@ -17,7 +17,7 @@ def probe_video(content: bytes) -> dict[str, Any]:
     size = square_pixels(packets.width, packets.height, packets.pixel_aspect)
     width, height = size[::-1] if _lies_on_its_side(content) else size
     # The last frame may be shown shorter than the others, and no frame can be asked for after its end.
-    seconds = min(packets.end, frames * seconds_each) or frames * seconds_each
+    seconds = min(packets.end, frames * seconds_each)
     facts = {"num_frames": frames, "width": width, "height": height}
     return {**facts, "fps": round(1 / seconds_each, 6), "duration_seconds": round(seconds, 6)}
 
