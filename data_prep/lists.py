@@ -14,8 +14,8 @@ from data_prep.pipeline.rows import RowFailed
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 PATH_COLUMNS = ("path", "file", "file_name", "video", "video_path")
 CAPTION_COLUMNS = ("caption", "text")
-NEAR, NEAR_IF_LONG = 0.85, 0.7
-"""Likeness of two names from which one is taken for a slip of the other."""
+NEAR = 0.85
+"""Likeness of two names from which one is taken for a slip of the other; caption_en and video_id are below."""
 Line = tuple[dict[str, Any], str]
 """A row's values by column, without empty ones, and the place for messages."""
 
@@ -62,16 +62,14 @@ def refuse_near_misses(path: Path, lines: list[Line], known: Collection[str], me
 
 
 def near_miss(name: str, known: Collection[str]) -> str | None:
-    """The known name that was meant, such as license for Lisence; a number at the end is no slip.
+    """The known name that was meant: much like it (Licence), or its letters in another order (lisence).
 
-    Long names of about the same length may differ more: caption_en and video_id are names of their own.
+    A number at the end is no slip.
     """
     plain = name.strip().lower()
-    for cutoff, least, longer in ((NEAR, 0, len(name)), (NEAR_IF_LONG, 6, 1)):
-        likely = [one for one in known if min(len(one), len(plain)) >= least and abs(len(one) - len(plain)) <= longer]
-        if found := difflib.get_close_matches(plain, likely, n=1, cutoff=cutoff):
-            return None if plain[-1:].isdigit() else found[0]
-    return None
+    mixed = [one for one in known if sorted(one) == sorted(plain)]
+    found = difflib.get_close_matches(plain, known, n=1, cutoff=NEAR) or mixed
+    return found[0] if found and not plain[-1:].isdigit() else None
 
 
 def take_column(values: dict[str, Any], names: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
