@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from data_prep.captions import (
@@ -135,6 +136,7 @@ class Ingest(Stage):
         known = (*RIGHTS, "caption", "shots", "start_seconds", "end_seconds")
         listed = {key: value for key, value in about.items() if key not in known}
         rights = {name: str(about.get(name, value)) for name, value in mine.items()}
+        check_rights(SimpleNamespace(**rights), f"{name}: ")  # now, not after days of scoring
         given: Row = {name: value for name, value in about.items() if name in ("caption", "shots")}
         row: Row = {
             "key": as_key(name.rpartition(".")[0]),

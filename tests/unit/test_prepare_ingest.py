@@ -96,6 +96,12 @@ def test_columns_that_are_nearly_known_are_refused(folder, column, meant):
     assert rows["a"]["listed"] == {column: "b"}
 
 
+def test_rights_of_a_list_are_checked_before_anything_is_scored(folder):
+    (folder / "x.csv").write_text("path,generated\na.mp4,possibly\n")
+    with pytest.raises(ValueError, match=r"a\.mp4: generated='possibly' must be one of no, partly"):
+        ingest(folder / "x.csv")
+
+
 def test_columns_that_nobody_knows_are_named_once(folder, capsys):
     (folder / "x.csv").write_text(
         "path,caption,captions,caption_en,text2,score,video_id\na.mp4,b,c,d,e,1,v\ndeep/b c.mp4,b,c,d,e,2,w\n"
