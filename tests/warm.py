@@ -175,7 +175,7 @@ def _import_everything() -> None:
     from kinema.distributed.process import load_cpu_communication_op
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
+    import deepspeed
     import deepspeed.runtime.zero.stage3
     import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 
