@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kinema.distributed.layout import layout_of
 from kinema.distributed.optimizer_state import named_state
 
+
 class Precision(enum.Enum):
     """Number format of matrix products; weights, moments, gradients and their sums are always float32."""
 

@@ -87,7 +87,7 @@ def _of_flat_groups(
 ) -> Iterator[Fragment]:
     """ZeRO 1 and 2 lay a group's parameters end to end and cut the whole: a parameter may lie across ranks."""
     for name, parameter in parameters.items():
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        mapping = parameter._hp_mapping
         if mapping is None:
             continue
         inside, shard = mapping.lp_fragment_address, mapping.hp_fragment_address
@@ -101,6 +101,6 @@ def _of_partitions(
     for name, parameter in parameters.items():
         shard, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = part * dist.get_rank()
-        size = min(part, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        size = min(part, parameter.ds_numel - start)
         if size > 0:
             yield Fragment(name, shapes[name], start, size, shard, offset)
