@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kinema.data.plan import Plan
 from kinema.distributed.collectives import from_main
-from kinema.distributed.engine import MOMENTS
 from kinema.distributed.process import Process
 from kinema.identity import fingerprint
 from kinema.training.checkpoint import (
@@ -62,8 +61,8 @@ class Saver:
         optimizer: dict[str, Tensor] = {}
         extra: dict[str, Tensor] = {}
         for name, engine in engines.items():
-            for moment in MOMENTS:
-                optimizer.update({f"{name}/{moment}/{k}": v for k, v in engine.gather(engine.moments(moment))})
+            for state in engine.state_names:
+                optimizer.update({f"{name}/{state}/{k}": v for k, v in engine.gather_state(state)})
             if name != "model":
                 extra.update({f"{name}/{k}": v for k, v in engine.gather()})
         seen = self.progress.enter_distinct(self.process.is_main)
@@ -156,10 +155,8 @@ class Saver:
         """Moments and average; the weights came before the engine was built (`initial_weights`)."""
         training, tensors = found.document("training"), found.tensors("optimizer")
         for name, engine in self.task.engines().items():
-            for moment in MOMENTS:
-                full = {key: tensors[f"{name}/{moment}/{key}"] for key in engine.names}
-                for shard, value in zip(engine.moments(moment), engine.scatter(full), strict=True):
-                    shard.copy_(value)
+            for state in engine.state_names:
+                engine.load_state(state, {k: tensors[f"{name}/{state}/{k}"] for k in engine.parameters_with(state)})
             engine.set_optimizer_step(training["optimizer_steps"][name])
         self.ema.load(found.tensors("ema"))
 
