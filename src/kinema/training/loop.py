@@ -126,7 +126,8 @@ class Trainer:
             if self.make_samples and due(self.step, self.sample_every_steps, self.steps):
                 self._sample()
             if self._stop or due(self.step, self.checkpoint.every_steps, self.steps):
-                self.saver.save(must=self.step == self.steps or self._stop is not None)
+                with clock.phase("checkpoint"):
+                    self.saver.save(must=self.step == self.steps or self._stop is not None)
             if self._stop:
                 bar.close()
                 self._finish(f"stopped by {self._stop} at step {self.step}; the same command continues")
@@ -178,15 +179,20 @@ class Trainer:
             self.ema.update(self.step + 1)
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
-        over_ranks = all_sum([float(self._stop_signal is not None), *self._once([*sums.values(), *balance.values()])])
-        stop_signals, over_ranks = over_ranks[0], over_ranks[1:]
+        votes = [float(self._stop_signal is not None), self.saver.vote()]
+        over_ranks = all_sum([*votes, *self._once([*sums.values(), *balance.values()])])
+        (stop_signals, saved), over_ranks = over_ranks[:2], over_ranks[2:]
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
         if not math.isfinite(totals["loss"]):
+            self.saver.settle(must=False)
             keys = [key for everyone in gather_objects([k for p in counted for k in p.keys]) for key in everyone]
             raise NonFiniteLoss(
                 f"the loss of step {self.step} is {totals['loss']}. Clips: {keys}. The last checkpoint is intact."
             )
         self.progress.step += 1
+        if saved == self.process.world_size:
+            with clock.phase("checkpoint"):
+                self.saver.advance()
         if self.logging.keys:
             self._journal.write(self.step, counted)
         if totals.pop("failures"):
