@@ -123,6 +123,7 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
 def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=dit`."""
     source = checkpoint_of(config.vae.path, "vae.path")
+    check_alone(config.parallel.sequence_degree)
     if config.model.expert_boundary and config.model.expert is Expert.both:
         raise ValueError(
             f"model.expert_boundary={config.model.expert_boundary}: one of two experts is trained at a time, so that "
@@ -227,6 +228,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
 
 def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=vae`."""
+    check_alone(config.parallel.sequence_degree)
     model = CausalVAE(config.vae)
     geometry = Geometry(*model.geometry_strides, (1, 1, 1))
     data = build_data(config, geometry, process, run, vae_hash=None)
@@ -272,6 +274,15 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         strips,
         config.task.strips_every_steps,
     )
+
+
+def check_alone(sequence_degree: int) -> None:
+    """Refuse groups of ranks that would each work on the whole of a pack, which would count its gradient twice."""
+    if sequence_degree > 1:
+        raise ValueError(
+            f"parallel.sequence_degree={sequence_degree}: this task does not spread a pack over ranks yet. Type "
+            "parallel.sequence_degree=1."
+        )
 
 
 @dataclass(frozen=True)
@@ -382,7 +393,7 @@ def build_data(
             )
     return Data(
         data, index, heldout, plan, heldout_plan,
-        lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept, rights,
+        lanes_of(process.mesh.data_rank, process.mesh.data_size, data.lanes), shapes, cache, config.seed, kept, rights,
         from_main(condemned_clips(run.folder) if process.is_main else {}),
     )  # fmt: skip
 

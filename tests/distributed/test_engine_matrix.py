@@ -2,11 +2,11 @@
 
 import dataclasses
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import pytest
 from kinema.distributed.deepspeed_config import OffloadConfig, OptimizerOffload, ParameterOffload, TrafficConfig
 from kinema.distributed.engine import Engine, Precision
 from tests.ranks import run_ranks

@@ -28,6 +28,8 @@ class ParallelConfig:
 
     zero_stage: int = 0
     """0 replicates; 1 shards the optimiser, 2 also gradients, 3 also weights (Rajbhandari et al. 2020, ZeRO)."""
+    sequence_degree: int = 1
+    """How many ranks work on each pack together, each on its share of the tokens (Jacobs et al. 2023, Ulysses)."""
     precision: Precision = Precision.float32
     """float32, or bfloat16 matrix products under autocast over float32 master weights."""
     offload: OffloadConfig = field(default_factory=OffloadConfig)
@@ -41,6 +43,8 @@ class ParallelConfig:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"parallel.zero_stage={self.zero_stage} must be 0, 1, 2 or 3.")
         self.offload.check(self.zero_stage)
+        if self.sequence_degree < 1:
+            raise ValueError(f"parallel.sequence_degree={self.sequence_degree} must be at least 1.")
         if self.timeout_seconds <= 0:
             raise ValueError(f"parallel.timeout_seconds={self.timeout_seconds} must be positive.")
 
