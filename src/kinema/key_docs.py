@@ -6,7 +6,6 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from enum import Enum
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +13,6 @@ WIDTH = 120
 INDENT = 6
 
 
-@cache
 def field_docs(kind: type) -> dict[str, str]:
     """The docstring under each field of a dataclass and its bases, in one line; fields without one are missing."""
     docs: dict[str, str] = {}
