@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kinema.distributed.activations import ActivationCheckpointing
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's two moments (Kingma and Ba 2015), named as torch names them."""
 
@@ -29,12 +31,20 @@ class ParallelConfig:
     """0 replicates; 1 shards the optimiser, 2 also gradients, 3 also weights (Rajbhandari et al. 2020, ZeRO)."""
     precision: Precision = Precision.float32
     """float32, or bfloat16 matrix products under autocast over float32 master weights."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    """none, selective, attention, every or full: what the backward finds, and what it computes again."""
+    checkpointed_every: int = 2
+    """With activation_checkpointing=every: the first block and each so many blocks further are computed again."""
     timeout_seconds: float = 1800.0
     """How long a collective waits for a missing rank before the job ends."""
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"parallel.zero_stage={self.zero_stage} must be 0, 1, 2 or 3.")
+        if self.checkpointed_every < 1:
+            raise ValueError(
+                f"parallel.checkpointed_every={self.checkpointed_every} must be at least 1, which is every block."
+            )
         if self.timeout_seconds <= 0:
             raise ValueError(f"parallel.timeout_seconds={self.timeout_seconds} must be positive.")
 
