@@ -24,7 +24,7 @@ from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.latents import MANIFEST as LATENTS
 from kinema.data.latents import LatentCache
-from kinema.data.ledger import Ledger, Quarantine
+from kinema.data.ledger import Quarantine
 from kinema.data.loading import make_loader
 from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
@@ -49,9 +49,11 @@ from kinema.training.checkpoint import Checkpoint, CheckpointStore, write_json
 from kinema.training.dit_task import DiTTask, check_sizes, check_training
 from kinema.training.ema import EMA
 from kinema.training.finetune import LoRA, frozen_parameters
-from kinema.training.loop import Outputs, Trainer, initial_weights
+from kinema.training.loop import Trainer
 from kinema.training.metrics import WandbTracker
+from kinema.training.outputs import Outputs
 from kinema.training.pictures import OverfitCheck, SampleMaker, StripMaker, save_timesteps
+from kinema.training.progress import Progress
 from kinema.training.run_folder import (
     Weights,
     carry_base,
@@ -66,6 +68,7 @@ from kinema.training.run_folder import (
     unadapted,
     write_config,
 )
+from kinema.training.saving import Saver, initial_weights
 from kinema.training.seen import Start
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
@@ -121,6 +124,7 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
 def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=dit`."""
     source = checkpoint_of(config.vae.path, "vae.path")
+    check_alone(config.parallel.sequence_degree)
     if config.model.expert_boundary and config.model.expert is Expert.both:
         raise ValueError(
             f"model.expert_boundary={config.model.expert_boundary}: one of two experts is trained at a time, so that "
@@ -225,6 +229,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
 
 def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=vae`."""
+    check_alone(config.parallel.sequence_degree)
     model = CausalVAE(config.vae)
     geometry = Geometry(*model.geometry_strides, (1, 1, 1))
     data = build_data(config, geometry, process, run, vae_hash=None)
@@ -270,6 +275,15 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         strips,
         config.task.strips_every_steps,
     )
+
+
+def check_alone(sequence_degree: int) -> None:
+    """Refuse groups of ranks that would each work on the whole of a pack, which would count its gradient twice."""
+    if sequence_degree > 1:
+        raise ValueError(
+            f"parallel.sequence_degree={sequence_degree}: this task does not spread a pack over ranks yet. Type "
+            "parallel.sequence_degree=1."
+        )
 
 
 @dataclass(frozen=True)
@@ -380,7 +394,7 @@ def build_data(
             )
     return Data(
         data, index, heldout, plan, heldout_plan,
-        lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept, rights,
+        lanes_of(process.mesh.data_rank, process.mesh.data_size, data.lanes), shapes, cache, config.seed, kept, rights,
         from_main(condemned_clips(run.folder) if process.is_main else {}),
     )  # fmt: skip
 
@@ -462,12 +476,13 @@ def assemble(
 ) -> Trainer:
     """The trainer from its parts; the same for every task."""
     barrier()
-    ledger, start = Ledger(), Start()
+    progress = Progress(data.index)
     if process.is_main:
-        ledger.record_kept(data.kept)
+        progress.ledger.record_kept(data.kept)
         if config.init_from is not None and not run.store.steps():
-            start = Start.of(checkpoint_of(config.init_from, "init_from"))
+            progress.start = Start.of(checkpoint_of(config.init_from, "init_from"))
     heldout = (lambda: data.heldout_packs(config.validation.clips)) if data.heldout_plan else None
+    ema = EMA(config.ema, engine)
     schedule, peak, steps = config.schedule, config.optim.learning_rate, config.steps
     return Trainer(
         process=process,
@@ -478,8 +493,20 @@ def assemble(
         load_validation=heldout,
         learning_rate=lambda step: peak * schedule.factor(step, steps),
         steps=steps,
-        ema=EMA(config.ema, engine),
-        store=run.store,
+        ema=ema,
+        saver=Saver(
+            process=process,
+            task=task,
+            plan=data.plan,
+            ema=ema,
+            store=run.store,
+            config=config.checkpoint,
+            outputs=run.outputs,
+            manifest=manifest,
+            config_yaml=run.config_yaml,
+            progress=progress,
+        ),
+        progress=progress,
         checkpoint=config.checkpoint,
         validation=config.validation,
         logging=config.logging,
@@ -487,13 +514,9 @@ def assemble(
         quarantine=Quarantine(
             config.data.max_failed_fraction, config.data.min_failed_clips, config.data.max_fallback_fraction
         ),
-        manifest=manifest,
-        config_yaml=run.config_yaml,
         sample_every_steps=sample_every_steps,
         make_samples=make_samples,
         unread_keys=unread_keys,
-        ledger=ledger,
-        start=start,
     )
 
 
