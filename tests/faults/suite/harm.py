@@ -28,17 +28,16 @@ class Harm:
     """How many calls in a row."""
     rank: int = 0
     """On which rank; -1 is every one."""
+    after: int = 0
+    """Calls are counted once this many micro-steps are done: two a step on one rank, one on each of two."""
 
     def apply(self, rank: int) -> None:
         """Replace the function in this process."""
         if self.rank not in (rank, -1):
             return
-        module, _, name = self.where.partition(":")
-        owner: Any = importlib.import_module(module)
-        *path, last = name.split(".")
-        for part in path:
-            owner = getattr(owner, part)
-        setattr(owner, last, self._harmed(getattr(owner, last)))
+        if self.after:
+            _replace("kinema.distributed.engine:Engine.step", _counted)
+        _replace(self.where, self._harmed)
 
     def _harmed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         calls = 0
@@ -46,12 +45,33 @@ class Harm:
         @functools.wraps(function)
         def harmed(*arguments: Any, **named: Any) -> Any:
             nonlocal calls
-            calls += 1
+            calls += _micro_steps_done >= self.after
             if self.nth <= calls < self.nth + self.times:
                 arguments = DEEDS[self.what](arguments) or arguments
             return function(*arguments, **named)
 
         return harmed
+
+
+_micro_steps_done = 0
+
+
+def _counted(step: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(*arguments: Any) -> Any:
+        global _micro_steps_done
+        step(*arguments)
+        _micro_steps_done += 1
+
+    return counted
+
+
+def _replace(where: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    module, _, name = where.partition(":")
+    owner: Any = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, last, wrap(getattr(owner, last)))
 
 
 Deed = Callable[[tuple[Any, ...]], tuple[Any, ...] | None]

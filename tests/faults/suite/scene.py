@@ -94,6 +94,8 @@ class Scene:
         """A run folder as the undisturbed run leaves it, to be damaged; with a step, as it was after that one."""
         source = self.whole()
         shutil.copytree(self.run(source), self.run(name), ignore=shutil.ignore_patterns(".lock"))
+        config = self.run(name) / "config.yaml"
+        config.write_text(config.read_text().replace(f"name: {source}\n", f"name: {name}\n"))
         for step in self.store(name).steps():
             if steps is not None and step > steps:
                 shutil.rmtree(checkpoint(self.folder, name, step))
