@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -151,8 +151,9 @@ class Trainer:
 
     def _train_step(self, packs: list[Pack], clock: Clock) -> dict[str, float]:
         """One optimiser step: this rank's packs, then weights, then the average. Returns totals over all ranks."""
+        counted = packs if self.process.mesh.counts else []  # what ranks with the same packs see is counted once
         # The weight of the whole step must be known before the first backward: failed clips count 0 everywhere.
-        total_weight = all_sum([sum(float(pack.weights.sum()) for pack in packs)])[0]
+        total_weight = all_sum([sum(float(pack.weights.sum()) for pack in counted)])[0]
         if total_weight == 0:
             raise ValueError(
                 f"no clip of step {self.step} can be shown: {(packs[0].failures + packs[0].withdrawn)[:3]}. If "
@@ -168,34 +169,39 @@ class Trainer:
             balance.add(pack, clock.spent(*LANE_PHASES) - before)
             for key, value in pack.storage.items():
                 sums[key] = sums.get(key, 0.0) + value
-            self.progress.ledger.record(pack, self.index)
             for number in pack.entries if self.index.parts else ():
                 sums[f"data_sets/{self.index.part_of(number)}"] += 1
+        for pack in counted:
+            self.progress.ledger.record(pack, self.index)
             self.progress.sightings.add_shown(pack)
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
-        sums["stop_signals"] = float(self._stop_signal is not None)
-        over_ranks = all_sum([*sums.values(), *balance.values()])
+        over_ranks = all_sum([float(self._stop_signal is not None), *self._once([*sums.values(), *balance.values()])])
+        stop_signals, over_ranks = over_ranks[0], over_ranks[1:]
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
         if not math.isfinite(totals["loss"]):
-            keys = [key for everyone in gather_objects([k for p in packs for k in p.keys]) for key in everyone]
+            keys = [key for everyone in gather_objects([k for p in counted for k in p.keys]) for key in everyone]
             raise NonFiniteLoss(
                 f"the loss of step {self.step} is {totals['loss']}. Clips: {keys}. The last checkpoint is intact."
             )
         self.progress.step += 1
         if self.logging.keys:
-            self._journal.write(self.step, packs)
+            self._journal.write(self.step, counted)
         if totals.pop("failures"):
-            self._quarantine([failure for pack in packs for failure in pack.failures])
+            self._quarantine([failure for pack in counted for failure in pack.failures])
         if totals.pop("fallbacks"):
-            self._tell_fallbacks([fallback for pack in packs for fallback in pack.fallbacks])
-        self._stop = next(filter(None, gather_objects(self._stop_signal))) if totals.pop("stop_signals") else None
+            self._tell_fallbacks([fallback for pack in counted for fallback in pack.fallbacks])
+        self._stop = next(filter(None, gather_objects(self._stop_signal))) if stop_signals else None
         totals["lanes/padding"] = totals.pop("padding_tokens") / totals["tokens"]
         totals["lr"] = learning_rate
         totals["grad_norm"] = self.task.engines()["model"].grad_norm()
         return totals
+
+    def _once(self, values: Iterable[float]) -> list[float]:
+        """What this rank adds to sums over all ranks: nothing, where another rank of its sequence group does."""
+        return [value if self.process.mesh.counts else 0.0 for value in values]
 
     # What happens between steps
 
@@ -209,7 +215,7 @@ class Trainer:
         for packs in validation:
             for key, value in self.task.validate(packs).items():
                 totals[key] = totals.get(key, 0.0) + value
-        totals = dict(zip(totals, all_sum(list(totals.values())), strict=True))
+        totals = dict(zip(totals, all_sum(self._once(totals.values())), strict=True))
         weight = totals.pop("weight")
         record: dict[str, Any] = {"kind": "validation", "step": self.step}
         if "noise_sum_0" in totals:
@@ -236,7 +242,8 @@ class Trainer:
 
     def _tell_heldout_failures(self, validation: list[list[Pack]]) -> None:
         """Held-out clips are read once, before the first step; those that fail are missing from every validation."""
-        failures = [failure for packs in validation for pack in packs for failure in pack.failures]
+        counted = validation if self.process.mesh.counts else []
+        failures = [failure for packs in counted for pack in packs for failure in pack.failures]
         for failure in (failure for rank in gather_objects(failures) for failure in rank):
             self.outputs.event(self.step, "held-out clip failed", f"{failure.key} in {failure.shard}: {failure.reason}")
 
