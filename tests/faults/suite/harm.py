@@ -45,7 +45,7 @@ class Harm:
         @functools.wraps(function)
         def harmed(*arguments: Any, **named: Any) -> Any:
             nonlocal calls
-            calls += _micro_steps_done >= self.after
+            calls += len(_micro_steps) >= self.after
             if self.nth <= calls < self.nth + self.times:
                 arguments = DEEDS[self.what](arguments) or arguments
             return function(*arguments, **named)
@@ -53,14 +53,14 @@ class Harm:
         return harmed
 
 
-_micro_steps_done = 0
+_micro_steps: list[None] = []
+"""One for each that is done."""
 
 
 def _counted(step: Callable[..., Any]) -> Callable[..., Any]:
     def counted(*arguments: Any) -> Any:
-        global _micro_steps_done
         step(*arguments)
-        _micro_steps_done += 1
+        _micro_steps.append(None)
 
     return counted
 

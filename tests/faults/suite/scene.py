@@ -18,6 +18,7 @@ from tests.warm import Job, Warm
 
 STEPS = 8
 EVERY = 2
+KILLED = "(the shell says) Killed"
 STATE = ("model", "ema", "optimizer")
 
 
@@ -124,7 +125,8 @@ class Scene:
     def newest(self, name: str) -> Checkpoint:
         """The newest whole checkpoint, which must be that of the last step."""
         found = self.store(name).newest()
-        assert found is not None and found.step == STEPS, found
+        assert found is not None
+        assert found.step == STEPS
         return found
 
     def wait_for_step(self, job: Job, name: str, step: int) -> None:
@@ -158,7 +160,7 @@ def said(job: Job, pattern: str) -> str:
 
 def tidy(line: str) -> str:
     """A line without what differs from run to run, and not too long for a table."""
-    line = re.sub(r"(/[\w.\-]+)+/(?=[\w.\-]+)", "", line.split("\r")[-1]).strip()
+    line = re.sub(r"(/[\w.\-]+)+/(?=[\w.\-]+)", "", line.rsplit("\r", maxsplit=1)[-1]).strip()
     return line if len(line) <= 180 else line[:177] + "..."
 
 

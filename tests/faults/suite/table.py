@@ -7,10 +7,10 @@ from tests.faults.suite.scene import Shown
 
 HEAD = """# What happens when things break
 
-Each row is a fault that `make faults` brings about in a real run, on real processes, with what a user sees of it. Written by
-that command; do not edit.
+Each row is a fault that `make faults` brings about in a real run, on real processes, with what a user sees of it.
+That command writes this page; do not edit it.
 
-- **exit** is the status of the run that met the fault; `-` says that it went on to its end. docs/staying_alive.md lists them.
+- **exit** is the status of the run that met the fault; `-` says that it went on to its end.
 - **recovery** is the time from starting the same command again to its first new step, without the imports of Python.
 - **lost** counts steps that were done before the fault and had to be done again; checkpoints are two steps apart here.
 

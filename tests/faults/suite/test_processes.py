@@ -9,12 +9,12 @@ import pytest
 from kinema.training.checkpoint import verify
 from tests.end_to_end.killing import descendants
 from tests.faults.suite.harm import Harm
-from tests.faults.suite.scene import EVERY, STEPS, Shown, said
+from tests.faults.suite.scene import EVERY, KILLED, STEPS, Shown, said
 
 pytestmark = pytest.mark.faults
 
 ENGINE = "kinema.distributed.engine:Engine"
-KILLED = [
+DIED = [
     # Two lanes a step: the seventh call on one rank, and the fourth on each of two, lie in step 4.
     ("A1", "kill -9 of the only rank in a backward pass", Harm(f"{ENGINE}.backward", "kill", 7), 1),
     ("A1", "kill -9 of rank 1 of 2 in a backward pass", Harm(f"{ENGINE}.backward", "kill", 4, rank=1), 2),
@@ -25,14 +25,14 @@ KILLED = [
 ]
 
 
-@pytest.mark.parametrize(("number", "fault", "harm", "ranks"), KILLED, ids=[row[1] for row in KILLED])
+@pytest.mark.parametrize(("number", "fault", "harm", "ranks"), DIED, ids=[row[1] for row in DIED])
 def test_a_rank_that_dies_costs_the_steps_since_the_last_checkpoint(scene, show, number, fault, harm, ranks):
-    name = f"died-{KILLED.index((number, fault, harm, ranks))}"
+    name = f"died-{DIED.index((number, fault, harm, ranks))}"
     job = scene.start(name, ranks=ranks, harm=harm)
     statuses = job.wait()
     assert all(statuses)
     sees = {"bug": "RuntimeError: a bug on purpose", "out of memory": "MemoryError: cannot allocate"}
-    line = said(job, sees.get(harm.what, "(closed by peer|Connection reset)")) if ranks > 1 else "(the shell says) Killed"
+    line = said(job, sees.get(harm.what, "(closed by peer|Connection reset)")) if ranks > 1 else KILLED
     recovery, lost = scene.continues(name, ranks=ranks)
     assert lost <= EVERY
     show(number, fault, Shown(line, str(statuses[harm.rank]), recovery, lost))
@@ -91,7 +91,11 @@ def test_data_workers_do_not_outlive_a_killed_rank(scene, show):
         time.sleep(0.05)
     assert not left
     recovery, lost = scene.continues(name, "data.num_workers=2")
-    show("A17", "kill -9 of a rank with data workers: none is left", Shown("(the shell says) Killed", "-9", recovery, lost))
+    show(
+        "A17",
+        "kill -9 of a rank with data workers: none is left",
+        Shown(KILLED, "-9", recovery, lost),
+    )
 
 
 def test_a_run_that_is_started_twice_is_refused_once(scene, show):
@@ -113,7 +117,11 @@ def test_ranks_and_workers_may_change_between_starts(scene, show):
     job.wait()
     assert 0 < scene.last_step(name) < STEPS
     recovery, lost = scene.continues(name, allow, "parallel.zero_stage=3", "data.num_workers=2", ranks=2, exact=False)
-    show("B17", "2 ranks, killed; 1 rank, killed; 2 ranks at ZeRO 3", Shown(said(job, "resume: from"), "-9", recovery, lost))
+    show(
+        "B17",
+        "2 ranks, killed; 1 rank, killed; 2 ranks at ZeRO 3",
+        Shown(said(job, "resume: from"), "-9", recovery, lost),
+    )
 
 
 def _state(pid: int) -> str:
