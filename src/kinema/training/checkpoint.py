@@ -126,7 +126,7 @@ class CheckpointStore:
 
     def aside(self, step: int, token: str = "") -> Path:
         """Where the files of a save are written before it is published; `token` tells attempts apart."""
-        return self.folder / f"{ASIDE}step-{step:08d}{token and f'-{token}'}"
+        return self.folder / f"{ASIDE}{folder_name(step)}{token and f'-{token}'}"
 
     def clear_asides(self) -> None:
         """Delete what saves left behind that were killed or failed; nobody may be saving meanwhile."""
@@ -144,7 +144,7 @@ class CheckpointStore:
         write_json(aside / SEAL, seal)
         fsync(aside / SEAL)
         fsync(aside)
-        target = self.folder / f"step-{step:08d}"
+        target = self.folder / folder_name(step)
         if target.exists():  # a damaged one of the same step: resuming fell back behind it
             shutil.rmtree(target)
         os.rename(aside, target)
@@ -152,7 +152,7 @@ class CheckpointStore:
 
     def announce(self, step: int) -> Checkpoint:
         """Point to a checkpoint that has just been published, and delete old ones."""
-        target = self.folder / f"step-{step:08d}"
+        target = self.folder / folder_name(step)
         replace_text(self.folder / "latest", target.name + "\n")
         self._rotate()
         return Checkpoint(target)
@@ -163,7 +163,7 @@ class CheckpointStore:
 
     def open(self, step: int) -> Checkpoint:
         """The checkpoint of `step`, verified; ValueError with the damage otherwise."""
-        folder = self.folder / f"step-{step:08d}"
+        folder = self.folder / folder_name(step)
         if not folder.exists():
             raise CheckpointError(f"checkpoint={step} is not in {self.folder}; there are {self.steps()}.")
         if damage := verify(folder):
@@ -177,7 +177,7 @@ class CheckpointStore:
         """
         damages: list[str] = []
         for step in reversed(self.steps()):
-            folder = self.folder / f"step-{step:08d}"
+            folder = self.folder / folder_name(step)
             damage = verify(folder)
             if damage is None:
                 for line in damages:
@@ -191,7 +191,7 @@ class CheckpointStore:
     def _rotate(self) -> None:
         """Delete all but the newest `keep`; called only after a newer one has been published."""
         for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / f"step-{step:08d}")
+            shutil.rmtree(self.folder / folder_name(step))
 
 
 def verify(folder: Path, only: Collection[str] | None = None) -> str | None:
@@ -226,8 +226,8 @@ def read_seal(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{SEAL} has changed since it was written (CRC-32)")
     if version not in READABLE_VERSIONS:
         raise CheckpointError(f"it has format version {version}; this Kinema reads {READABLE_VERSIONS}")
-    if folder.name != f"step-{step:08d}" and not folder.name.startswith(ASIDE):
-        raise CheckpointError(f"it was written as step {step} and lies in a folder of another name")
+    if folder.name != folder_name(step):
+        raise CheckpointError(f"it was written at step {step} and has been renamed")
     if strange:
         raise CheckpointError(f"{SEAL} names files outside of the folder: {strange[:3]}")
     return seal
@@ -238,6 +238,11 @@ def write_synced(path: Path, write: Writer) -> FileSum:
     write(path)
     fsync(path)
     return FileSum(path.stat().st_size, crc32(path))
+
+
+def folder_name(step: int) -> str:
+    """The folder of the checkpoint of a step, inside `checkpoints/`."""
+    return f"step-{step:08d}"
 
 
 def crc32(path: Path) -> int:
