@@ -13,6 +13,7 @@ Layout of `checkpoints/step-00000200/`:
 Nothing in it is a pickle. Any number of ranks, under any ZeRO stage, reads what any other wrote.
 """
 
+import itertools
 import json
 import os
 import re
@@ -45,6 +46,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step and a stop signal always write one."""
     keep: int = 3
     """How many of the newest stay; older ones are deleted after a newer one is published."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides stay for ever; 0 lets none."""
     max_failed_saves: int = 3
     """Saves in a row that may fail (full disk) before the run stops."""
 
@@ -52,6 +55,8 @@ class CheckpointConfig:
         for name in ("every_steps", "keep", "max_failed_saves"):
             if getattr(self, name) < 1:
                 raise ValueError(f"checkpoint.{name}={getattr(self, name)} must be at least 1.")
+        if self.keep_every < 0:
+            raise ValueError(f"checkpoint.keep_every={self.keep_every} must be at least 0.")
 
 
 class CheckpointError(ValueError):
@@ -104,9 +109,10 @@ class FileSum(NamedTuple):
 class CheckpointStore:
     """The checkpoints of one run folder. Only the main rank writes."""
 
-    def __init__(self, run_dir: Path, keep: int = 3) -> None:
+    def __init__(self, run_dir: Path, keep: int = 3, keep_every: int = 0) -> None:
         self.folder = run_dir / "checkpoints"
         self.keep = keep
+        self.keep_every = keep_every
 
     def publish(self, step: int, writers: dict[str, Writer]) -> Checkpoint:
         """Write each file with its writer, seal, and publish; on failure nothing changes but an OSError.
@@ -150,12 +156,15 @@ class CheckpointStore:
         os.rename(aside, target)
         fsync(self.folder)
 
-    def announce(self, step: int) -> Checkpoint:
-        """Point to a checkpoint that has just been published, and delete old ones."""
-        target = self.folder / folder_name(step)
-        replace_text(self.folder / "latest", target.name + "\n")
-        self._rotate()
-        return Checkpoint(target)
+    def announce(self, step: int, report: Callable[[str], object] = print) -> Checkpoint:
+        """Point to a checkpoint that has just been published, and delete old ones; trouble with these is reported."""
+        replace_text(self.folder / "latest", folder_name(step) + "\n")
+        self._rotate(report)
+        return self.at(step)
+
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of `step`, not verified."""
+        return Checkpoint(self.folder / folder_name(step))
 
     def steps(self) -> list[int]:
         """Steps of all published folders, oldest first."""
@@ -188,10 +197,19 @@ class CheckpointStore:
             raise CheckpointError("every checkpoint of this run is damaged:\n  " + "\n  ".join(damages))
         return None
 
-    def _rotate(self) -> None:
-        """Delete all but the newest `keep`; called only after a newer one has been published."""
-        for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / folder_name(step))
+    def _rotate(self, report: Callable[[str], object]) -> None:
+        """Delete all but the newest `keep` and every `keep_every`-th, once a newer one has been read back whole."""
+        steps = self.steps()
+        old = [step for step in steps[: -self.keep] if not (self.keep_every and step % self.keep_every == 0)]
+        if not old:
+            return
+        newer = [step for step in reversed(steps) if step > old[-1]]
+        damages = list(itertools.takewhile(bool, (verify(self.at(step).folder) for step in newer)))
+        if len(damages) == len(newer):
+            report(f"nothing was deleted: no checkpoint after step {old[-1]} is whole ({damages[0]})")
+            return
+        for step in old:
+            shutil.rmtree(self.at(step).folder)
 
 
 def verify(folder: Path, only: Collection[str] | None = None) -> str | None:

@@ -61,6 +61,8 @@ class Save:
     waited_seconds: float = 0.0
     """How much of it was for the save before."""
     num_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    """What a person should know of, though the checkpoint was published."""
     began: float = field(default_factory=time.perf_counter)
     ended: float = 0.0
 
@@ -68,11 +70,10 @@ class Save:
         """Write the documents, seal what all ranks have written, and publish; on the main rank."""
         parts = {name: found for rank in written for name, found in rank.items()}
         files = {name: FileSum(found.num_bytes, found.crc32) for name, found in parts.items()}
-        marks = {kind: fingerprint_of(name, parts) for kind, name in WEIGHTS.items()}
-        for name, write in self.documents.writers(marks).items():
+        for name, write in self.documents.writers(fingerprints_of(parts)).items():
             files[name] = write_synced(self.aside / name, write)
         store.seal(self.aside, self.step, files)
-        store.announce(self.step)
+        store.announce(self.step, self.warnings.append)
         write_json(run_dir / "ledger.json", self.documents.training["ledger"])
         self.num_bytes, self.ended = sum(found.num_bytes for found in files.values()), time.perf_counter()
 
@@ -99,11 +100,21 @@ def write_part(aside: Path, files: dict[str, list[Piece]]) -> dict[str, Written]
     return written
 
 
-def fingerprint_of(name: str, parts: dict[str, Written]) -> str:
-    """The fingerprint of all tensors of `model` or `ema`; PieceError unless the ranks' pieces make them whole."""
-    files = [found for file, found in parts.items() if file.startswith((f"{name}.", f"{name}-"))]
-    sums = whole_sums(itertools.chain.from_iterable(found.sums for found in files))
-    return fingerprint_of_checksums({key: (one.shape, one.dtype, one.crc32) for key, one in sums.items()})
+def part_name(name: str, rank: int, ranks: int) -> str:
+    """The file that one rank writes of `model`, `ema` or `optimizer`."""
+    return f"{name}-{rank + 1:05d}-of-{ranks:05d}.safetensors" if ranks > 1 else f"{name}.safetensors"
+
+
+def fingerprints_of(parts: dict[str, Written]) -> dict[str, str]:
+    """What a manifest says of the weights in these files; PieceError unless their pieces make whole tensors."""
+    marks = {}
+    for kind, name in WEIGHTS.items():
+        files = [found for file, found in parts.items() if file.startswith((f"{name}.", f"{name}-"))]
+        sums = whole_sums(itertools.chain.from_iterable(found.sums for found in files))
+        if files:
+            checksums = {key: (one.shape, one.dtype, one.crc32) for key, one in sums.items()}
+            marks[kind] = fingerprint_of_checksums(checksums)
+    return marks
 
 
 def problem_of(work: Future[Any]) -> str | None:

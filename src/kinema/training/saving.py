@@ -22,7 +22,7 @@ from kinema.training.journal import KeyJournal
 from kinema.training.outputs import Outputs
 from kinema.training.pieces import Piece, PieceError, StoredTensors, share, whole
 from kinema.training.progress import Progress
-from kinema.training.save import Documents, Save, problem_of, write_part
+from kinema.training.save import Documents, Save, part_name, problem_of, write_part
 from kinema.training.seen import data_seen, seen_by
 from kinema.training.snapshot import HostMemory, owned
 from kinema.training.start import check_same_data
@@ -106,9 +106,8 @@ class Saver:
         token = from_main(secrets.token_hex(4))
         files = self._memory.copy(self._pieces())
         rank, ranks = self.process.rank, self.process.world_size
-        part = f"-{rank + 1:05d}-of-{ranks:05d}" if ranks > 1 else ""
         aside = self.store.aside(step, token)
-        parts = {f"{name}{part}.safetensors": pieces for name, pieces in files.items()}
+        parts = {part_name(name, rank, ranks): pieces for name, pieces in files.items()}
         return Save(step, aside, self._documents(step), self._thread.submit(write_part, aside, parts))
 
     def _pieces(self) -> dict[str, list[Piece]]:
@@ -148,6 +147,8 @@ class Saver:
         """How long a save took, in the metrics and on the console."""
         record = save.record()
         self.outputs.write(record)
+        for warning in save.warnings:
+            self.outputs.event(save.step, "checkpoint", warning)
         waited = f"training waited {record['stall_seconds']:.2f} s of {record['seconds']:.2f} s"
         self.outputs.event(save.step, "checkpoint", f"published, {record['mib']:.1f} MiB; {waited}")
 
