@@ -33,11 +33,12 @@ from kinema.data.quarantine import condemned_clips
 from kinema.data.rights import RightsPolicy, change_of_rights, idle_words
 from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_cache
+from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process, seed_everything
 from kinema.identity import digest, to_plain
-from kinema.models.dit import Expert, make_denoiser
+from kinema.models.dit import DiT, Expert, Experts, make_denoiser
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
 from kinema.sampling.conditioner import numbers_told
@@ -206,7 +207,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         save_timesteps(
             run.folder, config.objective, config.task.samples, geometry, data.shapes, config.model.timestep_range
         )
-    describe_run(config, run, process, model, line, flops_per_step=3 * sum(map(clip_flops, data.step_shapes)))
+    describe_run(config, run, process, engine, line, flops_per_step=3 * sum(map(clip_flops, data.step_shapes)))
     trainer = assemble(
         config,
         run,
@@ -261,7 +262,7 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         else None
     )
     flops = 3 * sum(sum(model.flops(*shape)) for shape in data.step_shapes)
-    describe_run(config, run, process, model, line, flops_per_step=flops)
+    describe_run(config, run, process, engine, line, flops_per_step=flops)
     return assemble(
         config,
         run,
@@ -446,8 +447,11 @@ def carried_base(config: Config, run: Run, process: Process) -> Checkpoint:
     return open_base(run.folder)
 
 
-def build_engine(config: Config, model: nn.Module, accumulation: int) -> Engine:
+def build_engine(config: Config, model: DiT | Experts | CausalVAE, accumulation: int) -> Engine:
     """The engine over a model that already holds its weights."""
+    kind = config.parallel.activation_checkpointing
+    every = config.parallel.checkpointed_every if kind is ActivationCheckpointing.every else 1
+    keep_less(model.all_blocks(), kind, every)
     return Engine(
         model,
         config.optim.build(model),
@@ -455,6 +459,8 @@ def build_engine(config: Config, model: nn.Module, accumulation: int) -> Engine:
         precision=config.parallel.precision,
         accumulation=accumulation,
         gradient_clipping=config.optim.gradient_clipping,
+        offload=config.parallel.offload,
+        traffic=config.parallel.traffic,
     )
 
 
@@ -535,12 +541,12 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
 
 
 def describe_run(
-    config: Config, run: Run, process: Process, model: nn.Module, trained: str, flops_per_step: float
+    config: Config, run: Run, process: Process, engine: Engine, trained: str, flops_per_step: float
 ) -> None:
     """Write `run.json`, print the header (what runs, on what, with which identity), and start the tracker."""
     if not process.is_main:
         return
-    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters())
+    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
     record = {
         "name": config.name,
         "task": "dit" if config.model is not None else "vae",
@@ -564,7 +570,8 @@ def describe_run(
     parallel = config.parallel
     tqdm.write(
         f"run {run.folder}: {parameters / 1e6:.2f} M parameters, config {record['config_hash'][:8]}, "
-        f"{process.world_size} rank(s) on {process.device}, ZeRO {parallel.zero_stage}, {parallel.precision.value}"
+        f"{process.world_size} rank(s) on {process.device}, ZeRO {parallel.zero_stage}, {parallel.precision.value}, "
+        f"{engine.traffic.line(parallel.zero_stage)}"
     )
     tqdm.write(trained)
     run.outputs.tracker = WandbTracker(config.logging, run.folder, {"config": run.config_yaml})
