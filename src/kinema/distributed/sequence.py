@@ -39,7 +39,7 @@ class Ulysses:
 
     @torch.compiler.disable
     def gather(self, x: Tensor, tokens: int) -> Tensor:
-        """x (n, ...) of this rank's share -> (N, ...) of all; the gradient of x is its own part of that of the whole."""
+        """x (n, ...) of this rank's share -> (N, ...) of all; the gradient of x is its own part of the whole's."""
         return _Gather.apply(x, self._sizes(tokens), self.rank, self.group)
 
     @torch.compiler.disable

@@ -205,7 +205,7 @@ class DiT(Front, Heads):
                 module.attention = replace(module.attention)
 
     def share_tokens(self, group: SequenceGroup) -> None:
-        """Work on every pack together with the other ranks of a group, which hold the same weights and get the same."""
+        """Work on every pack together with the other ranks of a group, which have the same weights and packs."""
         self.group = group
         if self.audio is not None:
             self.audio.share_tokens(group)
