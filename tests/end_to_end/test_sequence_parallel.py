@@ -36,7 +36,6 @@ def test_ranks_that_share_every_pack_train_as_one_rank_does(runs, name):
     assert losses(runs, name) == pytest.approx(losses(runs, "alone"), rel=1e-5)
     for kind, keys in (("train", ("grad_norm", "clips", "tokens")), ("validation", ("loss",))):
         ours, theirs = (records(runs, run, kind) for run in (name, "alone"))
-        assert ours.keys() == theirs.keys()
         for step, record in theirs.items():
             assert [ours[step][key] for key in keys] == pytest.approx([record[key] for key in keys], rel=1e-4)
 
