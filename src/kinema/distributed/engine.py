@@ -1,6 +1,7 @@
 """The DeepSpeed engine: one function makes its dictionary, and sharded float32 state goes in and out by name."""
 
 import enum
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ class Engine:
         self.zero_stage = zero_stage
         self.accumulation = accumulation
         self._grad_norm = 0.0
+        self.withheld = False
+        """Whether the last step left the weights as they were, because a gradient somewhere was not finite."""
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -101,20 +104,32 @@ class Engine:
         return {name: named[name] for name in self.names}
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`, this micro-step's part of the global loss."""
-        self.deepspeed.backward(loss * (self.accumulation * dist.get_world_size()))
+        """Add the gradient of `loss`, this micro-step's part of the global loss.
+
+        A loss that is not finite makes the gradient NaN, whatever its derivative: summing the gradients then tells
+        every rank of it, and no rank moves its weights.
+        """
+        scale = float(self.accumulation * dist.get_world_size())
+        self.deepspeed.backward(loss * torch.where(loss.detach().isfinite(), scale, float("nan")))
 
     def step(self, learning_rate: float) -> None:
         """End a micro-step; the last one of a step moves the weights with `learning_rate`."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         moves = self.deepspeed.is_gradient_accumulation_boundary()
+        self.withheld = False
         if moves and self.zero_stage == 0:  # DeepSpeed reports no norm without ZeRO
             gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
             self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.withheld = not math.isfinite(self._grad_norm)
+        if self.withheld:  # ZeRO looks for itself and moves nothing; without it the update would make all weights NaN
+            self.deepspeed.zero_grad()
+            self.deepspeed.micro_steps += 1
+            return
         self.deepspeed.step()
         if moves and self.zero_stage > 0:
-            self._grad_norm = float(self.deepspeed.get_global_grad_norm())
+            self.withheld = bool(self.deepspeed.optimizer.overflow)
+            self._grad_norm = math.inf if self.withheld else float(self.deepspeed.get_global_grad_norm())
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters, before clipping."""
@@ -156,6 +171,17 @@ class Engine:
             for name, parameter in self.parameters().items():
                 self._assign(parameter, full[name].to(torch.float32))
             return [shard.clone() for shard in shards]
+
+    @torch.no_grad()
+    def load(self, full: dict[str, Tensor]) -> None:
+        """Go on from these full weights by parameter name, float32 masters and what `forward` uses; a collective."""
+        import deepspeed
+
+        for name, parameter in self.parameters().items():
+            value = full[name].to(parameter.device, torch.float32)
+            self._assign(parameter, value)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero_stage == 3):
+                parameter.data.copy_(value)
 
     def _full(self, parameter: nn.Parameter) -> Tensor:
         if self.zero_stage == 0:
