@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kinema.distributed.engine import MOMENTS
 from tests.distributed.test_engine import LANES, build, lane_loss, mine, run_steps, state
 from tests.ranks import run_ranks
 
@@ -61,10 +60,8 @@ def weigh():
 def gone_back(engine, before, lanes, expected):
     """Whether weights and moments of two steps ago, loaded again, lead to the same state."""
     engine.load({key.removeprefix("weights/"): value for key, value in before.items() if key.startswith("weights/")})
-    for moment in MOMENTS:
-        full = {key: before[f"{moment}/{key}"] for key in engine.names}
-        for shard, value in zip(engine.moments(moment), engine.scatter(full), strict=True):
-            shard.copy_(value)
+    for name in engine.state_names:
+        engine.load_state(name, {key: before[f"{name}/{key}"] for key in engine.names})
     engine.set_optimizer_step(2)
     run_steps(engine, lanes, 2, 4)
     return same(state(engine), expected)

@@ -3,7 +3,6 @@
 import enum
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's two moments (Kingma and Ba 2015), named as torch names them."""
+from kinema.distributed.layout import layout_of
+from kinema.distributed.optimizer_state import named_state
 
 
 class Precision(enum.Enum):
@@ -81,13 +80,21 @@ class Engine:
         self._grad_norm = 0.0
         self.withheld = False
         """Whether the last step left the weights as they were, because a gradient somewhere was not finite."""
+        self._state = named_state(optimizer)
+        groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
             config=deepspeed_config(zero_stage, accumulation, gradient_clipping),
             dist_init_required=False,
         )
-        self._initialise_moments()
+        self.layout = layout_of(self.parameters(), self.deepspeed.optimizer, zero_stage)
+        self._group_of = {
+            name: next(number for number, members in enumerate(groups) if id(parameter) in members)
+            for name, parameter in self.parameters().items()
+        }
+        for moved, group in zip(self._moved(), self._groups(), strict=True):
+            self._state.create_state(moved, group)  # now, so that it can be saved and restored before the first step
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """The module's forward."""
@@ -136,85 +143,73 @@ class Engine:
         return self._grad_norm
 
     # Sharded float32 state. A "shard" is one of the float32 tensors that this rank's optimiser moves: whole
-    # parameters without ZeRO, flat slices with it. EMA and moments have the same shapes, so that `gather` and
-    # `scatter` carry all three between shards and full tensors by name, through DeepSpeed's public fragment API.
+    # parameters without ZeRO, flat slices with it. EMA and optimiser state have the same shapes, so that `layout`
+    # carries all of them between shards and full tensors by name.
 
     def shards(self) -> list[Tensor]:
         """The float32 master weights that this rank owns; updating them in place is up to the optimiser."""
         return [moved.data for moved in self._moved()]
-
-    def moments(self, name: str) -> list[Tensor]:
-        """This rank's shards of one of the optimiser's moments."""
-        return [state[name] for state in self._optimizer_states()]
-
-    def optimizer_step(self) -> int:
-        """How many updates the optimiser has made (Adam's bias correction depends on it)."""
-        return int(self._optimizer_states()[0]["step"].item())
-
-    def set_optimizer_step(self, step: int) -> None:
-        """Continue Adam's bias correction after `step` updates."""
-        for state in self._optimizer_states():
-            state["step"].fill_(step)
 
     def gather(self, shards: Sequence[Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Full float32 tensors by parameter name from shard-shaped values (default: the weights), on every rank.
 
         A collective: all ranks must exhaust it together.
         """
-        with self._lent(shards):
-            for name, parameter in self.parameters().items():
-                yield name, self._full(parameter)
+        return self.layout.gather(self.shards() if shards is None else shards, self.names)
 
     def scatter(self, full: dict[str, Tensor]) -> list[Tensor]:
         """Shard-shaped copies of full tensors given by parameter name; the inverse of `gather`."""
-        with self._lent(None) as shards:
-            for name, parameter in self.parameters().items():
-                self._assign(parameter, full[name].to(torch.float32))
-            return [shard.clone() for shard in shards]
+        shards = [shard.clone() for shard in self.shards()]
+        self.layout.scatter(full, shards)
+        return shards
 
     @torch.no_grad()
     def load(self, full: dict[str, Tensor]) -> None:
         """Go on from these full weights by parameter name, float32 masters and what `forward` uses; a collective."""
         import deepspeed
 
+        self.layout.scatter({name: full[name] for name in self.names}, self.shards())
         for name, parameter in self.parameters().items():
-            value = full[name].to(parameter.device, torch.float32)
-            self._assign(parameter, value)
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero_stage == 3):
-                parameter.data.copy_(value)
+                parameter.data.copy_(full[name])
 
-    def _full(self, parameter: nn.Parameter) -> Tensor:
-        if self.zero_stage == 0:
-            return parameter.detach().clone()
-        from deepspeed.utils import safe_get_full_fp32_param
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The optimiser's state tensors, for example Adam's two moments; some parameters may lack some of them."""
+        return tuple(dict.fromkeys(name for group in self._param_groups() for name in self._state.state_names(group)))
 
-        return safe_get_full_fp32_param(parameter).detach().clone()
+    def state(self, name: str) -> list[Tensor | None]:
+        """This rank's shards of one state tensor, float32; None for a shard whose parameters have no such state."""
+        return [
+            self._state.read_state(moved, name) if name in self._state.state_names(group) else None
+            for moved, group in zip(self._moved(), self._groups(), strict=True)
+        ]
 
-    def _assign(self, parameter: nn.Parameter, value: Tensor) -> None:
-        if self.zero_stage == 0:
-            parameter.data.copy_(value)
-            return
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+    def gather_state(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Full float32 state tensors by parameter name, of the parameters that have it. A collective, as `gather`."""
+        return self.layout.gather(self.state(name), self.parameters_with(name))
 
-        if self.zero_stage == 3:  # the last partition may reach past the end of the parameter
-            size = parameter.ds_tensor.numel()
-            padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
-            safe_set_local_fp32_param(parameter, padded.narrow(0, size * dist.get_rank(), size))
-        else:
-            safe_set_full_fp32_param(parameter, value)
+    def load_state(self, name: str, full: dict[str, Tensor]) -> None:
+        """Continue from the state tensors that `gather_state` gave, on this or any other layout."""
+        shards = [shard.clone() if shard is not None else torch.empty(0) for shard in self.state(name)]
+        self.layout.scatter({key: full[key] for key in self.parameters_with(name)}, shards)
+        for moved, group, value in zip(self._moved(), self._groups(), shards, strict=True):
+            if name in self._state.state_names(group):
+                self._state.write_state(moved, name, value)
 
-    @contextmanager
-    def _lent(self, values: Sequence[Tensor] | None) -> Iterator[list[Tensor]]:
-        """The master shards, holding `values` until the block ends."""
-        shards = self.shards()
-        kept = [shard.clone() for shard in shards]
-        try:
-            for shard, value in zip(shards, values or [], strict=values is not None):
-                shard.copy_(value)
-            yield shards
-        finally:
-            for shard, value in zip(shards, kept, strict=True):
-                shard.copy_(value)
+    def parameters_with(self, name: str) -> list[str]:
+        """Names of the parameters whose optimiser keeps state `name`, the same on every rank."""
+        groups = [self._state.state_names(group) for group in self._param_groups()]
+        return [parameter for parameter in self.names if name in groups[self._group_of[parameter]]]
+
+    def optimizer_step(self) -> int:
+        """How many updates the optimiser has made (Adam's bias correction depends on it)."""
+        return int(self._inner_state()[0]["step"].item())
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Continue Adam's bias correction after `step` updates."""
+        for state in self._inner_state():
+            state["step"].fill_(step)
 
     def _moved(self) -> list[Tensor]:
         """The tensors that the inner optimiser moves, which are also the keys of its state."""
@@ -225,13 +220,20 @@ class Engine:
             return list(optimizer.fp32_partitioned_groups_flat)
         return list(optimizer.single_partition_of_fp32_groups)
 
-    def _optimizer_states(self) -> list[dict[str, Tensor]]:
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameter group of each moved tensor."""
+        groups = self._param_groups()
+        if self.zero_stage == 0:
+            return [group for group in groups for _ in group["params"]]
+        if self.zero_stage == 3:
+            numbers = self.deepspeed.optimizer.sub_group_to_group_id
+            return [groups[numbers[shard]] for shard in range(len(numbers))]
+        return groups
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        return self.deepspeed.optimizer.param_groups
+
+    def _inner_state(self) -> list[dict[str, Tensor]]:
         optimizer = self.deepspeed.optimizer
         inner = optimizer if self.zero_stage == 0 else optimizer.optimizer
         return [inner.state[moved] for moved in self._moved()]
-
-    def _initialise_moments(self) -> None:
-        """Create zero moments now, so that a checkpoint can be read and written before the first step."""
-        for state, shard in zip(self._optimizer_states(), self.shards(), strict=True):
-            if not state:
-                state.update(step=torch.zeros(()), **{name: torch.zeros_like(shard) for name in MOMENTS})

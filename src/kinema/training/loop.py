@@ -19,7 +19,7 @@ from kinema.data.quarantine import QUARANTINE, write_failures
 from kinema.data.shards import DatasetIndex
 from kinema.data.sightings import SeenKeys, Sightings
 from kinema.distributed.collectives import all_sum, all_sum_array, from_main, gather_objects
-from kinema.distributed.engine import MOMENTS, Engine
+from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process
 from kinema.identity import fingerprint
 from kinema.training.balance import Balance
@@ -354,8 +354,8 @@ class Trainer:
         optimizer: dict[str, Tensor] = {}
         extra: dict[str, Tensor] = {}
         for name, engine in engines.items():
-            for moment in MOMENTS:
-                optimizer.update({f"{name}/{moment}/{k}": v for k, v in engine.gather(engine.moments(moment))})
+            for state in engine.state_names:
+                optimizer.update({f"{name}/{state}/{k}": v for k, v in engine.gather_state(state)})
             if name != "model":
                 extra.update({f"{name}/{k}": v for k, v in engine.gather()})
         seen = self._enter_distinct()
@@ -429,10 +429,8 @@ class Trainer:
                 f"{self.plan.state(self.step)} is planned now. Give the run another name."
             )
         for name, engine in self.task.engines().items():
-            for moment in MOMENTS:
-                full = {key: tensors[f"{name}/{moment}/{key}"] for key in engine.names}
-                for shard, value in zip(engine.moments(moment), engine.scatter(full), strict=True):
-                    shard.copy_(value)
+            for state in engine.state_names:
+                engine.load_state(state, {k: tensors[f"{name}/{state}/{k}"] for k in engine.parameters_with(state)})
             engine.set_optimizer_step(training["optimizer_steps"][name])
         self.ema.load(found.tensors("ema"))
         self.ledger = Ledger()  # the main rank goes on counting; the others start anew, and all are added up
