@@ -3,10 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from kinema.data.pack import Pack
-from kinema.training.skips import Skips, SkippedClip, SkippedStep
+from kinema.training.skips import SkippedClip, SkippedStep, Skips
 
 
 @dataclass
@@ -65,7 +64,7 @@ class Guard:
             self.incidents = 0
 
     def condemn(self, step: int, suspects: Sequence[Suspect], what: str) -> list[SkippedClip | SkippedStep]:
-        """Leave out the suspects of all ranks, or the whole step if there are none; an error if that happens too often."""
+        """Leave out the suspects of all ranks, or the step if there are none; NonFiniteLoss if it happens too often."""
         self.incidents += 1
         self._furthest = max(self._furthest, step)
         told = ", ".join(f"{one.key} ({one.loss})" for one in suspects) or "none: every clip's own loss was finite"
