@@ -24,7 +24,7 @@ from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.latents import MANIFEST as LATENTS
 from kinema.data.latents import LatentCache
-from kinema.data.ledger import Ledger, Quarantine
+from kinema.data.ledger import Quarantine
 from kinema.data.loading import make_loader
 from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
@@ -48,9 +48,11 @@ from kinema.training.checkpoint import Checkpoint, CheckpointStore, write_json
 from kinema.training.dit_task import DiTTask, check_sizes, check_training
 from kinema.training.ema import EMA
 from kinema.training.finetune import LoRA, frozen_parameters
-from kinema.training.loop import Outputs, Trainer, initial_weights
+from kinema.training.loop import Trainer
 from kinema.training.metrics import WandbTracker
+from kinema.training.outputs import Outputs
 from kinema.training.pictures import OverfitCheck, SampleMaker, StripMaker, save_timesteps
+from kinema.training.progress import Progress
 from kinema.training.run_folder import (
     Weights,
     carry_base,
@@ -65,6 +67,7 @@ from kinema.training.run_folder import (
     unadapted,
     write_config,
 )
+from kinema.training.saving import Saver, initial_weights
 from kinema.training.seen import Start
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
@@ -458,12 +461,13 @@ def assemble(
 ) -> Trainer:
     """The trainer from its parts; the same for every task."""
     barrier()
-    ledger, start = Ledger(), Start()
+    progress = Progress(data.index)
     if process.is_main:
-        ledger.record_kept(data.kept)
+        progress.ledger.record_kept(data.kept)
         if config.init_from is not None and not run.store.steps():
-            start = Start.of(checkpoint_of(config.init_from, "init_from"))
+            progress.start = Start.of(checkpoint_of(config.init_from, "init_from"))
     heldout = (lambda: data.heldout_packs(config.validation.clips)) if data.heldout_plan else None
+    ema = EMA(config.ema, engine)
     schedule, peak, steps = config.schedule, config.optim.learning_rate, config.steps
     return Trainer(
         process=process,
@@ -474,8 +478,20 @@ def assemble(
         load_validation=heldout,
         learning_rate=lambda step: peak * schedule.factor(step, steps),
         steps=steps,
-        ema=EMA(config.ema, engine),
-        store=run.store,
+        ema=ema,
+        saver=Saver(
+            process=process,
+            task=task,
+            plan=data.plan,
+            ema=ema,
+            store=run.store,
+            config=config.checkpoint,
+            outputs=run.outputs,
+            manifest=manifest,
+            config_yaml=run.config_yaml,
+            progress=progress,
+        ),
+        progress=progress,
         checkpoint=config.checkpoint,
         validation=config.validation,
         logging=config.logging,
@@ -483,13 +499,9 @@ def assemble(
         quarantine=Quarantine(
             config.data.max_failed_fraction, config.data.min_failed_clips, config.data.max_fallback_fraction
         ),
-        manifest=manifest,
-        config_yaml=run.config_yaml,
         sample_every_steps=sample_every_steps,
         make_samples=make_samples,
         unread_keys=unread_keys,
-        ledger=ledger,
-        start=start,
     )
 
 
