@@ -48,6 +48,7 @@ from kinema.training.checkpoint import Checkpoint, CheckpointStore, write_json
 from kinema.training.dit_task import DiTTask, check_sizes, check_training
 from kinema.training.ema import EMA
 from kinema.training.finetune import LoRA, frozen_parameters
+from kinema.training.guard import Guard
 from kinema.training.loop import Trainer
 from kinema.training.metrics import WandbTracker
 from kinema.training.outputs import Outputs
@@ -69,6 +70,7 @@ from kinema.training.run_folder import (
 )
 from kinema.training.saving import Saver, initial_weights
 from kinema.training.seen import Start
+from kinema.training.skips import Skips
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
 
@@ -501,6 +503,7 @@ def assemble(
         ),
         sample_every_steps=sample_every_steps,
         make_samples=make_samples,
+        guard=Guard(config.guard, from_main(Skips.read(run.folder) if process.is_main else Skips())),
         unread_keys=unread_keys,
     )
 

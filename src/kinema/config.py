@@ -23,6 +23,7 @@ from kinema.training.checkpoint import CheckpointConfig
 from kinema.training.dit_task import DiTTaskConfig
 from kinema.training.ema import EMAConfig
 from kinema.training.finetune import Full, LoRA, Parts
+from kinema.training.guard import GuardConfig
 from kinema.training.loop import ValidationConfig
 from kinema.training.metrics import LoggingConfig
 from kinema.training.optim import AdamW
@@ -79,6 +80,8 @@ class Config:
     """Average of the weights."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Held-out loss."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What is done about numbers that are not sound."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -107,7 +110,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
 DIT_GROUPS = ("model", "vae", "objective", "text", "condition")
 """Groups that task=dit needs; task=vae reads no other of them than `vae`."""
 
-FREE_TO_CHANGE = ("parallel.zero_stage", "parallel.timeout_seconds", "logging.", "checkpoint.", "validation.",
+FREE_TO_CHANGE = ("parallel.zero_stage", "parallel.timeout_seconds", "logging.", "checkpoint.", "validation.", "guard.",
                   "task.samples.", "data.num_workers", "data.prefetch", "data.timeout_seconds",
                   "data.storage.", "data.cache_folder", "data.text", "run_root", "allow_config_change")  # fmt: skip
 """Keys that may differ when a run continues: none of them changes what is computed."""

@@ -78,8 +78,8 @@ class Engine:
         self.zero_stage = zero_stage
         self.accumulation = accumulation
         self._grad_norm = 0.0
-        self.withheld = False
-        """Whether the last step left the weights as they were, because a gradient somewhere was not finite."""
+        self.moved: bool | None = None
+        """Whether the last step moved the weights: not if a gradient was not finite on any rank. None before it."""
         self._state = named_state(optimizer)
         groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
         self.deepspeed, *_ = deepspeed.initialize(
@@ -123,20 +123,19 @@ class Engine:
         """End a micro-step; the last one of a step moves the weights with `learning_rate`."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        moves = self.deepspeed.is_gradient_accumulation_boundary()
-        self.withheld = False
-        if moves and self.zero_stage == 0:  # DeepSpeed reports no norm without ZeRO
+        last = self.deepspeed.is_gradient_accumulation_boundary()
+        if last and self.zero_stage == 0:  # DeepSpeed reports no norm without ZeRO
             gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
             self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
-            self.withheld = not math.isfinite(self._grad_norm)
-        if self.withheld:  # ZeRO looks for itself and moves nothing; without it the update would make all weights NaN
-            self.deepspeed.zero_grad()
-            self.deepspeed.micro_steps += 1
-            return
+            self.moved = math.isfinite(self._grad_norm)
+            if not self.moved:  # ZeRO looks for itself and moves nothing; here the update would make all weights NaN
+                self.deepspeed.zero_grad()
+                self.deepspeed.micro_steps += 1
+                return
         self.deepspeed.step()
-        if moves and self.zero_stage > 0:
-            self.withheld = bool(self.deepspeed.optimizer.overflow)
-            self._grad_norm = math.inf if self.withheld else float(self.deepspeed.get_global_grad_norm())
+        if last and self.zero_stage > 0:
+            self.moved = not self.deepspeed.optimizer.overflow
+            self._grad_norm = float(self.deepspeed.get_global_grad_norm()) if self.moved else math.inf
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters, before clipping."""

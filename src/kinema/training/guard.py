@@ -5,19 +5,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kinema.data.pack import Pack
-from kinema.training.skips import SkippedClip, SkippedStep, Skips
+from kinema.data.shards import DatasetIndex
+from kinema.training.skips import SkippedClip, SkippedStep, Skips, without
 
 
 @dataclass
 class GuardConfig:
-    """What is done about numbers that are not finite."""
+    """What is done about numbers that are not sound."""
 
     max_incidents: int = 3
-    """Steps in a row that may be withheld because their loss or gradient was not finite; one more ends the run."""
+    """Times in a row that a step may be withheld because its loss or gradient is not finite; one more ends the run."""
+    max_left_out: int = 100
+    """Clips and steps that the whole run may leave out for that; one more ends it."""
 
     def __post_init__(self) -> None:
-        if self.max_incidents < 0:
-            raise ValueError(f"guard.max_incidents={self.max_incidents} must be at least 0.")
+        for name in ("max_incidents", "max_left_out"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"guard.{name}={getattr(self, name)} must be at least 0.")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -33,51 +37,70 @@ class Suspect:
     loss: float
 
 
+@dataclass(frozen=True)
+class Incident:
+    """A step that was withheld, and what is left out from now on."""
+
+    what: str
+    left_out: list[SkippedClip | SkippedStep]
+    repeated: bool
+    """It has happened before since the weights last got past such a step: the weights themselves may be to blame."""
+
+    @property
+    def told(self) -> str:
+        """What is left out, in words."""
+        clips = [f"{one.key} ({one.reason})" for one in self.left_out if isinstance(one, SkippedClip)]
+        return ", ".join(clips) or "the whole step, as the loss of every single clip was finite"
+
+
 @dataclass
 class Guard:
-    """Judges every step; equal on all ranks, since it hears only what was summed over them."""
+    """Judges every step; the same on all ranks, since it decides by what was summed over them."""
 
     config: GuardConfig
     skips: Skips = field(default_factory=Skips)
-    incidents: int = 0
-    """Withheld steps since the weights last moved past the furthest of them."""
+    suspects: list[Suspect] = field(default_factory=list)
+    """Clips of this rank that are to blame for the present step."""
+    left_out: int = 0
+    """Clips of the present step that this rank was to show, and that are left out."""
+    _incidents: int = 0
     _furthest: int = -1
-    _suspects: list[Suspect] = field(default_factory=list)
 
-    def begin(self) -> None:
-        """A step begins."""
-        self._suspects = []
+    def admit(self, packs: Sequence[Pack], index: DatasetIndex) -> list[Pack]:
+        """This rank's packs of a step that begins, without the clips that are left out."""
+        reasons = [self.skips.reasons(pack) for pack in packs]
+        self.suspects, self.left_out = [], sum(map(len, reasons))
+        return [without(pack, rows, index) if rows else pack for pack, rows in zip(packs, reasons, strict=True)]
 
     def hear(self, pack: Pack, losses: dict[int, float]) -> None:
-        """Loss of each clip of a pack of this rank, by its position."""
+        """Losses of the clips of a pack of this rank, by position."""
         for key, position, weight in zip(pack.keys, pack.positions, pack.weights.tolist(), strict=True):
             if weight and not math.isfinite(losses[position]):
-                self._suspects.append(Suspect(key, position, losses[position]))
+                self.suspects.append(Suspect(key, position, losses[position]))
 
-    def own_suspects(self) -> list[Suspect]:
-        """Clips of this rank that are to blame for the step."""
-        return self._suspects
-
-    def moved(self, step: int) -> None:
+    def has_moved(self, step: int) -> None:
         """The weights have moved in this step."""
-        if step > self._furthest:
-            self.incidents = 0
+        if step >= self._furthest:
+            self._incidents = 0
 
-    def condemn(self, step: int, suspects: Sequence[Suspect], what: str) -> list[SkippedClip | SkippedStep]:
+    def condemn(self, step: int, suspects: Sequence[Suspect], loss: float) -> Incident:
         """Leave out the suspects of all ranks, or the step if there are none; NonFiniteLoss if it happens too often."""
-        self.incidents += 1
+        self._incidents += 1
         self._furthest = max(self._furthest, step)
-        told = ", ".join(f"{one.key} ({one.loss})" for one in suspects) or "none: every clip's own loss was finite"
-        if self.incidents > self.config.max_incidents:
+        what = f"the {'gradient' if math.isfinite(loss) else f'loss ({loss})'} of step {step + 1} is not finite"
+        blame = {one.key: SkippedClip(one.key, one.position, f"its loss was {one.loss}") for one in suspects}
+        incident = Incident(what, list(blame.values()) or [SkippedStep(step, what)], self._incidents > 1)
+        if self._incidents > self.config.max_incidents:
             raise NonFiniteLoss(
-                f"{what} of step {step + 1}, the {self.incidents}th time in a row that a step had to be withheld "
-                f"(guard.max_incidents={self.config.max_incidents}). Clips to blame: {told}. Nothing of it was saved. "
-                "Lower optim.learning_rate, or look at the weights that the run began with."
+                f"{what}, after {self._incidents - 1} step(s) in a row that were withheld for that "
+                f"(guard.max_incidents={self.config.max_incidents}). To blame: {incident.told}. Nothing of it was "
+                "saved. Lower optim.learning_rate, or look at the weights that the run began with."
             )
-        reason = f"{what} in step {step + 1}"
-        found: list[SkippedClip | SkippedStep]
-        found = [SkippedClip(one.key, one.position, f"{reason}: its own was {one.loss}") for one in suspects]
-        found = found or [SkippedStep(step, reason)]
-        for one in found:
+        for one in incident.left_out:
             self.skips.add(one)
-        return found
+        if len(self.skips.clips) + len(self.skips.steps) > self.config.max_left_out:
+            raise NonFiniteLoss(
+                f"{what}, and more than guard.max_left_out={self.config.max_left_out} clips and steps would be left "
+                f"out of this run by now: {incident.told}. Look at the data, or raise the limit on purpose."
+            )
+        return incident

@@ -55,10 +55,9 @@ class Skips:
         else:
             self.clips[skipped.key] = skipped
 
-    def admit(self, pack: Pack, index: DatasetIndex) -> Pack:
-        """The pack without what is left out: zeros in its place, weight 0, and counted as a failure."""
-        reasons = {row: reason for row in range(len(pack.keys)) if (reason := self._reason(pack, row))}
-        return without(pack, reasons, index) if reasons else pack
+    def reasons(self, pack: Pack) -> dict[int, str]:
+        """Why rows of a pack are left out."""
+        return {row: reason for row in range(len(pack.keys)) if (reason := self._reason(pack, row))}
 
     def _reason(self, pack: Pack, row: int) -> str | None:
         if pack.step in self.steps:
@@ -76,7 +75,7 @@ def write_skips(run_folder: Path, skipped: Sequence[SkippedClip | SkippedStep]) 
 
 
 def without(pack: Pack, reasons: dict[int, str], index: DatasetIndex) -> Pack:
-    """The pack with zeros and weight 0 in these rows; clips that failed already have both."""
+    """The pack with these rows withdrawn: zeros and weight 0. Clips that failed already have both."""
     rows = {row for row in reasons if pack.weights[row]}
     weights = pack.weights.clone()
     weights[list(rows)] = 0.0
@@ -86,5 +85,5 @@ def without(pack: Pack, reasons: dict[int, str], index: DatasetIndex) -> Pack:
     if latents is not None:
         zero = torch.zeros_like
         latents = [(zero(mean), zero(var)) if row in rows else (mean, var) for row, (mean, var) in enumerate(latents)]
-    failures = [Failure(pack.keys[row], index.entries[pack.entries[row]].shard, reasons[row]) for row in sorted(rows)]
-    return replace(pack, weights=weights, frames=frames, latents=latents, failures=[*pack.failures, *failures])
+    left_out = [Failure(pack.keys[row], index.entries[pack.entries[row]].shard, reasons[row]) for row in sorted(rows)]
+    return replace(pack, weights=weights, frames=frames, latents=latents, withdrawn=[*pack.withdrawn, *left_out])
