@@ -125,6 +125,7 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
 def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=dit`."""
     source = checkpoint_of(config.vae.path, "vae.path")
+    check_alone(config.parallel.sequence_degree)
     if config.model.expert_boundary and config.model.expert is Expert.both:
         raise ValueError(
             f"model.expert_boundary={config.model.expert_boundary}: one of two experts is trained at a time, so that "
@@ -207,7 +208,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         save_timesteps(
             run.folder, config.objective, config.task.samples, geometry, data.shapes, config.model.timestep_range
         )
-    describe_run(config, run, process, model, line, flops_per_step=3 * sum(map(clip_flops, data.step_shapes)))
+    describe_run(config, run, process, engine, line, flops_per_step=3 * sum(map(clip_flops, data.step_shapes)))
     trainer = assemble(
         config,
         run,
@@ -229,6 +230,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
 
 def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=vae`."""
+    check_alone(config.parallel.sequence_degree)
     model = CausalVAE(config.vae)
     geometry = Geometry(*model.geometry_strides, (1, 1, 1))
     data = build_data(config, geometry, process, run, vae_hash=None)
@@ -261,7 +263,7 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         else None
     )
     flops = 3 * sum(sum(model.flops(*shape)) for shape in data.step_shapes)
-    describe_run(config, run, process, model, line, flops_per_step=flops)
+    describe_run(config, run, process, engine, line, flops_per_step=flops)
     return assemble(
         config,
         run,
@@ -274,6 +276,15 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         strips,
         config.task.strips_every_steps,
     )
+
+
+def check_alone(sequence_degree: int) -> None:
+    """Refuse groups of ranks that would each work on the whole of a pack, which would count its gradient twice."""
+    if sequence_degree > 1:
+        raise ValueError(
+            f"parallel.sequence_degree={sequence_degree}: this task does not spread a pack over ranks yet. Type "
+            "parallel.sequence_degree=1."
+        )
 
 
 @dataclass(frozen=True)
@@ -384,7 +395,7 @@ def build_data(
             )
     return Data(
         data, index, heldout, plan, heldout_plan,
-        lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept, rights,
+        lanes_of(process.mesh.data_rank, process.mesh.data_size, data.lanes), shapes, cache, config.seed, kept, rights,
         from_main(condemned_clips(run.folder) if process.is_main else {}),
     )  # fmt: skip
 
@@ -446,6 +457,8 @@ def build_engine(config: Config, model: nn.Module, accumulation: int) -> Engine:
         precision=config.parallel.precision,
         accumulation=accumulation,
         gradient_clipping=config.optim.gradient_clipping,
+        offload=config.parallel.offload,
+        traffic=config.parallel.traffic,
     )
 
 
@@ -527,12 +540,12 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
 
 
 def describe_run(
-    config: Config, run: Run, process: Process, model: nn.Module, trained: str, flops_per_step: float
+    config: Config, run: Run, process: Process, engine: Engine, trained: str, flops_per_step: float
 ) -> None:
     """Write `run.json`, print the header (what runs, on what, with which identity), and start the tracker."""
     if not process.is_main:
         return
-    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters())
+    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
     record = {
         "name": config.name,
         "task": "dit" if config.model is not None else "vae",
@@ -556,7 +569,8 @@ def describe_run(
     parallel = config.parallel
     tqdm.write(
         f"run {run.folder}: {parameters / 1e6:.2f} M parameters, config {record['config_hash'][:8]}, "
-        f"{process.world_size} rank(s) on {process.device}, ZeRO {parallel.zero_stage}, {parallel.precision.value}"
+        f"{process.world_size} rank(s) on {process.device}, ZeRO {parallel.zero_stage}, {parallel.precision.value}, "
+        f"{engine.traffic.line(parallel.zero_stage)}"
     )
     tqdm.write(trained)
     run.outputs.tracker = WandbTracker(config.logging, run.folder, {"config": run.config_yaml})

@@ -3,15 +3,17 @@
 import enum
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kinema.distributed.deepspeed_config import OffloadConfig, TrafficConfig, deepspeed_config, plan_traffic
 from kinema.distributed.layout import layout_of
-from kinema.distributed.optimizer_state import named_state
+from kinema.distributed.optimizer_state import named_state, state_files
 
 
 class Precision(enum.Enum):
@@ -27,28 +29,25 @@ class ParallelConfig:
 
     zero_stage: int = 0
     """0 replicates; 1 shards the optimiser, 2 also gradients, 3 also weights (Rajbhandari et al. 2020, ZeRO)."""
+    sequence_degree: int = 1
+    """How many ranks work on each pack together, each on its share of the tokens (Jacobs et al. 2023, Ulysses)."""
     precision: Precision = Precision.float32
     """float32, or bfloat16 matrix products under autocast over float32 master weights."""
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    """What lies in the host's memory or on its disk instead of the device's."""
+    traffic: TrafficConfig = field(default_factory=TrafficConfig)
+    """Sizes of DeepSpeed's messages."""
     timeout_seconds: float = 1800.0
     """How long a collective waits for a missing rank before the job ends."""
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"parallel.zero_stage={self.zero_stage} must be 0, 1, 2 or 3.")
+        self.offload.check(self.zero_stage)
+        if self.sequence_degree < 1:
+            raise ValueError(f"parallel.sequence_degree={self.sequence_degree} must be at least 1.")
         if self.timeout_seconds <= 0:
             raise ValueError(f"parallel.timeout_seconds={self.timeout_seconds} must be positive.")
-
-
-def deepspeed_config(zero_stage: int, accumulation: int, gradient_clipping: float) -> dict[str, Any]:
-    """The whole DeepSpeed dictionary. A rank's lanes are its gradient accumulation; a micro-batch is one pack."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": gradient_clipping,
-        "zero_optimization": {"stage": zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
 
 
 class Engine:
@@ -67,12 +66,15 @@ class Engine:
         precision: Precision,
         accumulation: int,
         gradient_clipping: float,
+        offload: OffloadConfig | None = None,
+        traffic: TrafficConfig | None = None,
     ) -> None:
         import deepspeed
 
+        device_type = next(module.parameters()).device.type
+
         if precision is Precision.bfloat16:
             # Inside the module, because DeepSpeed turns off an autocast that was entered outside it.
-            device_type = next(module.parameters()).device.type
             module.forward = torch.autocast(device_type, torch.bfloat16)(module.forward)
         self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.zero_stage = zero_stage
@@ -80,12 +82,16 @@ class Engine:
         self._grad_norm = 0.0
         self.moved: bool | None = None
         """Whether the last step moved the weights: not if a gradient was not finite on any rank. None before it."""
+        offload = offload or OffloadConfig()
+        self.traffic = plan_traffic(module, traffic or TrafficConfig(), device_type)
         self._state = named_state(optimizer)
         groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=deepspeed_config(zero_stage, accumulation, gradient_clipping),
+            config=deepspeed_config(
+                zero_stage, accumulation, gradient_clipping, self.traffic, offload, pin_memory=device_type == "cuda"
+            ),
             dist_init_required=False,
         )
         self.layout = layout_of(self.parameters(), self.deepspeed.optimizer, zero_stage)
@@ -93,8 +99,10 @@ class Engine:
             name: next(number for number, members in enumerate(groups) if id(parameter) in members)
             for name, parameter in self.parameters().items()
         }
+        allocate = state_files(Path(offload.nvme_path)) if offload.nvme_path is not None else torch.zeros_like
         for moved, group in zip(self._moved(), self._groups(), strict=True):
-            self._state.create_state(moved, group)  # now, so that it can be saved and restored before the first step
+            # Now, so that it can be saved and restored before the first step.
+            self._state.create_state(moved, group, allocate)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """The module's forward."""

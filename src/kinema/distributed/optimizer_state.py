@@ -1,12 +1,20 @@
 """An optimiser's state by generic names, whatever keeps it: what a checkpoint saves and restores."""
 
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 """Adam's two moments (Kingma and Ba 2015), named as torch names them."""
+
+Allocate = Callable[[Tensor], Tensor]
+"""Zeros of the shape, type and device of a tensor."""
 
 
 @runtime_checkable
@@ -17,7 +25,7 @@ class NamedState(Protocol):
         """The state tensors, one number for each weight, of the parameters of a group."""
         ...
 
-    def create_state(self, moved: Tensor, group: dict[str, Any]) -> None:
+    def create_state(self, moved: Tensor, group: dict[str, Any], allocate: Allocate) -> None:
         """The state before the first step."""
         ...
 
@@ -40,9 +48,9 @@ class TorchAdamState:
         """See `NamedState`."""
         return ADAM_STATE
 
-    def create_state(self, moved: Tensor, group: dict[str, Any]) -> None:
+    def create_state(self, moved: Tensor, group: dict[str, Any], allocate: Allocate) -> None:
         """See `NamedState`."""
-        moments = {name: torch.zeros_like(moved.detach()) for name in ADAM_STATE}
+        moments = {name: allocate(moved.detach()) for name in ADAM_STATE}
         self.state[moved].update(step=torch.zeros((), device=moved.device), **moments)
 
     def read_state(self, moved: Tensor, name: str) -> Tensor:
@@ -61,3 +69,21 @@ def named_state(optimizer: torch.optim.Optimizer) -> NamedState:
     if type(optimizer) is torch.optim.AdamW:
         return TorchAdamState(optimizer)
     raise TypeError(f"{type(optimizer).__name__} does not say which state it has (see NamedState)")
+
+
+def state_files(folder: Path) -> Allocate:
+    """Zeros in files under `folder` that are mapped into memory: the kernel reads and writes them as they are used.
+
+    The files lose their names at once, so that they vanish with the process, whatever ends it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = itertools.count()
+
+    def allocate(like: Tensor) -> Tensor:
+        assert like.device.type == "cpu", "only offloaded state lies in files"
+        path = folder / f"state-{os.getpid()}-{dist.get_rank()}-{next(numbers)}"
+        mapped = torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype)
+        path.unlink()
+        return mapped.view(like.shape)
+
+    return allocate

@@ -66,6 +66,11 @@ class Guard:
     _incidents: int = 0
     _furthest: int = -1
 
+    @property
+    def troubled(self) -> bool:
+        """Whether steps were withheld and the weights have not got past them: no state to go back to later."""
+        return self._incidents > 0
+
     def admit(self, packs: Sequence[Pack], index: DatasetIndex) -> list[Pack]:
         """This rank's packs of a step that begins, without the clips that are left out."""
         reasons = [self.skips.reasons(pack) for pack in packs]

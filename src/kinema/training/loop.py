@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -128,7 +128,10 @@ class Trainer:
                 self._validate(validation)
             if self.make_samples and due(self.step, self.sample_every_steps, self.steps):
                 self._sample()
-            if self._stop or due(self.step, self.checkpoint.every_steps, self.steps):
+            if self._stop or (
+                due(self.step, self.checkpoint.every_steps, self.steps)
+                and (not self.guard.troubled or self.step == self.steps)
+            ):
                 self.saver.save(must=self.step == self.steps or self._stop is not None)
             if self._stop:
                 bar.close()
@@ -157,10 +160,11 @@ class Trainer:
 
         None if numbers were not sound: the run then stands where it is to go on from.
         """
+        counted = packs if self.process.mesh.counts else []  # what ranks with the same packs see is counted once
         # The weight of the whole step must be known before the first backward: failed clips count 0 everywhere.
-        total_weight, left_out = all_sum([sum(float(pack.weights.sum()) for pack in packs), self.guard.left_out])
+        total_weight, left_out = all_sum([sum(float(pack.weights.sum()) for pack in counted), self.guard.left_out])
         if total_weight == 0 and left_out:
-            return self._pass_over(packs)
+            return self._pass_over(counted)
         if total_weight == 0:
             raise ValueError(
                 f"no clip of step {self.step} can be shown: {(packs[0].failures + packs[0].withdrawn)[:3]}. If "
@@ -183,8 +187,8 @@ class Trainer:
         sums["withheld"] = float(any(engine.moved is False for engine in engines.values()))
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
-        sums["stop_signals"] = float(self._stop_signal is not None)
-        over_ranks = all_sum([*sums.values(), *balance.values()])
+        over_ranks = all_sum([float(self._stop_signal is not None), *self._once([*sums.values(), *balance.values()])])
+        stop_signals, over_ranks = over_ranks[0], over_ranks[1:]
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
         if totals.pop("withheld") or not math.isfinite(totals["loss"]):
             self._go_back(totals["loss"])
@@ -192,14 +196,14 @@ class Trainer:
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
         self.guard.has_moved(self.step)
-        self.progress.add(packs)
+        self.progress.add(counted)
         if self.logging.keys:
-            self._journal.write(self.step, packs)
+            self._journal.write(self.step, counted)
         if totals.pop("failures"):
-            self._quarantine([failure for pack in packs for failure in pack.failures])
+            self._quarantine([failure for pack in counted for failure in pack.failures])
         if totals.pop("fallbacks"):
-            self._tell_fallbacks([fallback for pack in packs for fallback in pack.fallbacks])
-        self._stop = next(filter(None, gather_objects(self._stop_signal))) if totals.pop("stop_signals") else None
+            self._tell_fallbacks([fallback for pack in counted for fallback in pack.fallbacks])
+        self._stop = next(filter(None, gather_objects(self._stop_signal))) if stop_signals else None
         totals["lanes/padding"] = totals.pop("padding_tokens") / totals["tokens"]
         totals["lr"] = learning_rate
         totals["grad_norm"] = engines["model"].grad_norm()
@@ -224,6 +228,10 @@ class Trainer:
             where = "back at the newest checkpoint, and on without"
         self.outputs.event(self.step, "withheld", f"{incident.what}: {where} {incident.told}")
 
+    def _once(self, values: Iterable[float]) -> list[float]:
+        """What this rank adds to sums over all ranks: nothing, where another rank of its sequence group does."""
+        return [value if self.process.mesh.counts else 0.0 for value in values]
+
     # What happens between steps
 
     def _log(self, window: "Window", clock: Clock) -> None:
@@ -238,7 +246,7 @@ class Trainer:
         for packs in validation:
             for key, value in self.task.validate(packs).items():
                 totals[key] = totals.get(key, 0.0) + value
-        totals = dict(zip(totals, all_sum(list(totals.values())), strict=True))
+        totals = dict(zip(totals, all_sum(self._once(totals.values())), strict=True))
         weight = totals.pop("weight")
         record: dict[str, Any] = {"kind": "validation", "step": self.step}
         if "noise_sum_0" in totals:
@@ -265,7 +273,8 @@ class Trainer:
 
     def _tell_heldout_failures(self, validation: list[list[Pack]]) -> None:
         """Held-out clips are read once, before the first step; those that fail are missing from every validation."""
-        failures = [failure for packs in validation for pack in packs for failure in pack.failures]
+        counted = validation if self.process.mesh.counts else []
+        failures = [failure for packs in counted for pack in packs for failure in pack.failures]
         for failure in (failure for rank in gather_objects(failures) for failure in rank):
             self.outputs.event(self.step, "held-out clip failed", f"{failure.key} in {failure.shard}: {failure.reason}")
 
