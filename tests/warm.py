@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.end_to_end.commands import ROOT, environment
+from tests.faults.suite.harm import Harm
 
 STOP_SECONDS = 30.0
 """How long torchrun waits for ranks that it asked to stop before it kills them."""
@@ -212,6 +213,8 @@ def _be_rank(command: list[str], log: str, variables: dict[str, str]) -> None:
     sys.argv = list(command)
     status = 0
     try:
+        if harm := variables.get("KINEMA_TEST_HARM"):
+            Harm(**json.loads(harm)).apply(int(variables.get("RANK", 0)))
         runpy.run_path(str(ROOT / command[0]), run_name="__main__")
     except SystemExit as request:
         status = request.code if isinstance(request.code, int) else 0

@@ -33,11 +33,12 @@ from kinema.data.quarantine import condemned_clips
 from kinema.data.rights import RightsPolicy, change_of_rights, idle_words
 from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_cache
+from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process, seed_everything
 from kinema.identity import digest, to_plain
-from kinema.models.dit import Expert, make_denoiser
+from kinema.models.dit import DiT, Expert, Experts, make_denoiser
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
 from kinema.sampling.conditioner import numbers_told
@@ -448,8 +449,11 @@ def carried_base(config: Config, run: Run, process: Process) -> Checkpoint:
     return open_base(run.folder)
 
 
-def build_engine(config: Config, model: nn.Module, accumulation: int) -> Engine:
+def build_engine(config: Config, model: DiT | Experts | CausalVAE, accumulation: int) -> Engine:
     """The engine over a model that already holds its weights."""
+    kind = config.parallel.activation_checkpointing
+    every = config.parallel.checkpointed_every if kind is ActivationCheckpointing.every else 1
+    keep_less(model.all_blocks(), kind, every)
     return Engine(
         model,
         config.optim.build(model),

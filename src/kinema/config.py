@@ -113,6 +113,7 @@ DIT_GROUPS = ("model", "vae", "objective", "text", "condition")
 FREE_TO_CHANGE = (
     "parallel.zero_stage", "parallel.sequence_degree", "parallel.timeout_seconds",
     "parallel.offload.", "parallel.traffic.",
+    "parallel.activation_checkpointing", "parallel.checkpointed_every",
     "logging.", "checkpoint.", "validation.", "guard.", "task.samples.",
     "data.num_workers", "data.prefetch", "data.timeout_seconds", "data.storage.", "data.cache_folder", "data.text",
     "run_root", "allow_config_change",

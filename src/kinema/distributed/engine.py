@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kinema.distributed.activations import ActivationCheckpointing
 from kinema.distributed.deepspeed_config import OffloadConfig, TrafficConfig, deepspeed_config, plan_traffic
 from kinema.distributed.layout import layout_of
 from kinema.distributed.optimizer_state import named_state, state_files
@@ -33,6 +34,10 @@ class ParallelConfig:
     """How many ranks work on each pack together, each on its share of the tokens (Jacobs et al. 2023, Ulysses)."""
     precision: Precision = Precision.float32
     """float32, or bfloat16 matrix products under autocast over float32 master weights."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    """none, selective, attention, every or full: what the backward finds, and what it computes again."""
+    checkpointed_every: int = 2
+    """With activation_checkpointing=every: the first block and each so many blocks further are computed again."""
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     """What lies in the host's memory or on its disk instead of the device's."""
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
@@ -43,6 +48,10 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"parallel.zero_stage={self.zero_stage} must be 0, 1, 2 or 3.")
+        if self.checkpointed_every < 1:
+            raise ValueError(
+                f"parallel.checkpointed_every={self.checkpointed_every} must be at least 1, which is every block."
+            )
         self.offload.check(self.zero_stage)
         if self.sequence_degree < 1:
             raise ValueError(f"parallel.sequence_degree={self.sequence_degree} must be at least 1.")
