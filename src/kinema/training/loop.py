@@ -236,7 +236,7 @@ class Trainer:
                 sums[key] = sums.get(key, 0.0) + value
             self.ledger.record(pack, self.index)
             for number in pack.entries if self.index.parts else ():
-                sums[f"data_sets/{self.index.part_of(number)}"] += 1
+                sums[f"data_sets/{self.index.place(number)[0]}"] += 1
             self.sightings.add_shown(pack)
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
