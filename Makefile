@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 
-.PHONY: setup demo test test-quick soak lint clean
+.PHONY: setup demo test test-quick soak faults lint clean
 
 setup: $(READY)
 
@@ -45,6 +45,10 @@ test-quick: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak --timeout 3600
+
+# Breaks real runs in every way we know, and writes what a user sees of it into docs/faults.md.
+faults: $(READY)
+	$(BIN)/python -m pytest -m faults tests/faults/suite --fault-table docs/faults.md
 
 lint: $(READY)
 	$(BIN)/python -m pytest tests/unit/test_houserules.py

@@ -20,7 +20,7 @@ def main(composed: DictConfig) -> int:
     """One run: the same command starts it, continues it, and finds its folder again."""
     config = to_config(composed)
     reads = Reads(config)
-    process = start_process(config.parallel.timeout_seconds)
+    process = start_process(config.parallel.timeout_seconds, config.parallel.sequence_degree)
     try:
         with start_run(config, resolved_yaml(composed), process) as run:
             build = build_dit if isinstance(config.task, DiTTaskConfig) else build_vae

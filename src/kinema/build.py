@@ -25,7 +25,7 @@ from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.latents import MANIFEST as LATENTS
 from kinema.data.latents import LatentCache
-from kinema.data.ledger import Ledger, Quarantine
+from kinema.data.ledger import Quarantine
 from kinema.data.loading import make_loader
 from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
@@ -35,11 +35,12 @@ from kinema.data.refusals import change_of_rights
 from kinema.data.rights import RightsPolicy, idle_words
 from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_cache
+from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process, seed_everything
 from kinema.identity import digest, to_plain
-from kinema.models.dit import Expert, make_denoiser
+from kinema.models.dit import DiT, Expert, Experts, make_denoiser
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
 from kinema.sampling.conditioner import numbers_told
@@ -50,9 +51,11 @@ from kinema.training.checkpoint import Checkpoint, CheckpointStore, write_json
 from kinema.training.dit_task import DiTTask, check_sizes, check_training
 from kinema.training.ema import EMA
 from kinema.training.finetune import LoRA, frozen_parameters
-from kinema.training.loop import Outputs, Trainer, initial_weights
+from kinema.training.loop import Trainer
 from kinema.training.metrics import WandbTracker
+from kinema.training.outputs import Outputs
 from kinema.training.pictures import OverfitCheck, SampleMaker, StripMaker, save_timesteps
+from kinema.training.progress import Progress
 from kinema.training.run_folder import (
     Weights,
     carry_base,
@@ -67,6 +70,7 @@ from kinema.training.run_folder import (
     unadapted,
     write_config,
 )
+from kinema.training.saving import Saver, initial_weights
 from kinema.training.seen import Start
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
@@ -122,6 +126,7 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
 def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=dit`."""
     source = checkpoint_of(config.vae.path, "vae.path")
+    check_alone(config.parallel.sequence_degree)
     if config.model.expert_boundary and config.model.expert is Expert.both:
         raise ValueError(
             f"model.expert_boundary={config.model.expert_boundary}: one of two experts is trained at a time, so that "
@@ -204,7 +209,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         save_timesteps(
             run.folder, config.objective, config.task.samples, geometry, data.shapes, config.model.timestep_range
         )
-    describe_run(config, run, process, model, line, flops_per_step=3 * sum(map(clip_flops, data.step_shapes)))
+    describe_run(config, run, process, engine, line, flops_per_step=3 * sum(map(clip_flops, data.step_shapes)))
     trainer = assemble(
         config,
         run,
@@ -226,6 +231,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
 
 def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=vae`."""
+    check_alone(config.parallel.sequence_degree)
     model = CausalVAE(config.vae)
     geometry = Geometry(*model.geometry_strides, (1, 1, 1))
     data = build_data(config, geometry, process, run, vae_hash=None)
@@ -258,7 +264,7 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         else None
     )
     flops = 3 * sum(sum(model.flops(*shape)) for shape in data.step_shapes)
-    describe_run(config, run, process, model, line, flops_per_step=flops)
+    describe_run(config, run, process, engine, line, flops_per_step=flops)
     return assemble(
         config,
         run,
@@ -271,6 +277,15 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         strips,
         config.task.strips_every_steps,
     )
+
+
+def check_alone(sequence_degree: int) -> None:
+    """Refuse groups of ranks that would each work on the whole of a pack, which would count its gradient twice."""
+    if sequence_degree > 1:
+        raise ValueError(
+            f"parallel.sequence_degree={sequence_degree}: this task does not spread a pack over ranks yet. Type "
+            "parallel.sequence_degree=1."
+        )
 
 
 @dataclass(frozen=True)
@@ -379,7 +394,7 @@ def build_data(
             )
     return Data(
         data, index, heldout, plan, heldout_plan,
-        lanes_of(process.rank, process.world_size, data.lanes), shapes, cache, config.seed, kept, rights,
+        lanes_of(process.mesh.data_rank, process.mesh.data_size, data.lanes), shapes, cache, config.seed, kept, rights,
         from_main(condemned_clips(run.folder) if process.is_main else {}),
     )  # fmt: skip
 
@@ -431,8 +446,11 @@ def carried_base(config: Config, run: Run, process: Process) -> Checkpoint:
     return open_base(run.folder)
 
 
-def build_engine(config: Config, model: nn.Module, accumulation: int) -> Engine:
+def build_engine(config: Config, model: DiT | Experts | CausalVAE, accumulation: int) -> Engine:
     """The engine over a model that already holds its weights."""
+    kind = config.parallel.activation_checkpointing
+    every = config.parallel.checkpointed_every if kind is ActivationCheckpointing.every else 1
+    keep_less(model.all_blocks(), kind, every)
     return Engine(
         model,
         config.optim.build(model),
@@ -440,6 +458,8 @@ def build_engine(config: Config, model: nn.Module, accumulation: int) -> Engine:
         precision=config.parallel.precision,
         accumulation=accumulation,
         gradient_clipping=config.optim.gradient_clipping,
+        offload=config.parallel.offload,
+        traffic=config.parallel.traffic,
     )
 
 
@@ -457,12 +477,13 @@ def assemble(
 ) -> Trainer:
     """The trainer from its parts; the same for every task."""
     barrier()
-    ledger, start = Ledger(), Start()
+    progress = Progress(data.index)
     if process.is_main:
-        ledger.record_kept(data.kept)
+        progress.ledger.record_kept(data.kept)
         if config.init_from is not None and not run.store.steps():
-            start = Start.of(checkpoint_of(config.init_from, "init_from"))
+            progress.start = Start.of(checkpoint_of(config.init_from, "init_from"))
     heldout = (lambda: data.heldout_packs(config.validation.clips)) if data.heldout_plan else None
+    ema = EMA(config.ema, engine)
     schedule, peak, steps = config.schedule, config.optim.learning_rate, config.steps
     return Trainer(
         process=process,
@@ -473,8 +494,20 @@ def assemble(
         load_validation=heldout,
         learning_rate=lambda step: peak * schedule.factor(step, steps),
         steps=steps,
-        ema=EMA(config.ema, engine),
-        store=run.store,
+        ema=ema,
+        saver=Saver(
+            process=process,
+            task=task,
+            plan=data.plan,
+            ema=ema,
+            store=run.store,
+            config=config.checkpoint,
+            outputs=run.outputs,
+            manifest=manifest,
+            config_yaml=run.config_yaml,
+            progress=progress,
+        ),
+        progress=progress,
         checkpoint=config.checkpoint,
         validation=config.validation,
         logging=config.logging,
@@ -482,13 +515,9 @@ def assemble(
         quarantine=Quarantine(
             config.data.max_failed_fraction, config.data.min_failed_clips, config.data.max_fallback_fraction
         ),
-        manifest=manifest,
-        config_yaml=run.config_yaml,
         sample_every_steps=sample_every_steps,
         make_samples=make_samples,
         unread_keys=unread_keys,
-        ledger=ledger,
-        start=start,
     )
 
 
@@ -511,12 +540,12 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
 
 
 def describe_run(
-    config: Config, run: Run, process: Process, model: nn.Module, trained: str, flops_per_step: float
+    config: Config, run: Run, process: Process, engine: Engine, trained: str, flops_per_step: float
 ) -> None:
     """Write `run.json`, print the header (what runs, on what, with which identity), and start the tracker."""
     if not process.is_main:
         return
-    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters())
+    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
     record = {
         "name": config.name,
         "task": "dit" if config.model is not None else "vae",
@@ -540,7 +569,8 @@ def describe_run(
     parallel = config.parallel
     tqdm.write(
         f"run {run.folder}: {parameters / 1e6:.2f} M parameters, config {record['config_hash'][:8]}, "
-        f"{process.world_size} rank(s) on {process.device}, ZeRO {parallel.zero_stage}, {parallel.precision.value}"
+        f"{process.world_size} rank(s) on {process.device}, ZeRO {parallel.zero_stage}, {parallel.precision.value}, "
+        f"{engine.traffic.line(parallel.zero_stage)}"
     )
     tqdm.write(trained)
     run.outputs.tracker = WandbTracker(config.logging, run.folder, {"config": run.config_yaml})

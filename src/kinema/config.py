@@ -107,9 +107,14 @@ SCHEMAS: dict[str, dict[str, type]] = {
 DIT_GROUPS = ("model", "vae", "objective", "text", "condition")
 """Groups that task=dit needs; task=vae reads no other of them than `vae`."""
 
-FREE_TO_CHANGE = ("parallel.zero_stage", "parallel.timeout_seconds", "logging.", "checkpoint.", "validation.",
-                  "task.samples.", "data.num_workers", "data.prefetch", "data.timeout_seconds",
-                  "data.storage.", "data.cache_folder", "data.text", "run_root", "allow_config_change")  # fmt: skip
+FREE_TO_CHANGE = (
+    "parallel.zero_stage", "parallel.sequence_degree", "parallel.timeout_seconds",
+    "parallel.offload.", "parallel.traffic.",
+    "parallel.activation_checkpointing", "parallel.checkpointed_every",
+    "logging.", "checkpoint.", "validation.", "task.samples.",
+    "data.num_workers", "data.prefetch", "data.timeout_seconds", "data.storage.", "data.cache_folder", "data.text",
+    "run_root", "allow_config_change",
+)  # fmt: skip
 """Keys that may differ when a run continues: none of them changes what is computed."""
 
 

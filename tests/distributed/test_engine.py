@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kinema.distributed.engine import MOMENTS, Engine, Precision
+from kinema.distributed.engine import Engine, Precision
 from kinema.training.ema import EMA, EMAConfig
 from tests.ranks import run_ranks
 
@@ -52,8 +52,8 @@ def run_steps(engine: Engine, lanes: list[int], first: int, last: int, ema: EMA 
 
 def state(engine: Engine) -> dict[str, Tensor]:
     found = {f"weights/{k}": v for k, v in engine.gather()}
-    for moment in MOMENTS:
-        found |= {f"{moment}/{k}": v for k, v in engine.gather(engine.moments(moment))}
+    for name in engine.state_names:
+        found |= {f"{name}/{k}": v for k, v in engine.gather_state(name)}
     return found
 
 
@@ -95,7 +95,7 @@ def compare_stages_with_reference() -> dict[int, float]:
         engine = build(stage, LANES // world)
         ema = EMA(EMAConfig(decay=0.9, warmup=False), engine)
         norms = run_steps(engine, mine(rank, world), 0, 1, ema)
-        moments = dict(engine.gather(engine.moments("exp_avg")))  # after one step: 0.1 * the clipped gradient
+        moments = dict(engine.gather_state("exp_avg"))  # after one step: 0.1 * the clipped gradient
         norms += run_steps(engine, mine(rank, world), 1, STEPS, ema)
         assert norms == pytest.approx(expected_norms, rel=1e-5)
         assert {tuple(value.shape) for value in moments.values()} == {(13, 7), (13,), (3, 13), (3,)}
@@ -132,10 +132,8 @@ def resume_across_layouts() -> None:
         for other in (0, 1, 2, 3):
             weights = {k.removeprefix("weights/"): v for k, v in saved.items() if k.startswith("weights/")}
             again = build(other, LANES // world, weights)
-            for moment in MOMENTS:
-                full = {k: saved[f"{moment}/{k}"] for k in again.names}
-                for shard, value in zip(again.moments(moment), again.scatter(full), strict=True):
-                    shard.copy_(value)
+            for name in again.state_names:
+                again.load_state(name, {k: saved[f"{name}/{k}"] for k in again.parameters_with(name)})
             again.set_optimizer_step(count)
             ema_again = EMA(EMAConfig(decay=0.9), again)
             ema_again.load(saved_ema)
@@ -161,7 +159,7 @@ def bf16_moves_small_updates() -> float:
         engine.backward(lane_loss(engine, step, 0))
         engine.step(1e-5)
     moved = [(value != before[key]).float().mean() for key, value in engine.gather()]
-    assert all(moment.dtype == torch.float32 for moment in engine.moments("exp_avg"))
+    assert all(moment.dtype == torch.float32 for moment in engine.state("exp_avg"))
     return float(torch.stack(moved).min())
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kinema.distributed.engine import MOMENTS, Engine, Precision
+from kinema.distributed.engine import Engine, Precision
 from kinema.training.ema import EMA, EMAConfig
 from kinema.training.finetune import Parts, frozen_parameters
 from tests.ranks import run_ranks
@@ -61,7 +61,7 @@ def train_at_every_stage() -> None:
             ema.update(step + 1)
         found = dict(engine.gather())
         assert list(found) == ["0.bias", "2.weight", "2.bias"]
-        assert ema.full().keys() == dict(engine.gather(engine.moments(MOMENTS[0]))).keys() == found.keys()
+        assert ema.full().keys() == dict(engine.gather_state("exp_avg")).keys() == found.keys()
         for name, value in found.items():
             torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
         state = {id(p) for p in engine.deepspeed.optimizer.param_groups[0]["params"]}

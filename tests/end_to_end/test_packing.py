@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from kinema.build import build_dit, start_run
 from kinema.config import Reads, register_schemas, resolved_yaml, to_config
+from kinema.distributed.mesh import make_mesh
 from kinema.distributed.process import Process
 from tests.end_to_end.commands import ROOT, dit_command, records
 from tests.ranks import run_ranks
@@ -22,7 +23,7 @@ def train(folder, runs):
     """Each run (name, overrides) by the trainer of `train.py`, one after the other -> the shapes of each pack."""
     packs = []
     register_schemas()
-    process = Process(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    process = Process(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"), make_mesh(1))
     for name, overrides in runs:
         command = dit_command(folder, name, STEPS, SHAPES, "data.num_workers=0", "validation.every_steps=0", *overrides)
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):

@@ -13,9 +13,10 @@ from kinema.data.quarantine import QUARANTINE, write_failures
 from kinema.identity import fingerprint, from_plain, to_plain
 from kinema.training.balance import Balance
 from kinema.training.ema import EMAConfig
-from kinema.training.loop import Outputs, Window, due
+from kinema.training.loop import Window, due
 from kinema.training.metrics import LoggingConfig, MetricsFile, WandbMode, WandbTracker
 from kinema.training.optim import AdamW
+from kinema.training.outputs import Outputs
 from kinema.training.schedule import Constant, Cosine
 
 

@@ -74,7 +74,7 @@ def lanes_of(rank: int, world: int, lanes: int) -> list[int]:
         usable = [size for size in range(1, lanes + 1) if lanes % size == 0]
         raise ValueError(
             f"data.lanes={lanes} must be a multiple of the number of data ranks {world}: every rank serves "
-            f"as many lanes. Type data.lanes={world}, or start one of {usable} ranks."
+            f"as many lanes. Type data.lanes={world}, or start ranks for one of {usable} data ranks."
         )
     assert 0 <= rank < world, f"rank {rank} of {world}"
     share = lanes // world

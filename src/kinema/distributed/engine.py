@@ -2,16 +2,18 @@
 
 import enum
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's two moments (Kingma and Ba 2015), named as torch names them."""
+from kinema.distributed.activations import ActivationCheckpointing
+from kinema.distributed.deepspeed_config import OffloadConfig, TrafficConfig, deepspeed_config, plan_traffic
+from kinema.distributed.layout import layout_of
+from kinema.distributed.optimizer_state import named_state, state_files
 
 
 class Precision(enum.Enum):
@@ -27,28 +29,33 @@ class ParallelConfig:
 
     zero_stage: int = 0
     """0 replicates; 1 shards the optimiser, 2 also gradients, 3 also weights (Rajbhandari et al. 2020, ZeRO)."""
+    sequence_degree: int = 1
+    """How many ranks work on each pack together, each on its share of the tokens (Jacobs et al. 2023, Ulysses)."""
     precision: Precision = Precision.float32
     """float32, or bfloat16 matrix products under autocast over float32 master weights."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    """none, selective, attention, every or full: what the backward finds, and what it computes again."""
+    checkpointed_every: int = 2
+    """With activation_checkpointing=every: the first block and each so many blocks further are computed again."""
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    """What lies in the host's memory or on its disk instead of the device's."""
+    traffic: TrafficConfig = field(default_factory=TrafficConfig)
+    """Sizes of DeepSpeed's messages."""
     timeout_seconds: float = 1800.0
     """How long a collective waits for a missing rank before the job ends."""
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"parallel.zero_stage={self.zero_stage} must be 0, 1, 2 or 3.")
+        if self.checkpointed_every < 1:
+            raise ValueError(
+                f"parallel.checkpointed_every={self.checkpointed_every} must be at least 1, which is every block."
+            )
+        self.offload.check(self.zero_stage)
+        if self.sequence_degree < 1:
+            raise ValueError(f"parallel.sequence_degree={self.sequence_degree} must be at least 1.")
         if self.timeout_seconds <= 0:
             raise ValueError(f"parallel.timeout_seconds={self.timeout_seconds} must be positive.")
-
-
-def deepspeed_config(zero_stage: int, accumulation: int, gradient_clipping: float) -> dict[str, Any]:
-    """The whole DeepSpeed dictionary. A rank's lanes are its gradient accumulation; a micro-batch is one pack."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": gradient_clipping,
-        "zero_optimization": {"stage": zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
 
 
 class Engine:
@@ -67,24 +74,41 @@ class Engine:
         precision: Precision,
         accumulation: int,
         gradient_clipping: float,
+        offload: OffloadConfig | None = None,
+        traffic: TrafficConfig | None = None,
     ) -> None:
         import deepspeed
 
+        device_type = next(module.parameters()).device.type
+
         if precision is Precision.bfloat16:
             # Inside the module, because DeepSpeed turns off an autocast that was entered outside it.
-            device_type = next(module.parameters()).device.type
             module.forward = torch.autocast(device_type, torch.bfloat16)(module.forward)
         self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.zero_stage = zero_stage
         self.accumulation = accumulation
         self._grad_norm = 0.0
+        offload = offload or OffloadConfig()
+        self.traffic = plan_traffic(module, traffic or TrafficConfig(), device_type)
+        self._state = named_state(optimizer)
+        groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=deepspeed_config(zero_stage, accumulation, gradient_clipping),
+            config=deepspeed_config(
+                zero_stage, accumulation, gradient_clipping, self.traffic, offload, pin_memory=device_type == "cuda"
+            ),
             dist_init_required=False,
         )
-        self._initialise_moments()
+        self.layout = layout_of(self.parameters(), self.deepspeed.optimizer, zero_stage)
+        self._group_of = {
+            name: next(number for number, members in enumerate(groups) if id(parameter) in members)
+            for name, parameter in self.parameters().items()
+        }
+        allocate = state_files(Path(offload.nvme_path)) if offload.nvme_path is not None else torch.zeros_like
+        for moved, group in zip(self._moved(), self._groups(), strict=True):
+            # Now, so that it can be saved and restored before the first step.
+            self._state.create_state(moved, group, allocate)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """The module's forward."""
@@ -121,74 +145,63 @@ class Engine:
         return self._grad_norm
 
     # Sharded float32 state. A "shard" is one of the float32 tensors that this rank's optimiser moves: whole
-    # parameters without ZeRO, flat slices with it. EMA and moments have the same shapes, so that `gather` and
-    # `scatter` carry all three between shards and full tensors by name, through DeepSpeed's public fragment API.
+    # parameters without ZeRO, flat slices with it. EMA and optimiser state have the same shapes, so that `layout`
+    # carries all of them between shards and full tensors by name.
 
     def shards(self) -> list[Tensor]:
         """The float32 master weights that this rank owns; updating them in place is up to the optimiser."""
         return [moved.data for moved in self._moved()]
-
-    def moments(self, name: str) -> list[Tensor]:
-        """This rank's shards of one of the optimiser's moments."""
-        return [state[name] for state in self._optimizer_states()]
-
-    def optimizer_step(self) -> int:
-        """How many updates the optimiser has made (Adam's bias correction depends on it)."""
-        return int(self._optimizer_states()[0]["step"].item())
-
-    def set_optimizer_step(self, step: int) -> None:
-        """Continue Adam's bias correction after `step` updates."""
-        for state in self._optimizer_states():
-            state["step"].fill_(step)
 
     def gather(self, shards: Sequence[Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Full float32 tensors by parameter name from shard-shaped values (default: the weights), on every rank.
 
         A collective: all ranks must exhaust it together.
         """
-        with self._lent(shards):
-            for name, parameter in self.parameters().items():
-                yield name, self._full(parameter)
+        return self.layout.gather(self.shards() if shards is None else shards, self.names)
 
     def scatter(self, full: dict[str, Tensor]) -> list[Tensor]:
         """Shard-shaped copies of full tensors given by parameter name; the inverse of `gather`."""
-        with self._lent(None) as shards:
-            for name, parameter in self.parameters().items():
-                self._assign(parameter, full[name].to(torch.float32))
-            return [shard.clone() for shard in shards]
+        shards = [shard.clone() for shard in self.shards()]
+        self.layout.scatter(full, shards)
+        return shards
 
-    def _full(self, parameter: nn.Parameter) -> Tensor:
-        if self.zero_stage == 0:
-            return parameter.detach().clone()
-        from deepspeed.utils import safe_get_full_fp32_param
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The optimiser's state tensors, for example Adam's two moments; some parameters may lack some of them."""
+        return tuple(dict.fromkeys(name for group in self._param_groups() for name in self._state.state_names(group)))
 
-        return safe_get_full_fp32_param(parameter).detach().clone()
+    def state(self, name: str) -> list[Tensor | None]:
+        """This rank's shards of one state tensor, float32; None for a shard whose parameters have no such state."""
+        return [
+            self._state.read_state(moved, name) if name in self._state.state_names(group) else None
+            for moved, group in zip(self._moved(), self._groups(), strict=True)
+        ]
 
-    def _assign(self, parameter: nn.Parameter, value: Tensor) -> None:
-        if self.zero_stage == 0:
-            parameter.data.copy_(value)
-            return
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+    def gather_state(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Full float32 state tensors by parameter name, of the parameters that have it. A collective, as `gather`."""
+        return self.layout.gather(self.state(name), self.parameters_with(name))
 
-        if self.zero_stage == 3:  # the last partition may reach past the end of the parameter
-            size = parameter.ds_tensor.numel()
-            padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
-            safe_set_local_fp32_param(parameter, padded.narrow(0, size * dist.get_rank(), size))
-        else:
-            safe_set_full_fp32_param(parameter, value)
+    def load_state(self, name: str, full: dict[str, Tensor]) -> None:
+        """Continue from the state tensors that `gather_state` gave, on this or any other layout."""
+        shards = [shard.clone() if shard is not None else torch.empty(0) for shard in self.state(name)]
+        self.layout.scatter({key: full[key] for key in self.parameters_with(name)}, shards)
+        for moved, group, value in zip(self._moved(), self._groups(), shards, strict=True):
+            if name in self._state.state_names(group):
+                self._state.write_state(moved, name, value)
 
-    @contextmanager
-    def _lent(self, values: Sequence[Tensor] | None) -> Iterator[list[Tensor]]:
-        """The master shards, holding `values` until the block ends."""
-        shards = self.shards()
-        kept = [shard.clone() for shard in shards]
-        try:
-            for shard, value in zip(shards, values or [], strict=values is not None):
-                shard.copy_(value)
-            yield shards
-        finally:
-            for shard, value in zip(shards, kept, strict=True):
-                shard.copy_(value)
+    def parameters_with(self, name: str) -> list[str]:
+        """Names of the parameters whose optimiser keeps state `name`, the same on every rank."""
+        groups = [self._state.state_names(group) for group in self._param_groups()]
+        return [parameter for parameter in self.names if name in groups[self._group_of[parameter]]]
+
+    def optimizer_step(self) -> int:
+        """How many updates the optimiser has made (Adam's bias correction depends on it)."""
+        return int(self._inner_state()[0]["step"].item())
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Continue Adam's bias correction after `step` updates."""
+        for state in self._inner_state():
+            state["step"].fill_(step)
 
     def _moved(self) -> list[Tensor]:
         """The tensors that the inner optimiser moves, which are also the keys of its state."""
@@ -199,13 +212,20 @@ class Engine:
             return list(optimizer.fp32_partitioned_groups_flat)
         return list(optimizer.single_partition_of_fp32_groups)
 
-    def _optimizer_states(self) -> list[dict[str, Tensor]]:
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameter group of each moved tensor."""
+        groups = self._param_groups()
+        if self.zero_stage == 0:
+            return [group for group in groups for _ in group["params"]]
+        if self.zero_stage == 3:
+            numbers = self.deepspeed.optimizer.sub_group_to_group_id
+            return [groups[numbers[shard]] for shard in range(len(numbers))]
+        return groups
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        return self.deepspeed.optimizer.param_groups
+
+    def _inner_state(self) -> list[dict[str, Tensor]]:
         optimizer = self.deepspeed.optimizer
         inner = optimizer if self.zero_stage == 0 else optimizer.optimizer
         return [inner.state[moved] for moved in self._moved()]
-
-    def _initialise_moments(self) -> None:
-        """Create zero moments now, so that a checkpoint can be read and written before the first step."""
-        for state, shard in zip(self._optimizer_states(), self.shards(), strict=True):
-            if not state:
-                state.update(step=torch.zeros(()), **{name: torch.zeros_like(shard) for name in MOMENTS})

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from kinema.distributed.mesh import Mesh, make_mesh
+
 
 @dataclass(frozen=True)
 class Process:
@@ -26,6 +28,7 @@ class Process:
     local_rank: int
     world_size: int
     device: torch.device
+    mesh: Mesh
 
     @property
     def is_main(self) -> bool:
@@ -44,8 +47,11 @@ def strip_launcher_arguments(argv: list[str]) -> list[str]:
     return kept
 
 
-def start_process(timeout_seconds: float) -> Process:
-    """Join the process group that `torchrun`, `deepspeed` or Slurm describes in the environment; alone without one."""
+def start_process(timeout_seconds: float, sequence_degree: int = 1) -> Process:
+    """Join the process group that `torchrun`, `deepspeed` or Slurm describes in the environment; alone without one.
+
+    So many ranks next to each other work on each pack together.
+    """
     if not torch.cuda.is_available():  # DeepSpeed would find the same, with a warning above every message of ours
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -72,7 +78,7 @@ def start_process(timeout_seconds: float) -> Process:
             verbose=False,
             auto_mpi_discovery=False,
         )
-    return Process(dist.get_rank(), local_rank, dist.get_world_size(), device)
+    return Process(dist.get_rank(), local_rank, dist.get_world_size(), device, make_mesh(sequence_degree))
 
 
 def stop_process() -> None:

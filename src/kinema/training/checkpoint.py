@@ -85,7 +85,7 @@ class CheckpointStore:
 
         Order: every file is fsynced, then the seal, then the rename, then the folder, then `latest`.
         """
-        target = self.folder / f"step-{step:08d}"
+        target = self.folder / folder_name(step)
         aside = self.folder / f".writing-{target.name}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -116,7 +116,7 @@ class CheckpointStore:
 
     def open(self, step: int) -> Checkpoint:
         """The checkpoint of `step`, verified; ValueError with the damage otherwise."""
-        folder = self.folder / f"step-{step:08d}"
+        folder = self.folder / folder_name(step)
         if not folder.exists():
             raise CheckpointError(f"checkpoint={step} is not in {self.folder}; there are {self.steps()}.")
         if damage := verify(folder):
@@ -130,7 +130,7 @@ class CheckpointStore:
         """
         damages: list[str] = []
         for step in reversed(self.steps()):
-            folder = self.folder / f"step-{step:08d}"
+            folder = self.folder / folder_name(step)
             damage = verify(folder)
             if damage is None:
                 for line in damages:
@@ -144,7 +144,7 @@ class CheckpointStore:
     def _rotate(self) -> None:
         """Delete all but the newest `keep`; called only after a newer one has been published."""
         for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / f"step-{step:08d}")
+            shutil.rmtree(self.folder / folder_name(step))
 
 
 def verify(folder: Path, only: Collection[str] | None = None) -> str | None:
@@ -152,13 +152,15 @@ def verify(folder: Path, only: Collection[str] | None = None) -> str | None:
     try:
         seal = json.loads((folder / SEAL).read_text())
         own = seal.pop("crc32")
-        version, files = seal["format_version"], seal["files"]
+        version, step, files = seal["format_version"], seal["step"], seal["files"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{SEAL} cannot be read ({error})"
     if zlib.crc32(json.dumps(seal).encode()) != own:
         return f"{SEAL} has changed since it was written (CRC-32)"
     if version != FORMAT_VERSION:
         return f"it has format version {version}; this Kinema reads {FORMAT_VERSION}"
+    if folder.name != folder_name(step):
+        return f"it was written at step {step} and has been renamed"
     for name, expected in files.items():
         if only is not None and name not in only:
             continue
@@ -170,6 +172,11 @@ def verify(folder: Path, only: Collection[str] | None = None) -> str | None:
         if crc32(path) != expected["crc32"]:
             return f"{name} has changed since it was written (CRC-32)"
     return None
+
+
+def folder_name(step: int) -> str:
+    """The folder of the checkpoint of a step, inside `checkpoints/`."""
+    return f"step-{step:08d}"
 
 
 def crc32(path: Path) -> int:

@@ -2,43 +2,31 @@
 
 import math
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kinema.data.ledger import Ledger, Quarantine
+from kinema.data.ledger import Quarantine
 from kinema.data.pack import Failure, Fallback, Pack
 from kinema.data.plan import Plan
-from kinema.data.quarantine import QUARANTINE, write_failures
+from kinema.data.quarantine import write_failures
 from kinema.data.shards import DatasetIndex
-from kinema.data.sightings import SeenKeys, Sightings
-from kinema.distributed.collectives import all_sum, all_sum_array, from_main, gather_objects
-from kinema.distributed.engine import MOMENTS, Engine
+from kinema.distributed.collectives import all_sum, from_main, gather_objects
 from kinema.distributed.process import Process
-from kinema.identity import fingerprint
 from kinema.training.balance import Balance
-from kinema.training.checkpoint import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointError,
-    CheckpointStore,
-    json_writer,
-    tensor_writer,
-    text_writer,
-    write_json,
-)
+from kinema.training.checkpoint import CheckpointConfig
 from kinema.training.dit_task import noise_table
 from kinema.training.ema import EMA
 from kinema.training.journal import KeyJournal
-from kinema.training.metrics import Clock, LineFile, LoggingConfig, MetricsFile, WandbTracker
-from kinema.training.seen import KEYS, Start, data_seen, keys_writer, seen_by
-from kinema.training.start import check_same_data
+from kinema.training.metrics import Clock, LoggingConfig
+from kinema.training.outputs import Outputs
+from kinema.training.progress import Progress
+from kinema.training.saving import Saver
+from kinema.training.task import Task
 
 EXIT_PREEMPTED = 75
 """Exit status of a run that a signal stopped after its checkpoint was written."""
@@ -54,26 +42,6 @@ class NonFiniteLoss(RuntimeError):
     """The loss became infinite or not a number; nothing of that step was saved."""
 
 
-class Task(Protocol):
-    """What the loop needs from `task=dit` and `task=vae`."""
-
-    def engines(self) -> dict[str, Engine]:
-        """Engines by name; the first, `model`, is the one that is averaged and sampled."""
-        ...
-
-    def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
-        """Forward, backward and `engine.step` of one pack; values to be summed over packs and ranks."""
-        ...
-
-    def validate(self, packs: list[Pack]) -> dict[str, float]:
-        """Sums over held-out packs: `loss`, `weight` and more."""
-        ...
-
-    def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Full weights of the model as a checkpoint holds them (the VAE adds its latent statistics)."""
-        ...
-
-
 @dataclass
 class ValidationConfig:
     """Loss on held-out clips with noise that never changes."""
@@ -82,37 +50,6 @@ class ValidationConfig:
     """Steps between validations; 0 makes none."""
     clips: int = 64
     """How many held-out clips, rounded up to whole steps."""
-
-
-@dataclass
-class Outputs:
-    """What the main rank writes besides checkpoints. Other ranks hold the same object and write nothing."""
-
-    run_dir: Path
-    is_main: bool
-    tracker: WandbTracker | None
-    metrics: MetricsFile = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.metrics = MetricsFile(self.run_dir)
-
-    def write(self, record: dict[str, Any]) -> None:
-        """One record to the metrics file and the tracker."""
-        if self.is_main:
-            self.metrics.write(record)
-            if self.tracker:
-                self.tracker.write(record)
-
-    def truncate_after(self, step: int) -> None:
-        """Forget what steps wrote that a resumed run will do again; clips not to be tried were read from it before."""
-        for lines in (self.metrics, LineFile(self.run_dir / QUARANTINE)):
-            lines.truncate_after(step)
-
-    def event(self, step: int, event: str, detail: str) -> None:
-        """Something a person should know of, on the console and in the metrics."""
-        if self.is_main:
-            tqdm.write(f"step {step}: {event}: {detail}")
-            self.write({"kind": "event", "step": step, "event": event, "detail": detail})
 
 
 SampleMaker = Callable[[int, dict[str, Tensor]], dict[str, Any] | None]
@@ -133,14 +70,13 @@ class Trainer:
     learning_rate: Callable[[int], float]
     steps: int
     ema: EMA
-    store: CheckpointStore
+    saver: Saver
     checkpoint: CheckpointConfig
     validation: ValidationConfig
     logging: LoggingConfig
     outputs: Outputs
     quarantine: Quarantine
-    manifest: dict[str, Any]
-    config_yaml: str
+    progress: Progress
     sample_every_steps: int
     make_samples: SampleMaker | None
     unread_keys: Callable[[], str | None]
@@ -148,24 +84,22 @@ class Trainer:
 
     final_check: Callable[[dict[str, Tensor]], tuple[bool, str]] | None = None
     """EMA weights -> passed, verdict; runs on the main rank after the last step."""
-    step: int = 0
-    ledger: Ledger = field(default_factory=Ledger)
-    start: Start = field(default_factory=Start)
-    """What the weights had seen before this run; the main rank's counts."""
-    sightings: Sightings = field(init=False)
     _stop_signal: str | None = None
     _stop: str | None = None
-    _failed_saves: int = 0
-    _saved_step: int = -1
 
     def __post_init__(self) -> None:
         self._journal = KeyJournal(self.outputs.run_dir, self.process.rank)
+
+    @property
+    def step(self) -> int:
+        """How many steps have moved the weights."""
+        return self.progress.step
 
     # The story
 
     def fit(self) -> int:
         """Train to the last step; the exit status: 0, or 75 when a signal stopped the run after a checkpoint."""
-        self._resume()
+        self.saver.resume(self.steps, self._journal)
         self._catch_signals()
         validation = self.load_validation() if self.load_validation and self.validation.every_steps else None
         self._tell_heldout_failures(validation or [])
@@ -192,7 +126,7 @@ class Trainer:
             if self.make_samples and due(self.step, self.sample_every_steps, self.steps):
                 self._sample()
             if self._stop or due(self.step, self.checkpoint.every_steps, self.steps):
-                self._save()
+                self.saver.save(must=self.step == self.steps or self._stop is not None)
             if self._stop:
                 bar.close()
                 self._finish(f"stopped by {self._stop} at step {self.step}; the same command continues")
@@ -217,8 +151,9 @@ class Trainer:
 
     def _train_step(self, packs: list[Pack], clock: Clock) -> dict[str, float]:
         """One optimiser step: this rank's packs, then weights, then the average. Returns totals over all ranks."""
+        counted = packs if self.process.mesh.counts else []  # what ranks with the same packs see is counted once
         # The weight of the whole step must be known before the first backward: failed clips count 0 everywhere.
-        total_weight = all_sum([sum(float(pack.weights.sum()) for pack in packs)])[0]
+        total_weight = all_sum([sum(float(pack.weights.sum()) for pack in counted)])[0]
         if total_weight == 0:
             raise ValueError(
                 f"no clip of step {self.step} can be shown: {(packs[0].failures + packs[0].withdrawn)[:3]}. If "
@@ -234,34 +169,39 @@ class Trainer:
             balance.add(pack, clock.spent(*LANE_PHASES) - before)
             for key, value in pack.storage.items():
                 sums[key] = sums.get(key, 0.0) + value
-            self.ledger.record(pack, self.index)
             for number in pack.entries if self.index.parts else ():
                 sums[f"data_sets/{self.index.place(number)[0]}"] += 1
-            self.sightings.add_shown(pack)
+        for pack in counted:
+            self.progress.ledger.record(pack, self.index)
+            self.progress.sightings.add_shown(pack)
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
-        sums["stop_signals"] = float(self._stop_signal is not None)
-        over_ranks = all_sum([*sums.values(), *balance.values()])
+        over_ranks = all_sum([float(self._stop_signal is not None), *self._once([*sums.values(), *balance.values()])])
+        stop_signals, over_ranks = over_ranks[0], over_ranks[1:]
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
         if not math.isfinite(totals["loss"]):
-            keys = [key for everyone in gather_objects([k for p in packs for k in p.keys]) for key in everyone]
+            keys = [key for everyone in gather_objects([k for p in counted for k in p.keys]) for key in everyone]
             raise NonFiniteLoss(
                 f"the loss of step {self.step} is {totals['loss']}. Clips: {keys}. The last checkpoint is intact."
             )
-        self.step += 1
+        self.progress.step += 1
         if self.logging.keys:
-            self._journal.write(self.step, packs)
+            self._journal.write(self.step, counted)
         if totals.pop("failures"):
-            self._quarantine([failure for pack in packs for failure in pack.failures])
+            self._quarantine([failure for pack in counted for failure in pack.failures])
         if totals.pop("fallbacks"):
-            self._tell_fallbacks([fallback for pack in packs for fallback in pack.fallbacks])
-        self._stop = next(filter(None, gather_objects(self._stop_signal))) if totals.pop("stop_signals") else None
+            self._tell_fallbacks([fallback for pack in counted for fallback in pack.fallbacks])
+        self._stop = next(filter(None, gather_objects(self._stop_signal))) if stop_signals else None
         totals["lanes/padding"] = totals.pop("padding_tokens") / totals["tokens"]
         totals["lr"] = learning_rate
-        totals["grad_norm"] = self._model_engine().grad_norm()
+        totals["grad_norm"] = self.task.engines()["model"].grad_norm()
         return totals
+
+    def _once(self, values: Iterable[float]) -> list[float]:
+        """What this rank adds to sums over all ranks: nothing, where another rank of its sequence group does."""
+        return [value if self.process.mesh.counts else 0.0 for value in values]
 
     # What happens between steps
 
@@ -275,7 +215,7 @@ class Trainer:
         for packs in validation:
             for key, value in self.task.validate(packs).items():
                 totals[key] = totals.get(key, 0.0) + value
-        totals = dict(zip(totals, all_sum(list(totals.values())), strict=True))
+        totals = dict(zip(totals, all_sum(self._once(totals.values())), strict=True))
         weight = totals.pop("weight")
         record: dict[str, Any] = {"kind": "validation", "step": self.step}
         if "noise_sum_0" in totals:
@@ -298,11 +238,12 @@ class Trainer:
             write_failures(self.outputs.run_dir, self.step, everyone)
         for failure in everyone:
             self.outputs.event(self.step, "quarantine", f"{failure.key} in {failure.shard}: {failure.reason}")
-        self.quarantine.check(self._whole_ledger())
+        self.quarantine.check(self.progress.whole_ledger())
 
     def _tell_heldout_failures(self, validation: list[list[Pack]]) -> None:
         """Held-out clips are read once, before the first step; those that fail are missing from every validation."""
-        failures = [failure for packs in validation for pack in packs for failure in pack.failures]
+        counted = validation if self.process.mesh.counts else []
+        failures = [failure for packs in counted for pack in packs for failure in pack.failures]
         for failure in (failure for rank in gather_objects(failures) for failure in rank):
             self.outputs.event(self.step, "held-out clip failed", f"{failure.key} in {failure.shard}: {failure.reason}")
 
@@ -313,22 +254,7 @@ class Trainer:
             causes.setdefault(fallback.cause(), []).append(fallback.key)
         for cause, keys in causes.items():
             self.outputs.event(self.step, "fallback", f"{len(keys)} clip(s), {cause} ({', '.join(keys[:5])})")
-        self.quarantine.check(self._whole_ledger())
-
-    def _whole_ledger(self) -> Ledger:
-        """The ledgers of all ranks added up; a collective."""
-        whole = Ledger()
-        for values in gather_objects(self.ledger.to_dict()):
-            whole.merge(Ledger.from_dict(values))
-        return whole
-
-    def _enter_distinct(self) -> SeenKeys:
-        """Enter what was shown for the first time in the ledger, and give all that was; a collective."""
-        times = all_sum_array(self.sightings.times)
-        if not self.process.is_main:
-            return SeenKeys()
-        self.ledger.record_distinct(self.sightings.new_clips(times, self.index))
-        return self.sightings.seen(times)
+        self.quarantine.check(self.progress.whole_ledger())
 
     # Signals
 
@@ -338,109 +264,6 @@ class Trainer:
 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, remember)
-
-    # Checkpoints
-
-    def _model_engine(self) -> Engine:
-        return self.task.engines()["model"]
-
-    def _save(self) -> None:
-        """Gather the state on all ranks, publish on the main one. A failed save is counted and limited."""
-        if self.step == self._saved_step:
-            return
-        engines = self.task.engines()
-        model = self.task.finished_weights(dict(engines["model"].gather()))
-        average = self.task.finished_weights(self.ema.full())
-        optimizer: dict[str, Tensor] = {}
-        extra: dict[str, Tensor] = {}
-        for name, engine in engines.items():
-            for moment in MOMENTS:
-                optimizer.update({f"{name}/{moment}/{k}": v for k, v in engine.gather(engine.moments(moment))})
-            if name != "model":
-                extra.update({f"{name}/{k}": v for k, v in engine.gather()})
-        seen = self._enter_distinct()
-        training: dict[str, Any] = {
-            "step": self.step,
-            "plan": self.plan.state(self.step),
-            "optimizer_steps": {name: engine.optimizer_step() for name, engine in engines.items()},
-            "ledger": self._whole_ledger().to_dict(),
-            "start": self.start.to_dict(),
-        }
-        problem = None
-        if self.process.is_main:
-            manifest = {
-                **self.manifest,
-                "data": {**self.manifest["data"], **data_seen(training["ledger"], self.start)},
-                "step": self.step,
-                "fingerprints": {"raw": fingerprint(model), "ema": fingerprint(average)},
-            }
-            try:
-                self.store.publish(
-                    self.step,
-                    {
-                        "model.safetensors": tensor_writer(model),
-                        "ema.safetensors": tensor_writer(average),
-                        "optimizer.safetensors": tensor_writer({**optimizer, **extra}),
-                        KEYS: keys_writer(seen, self.start.seen.keys),
-                        "training.json": json_writer(training),
-                        "manifest.json": json_writer(manifest),
-                        "config.yaml": text_writer(self.config_yaml),
-                    },
-                )
-                write_json(self.outputs.run_dir / "ledger.json", training["ledger"])
-            except OSError as error:
-                problem = f"{type(error).__name__}: {error}"
-        self._after_save(from_main(problem))
-
-    def _after_save(self, problem: str | None) -> None:
-        if problem is None:
-            self._failed_saves = 0
-            self._saved_step = self.step
-            self.outputs.event(self.step, "checkpoint", "published")
-            return
-        self._failed_saves += 1
-        limit = self.checkpoint.max_failed_saves
-        self.outputs.event(self.step, "checkpoint failed", f"{problem} ({self._failed_saves} of {limit} in a row)")
-        if self._failed_saves >= limit or self.step == self.steps or self._stop_signal:
-            raise CheckpointError(
-                f"the checkpoint of step {self.step} could not be written: {problem}. Earlier ones are intact: "
-                f"{self.store.steps()}."
-            )
-
-    def _resume(self) -> None:
-        """Continue from the newest whole checkpoint; the main rank chooses it for all."""
-        found: Checkpoint | None = None
-        self.sightings = Sightings(len(self.index.entries))
-        if self.process.is_main:
-            found = self.store.newest(report=lambda line: self.outputs.event(0, "resume", line))
-            for lines in (self.outputs, self._journal):
-                lines.truncate_after(found.document("training")["step"] if found else 0)
-        found = from_main(found)
-        if found is None:
-            return
-        check_same_data(found, self.manifest["data"]["hash"])
-        training, tensors = found.document("training"), found.tensors("optimizer")
-        self.step = self._saved_step = training["step"]
-        if self.step > self.steps:
-            raise ValueError(f"steps={self.steps} lies before the newest checkpoint, step {self.step}, of this run.")
-        if training["plan"] != self.plan.state(self.step):
-            raise ValueError(
-                f"the data or its plan has changed since the checkpoint: {training['plan']} was saved, "
-                f"{self.plan.state(self.step)} is planned now. Give the run another name."
-            )
-        for name, engine in self.task.engines().items():
-            for moment in MOMENTS:
-                full = {key: tensors[f"{name}/{moment}/{key}"] for key in engine.names}
-                for shard, value in zip(engine.moments(moment), engine.scatter(full), strict=True):
-                    shard.copy_(value)
-            engine.set_optimizer_step(training["optimizer_steps"][name])
-        self.ema.load(found.tensors("ema"))
-        self.ledger = Ledger()  # the main rank goes on counting; the others start anew, and all are added up
-        if self.process.is_main:
-            own, self.start = seen_by(found)
-            assert own is not None, "the loop writes a ledger into every checkpoint"
-            self.ledger, self.sightings = own.ledger, Sightings(len(self.index.entries), own.keys)
-        self.outputs.event(self.step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)")
 
     def _finish(self, how: str) -> None:
         self.outputs.event(self.step, "end", how)
@@ -485,29 +308,3 @@ class Window:
 def due(step: int, every: int, last: int) -> bool:
     """Whether something done every `every` steps, and at the end, is due after `step`."""
     return every > 0 and (step % every == 0 or step == last)
-
-
-def initial_weights(store: CheckpointStore, process: Process, module: torch.nn.Module, name: str = "model") -> None:
-    """Give `module` its weights of the newest whole checkpoint, if there is one, before an engine clones them.
-
-    `name` is the engine's: the model's weights have a file of their own, the others' lie with the optimiser.
-    """
-    found = from_main(store.newest(report=lambda line: None) if process.is_main else None)
-    if found is None:
-        return
-    tensors = found.tensors("model" if name == "model" else "optimizer")
-    prefix = "" if name == "model" else f"{name}/"
-    own = {f"{prefix}{key}": parameter for key, parameter in module.named_parameters()}
-    if missing := sorted(key for key, parameter in own.items() if parameter.requires_grad and key not in tensors):
-        raise ValueError(
-            f"{found.folder} lacks weights of this {name}, for example {missing[:3]}: it is another model's."
-        )
-    with torch.no_grad():
-        for key in sorted(own.keys() & tensors.keys()):  # adapters come without their base
-            parameter = own[key]
-            if parameter.shape != tensors[key].shape:
-                raise ValueError(
-                    f"{found.folder} holds {key} of shape {list(tensors[key].shape)}, this configuration makes "
-                    f"{list(parameter.shape)}: it is another model's. Give the run another name."
-                )
-            parameter.copy_(tensors[key])

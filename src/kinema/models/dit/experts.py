@@ -9,6 +9,7 @@ from kinema.models.attention import Attention
 from kinema.models.dit.axes import Expert
 from kinema.models.dit.config import DiTConfig
 from kinema.models.dit.extras import Extras
+from kinema.models.dit.layers import Block
 from kinema.models.dit.model import NO_EXTRAS, DiT
 from kinema.models.dit.segments import Grid
 from kinema.models.dit.timesteps import Timesteps
@@ -44,6 +45,10 @@ class Experts(nn.Module):
             found = expert([latents[i] for i in clips], times, [text[i] for i in clips], extras.take(clips))
             predictions |= dict(zip(clips, found, strict=True))
         return [predictions[clip] for clip in range(len(latents))]
+
+    def all_blocks(self) -> list[Block]:
+        """As `DiT.all_blocks`, of both."""
+        return [*self.high.all_blocks(), *self.low.all_blocks()]
 
     def replace_attention(self, replace: Callable[[Attention], Attention]) -> None:
         """As `DiT.replace_attention`, in both."""

@@ -23,7 +23,7 @@ from kinema.models.dit.extras import Extras
 from kinema.models.dit.front import Entered, Front
 from kinema.models.dit.heads import Heads, Predictions
 from kinema.models.dit.inputs import check_extras, check_pack
-from kinema.models.dit.layers import JointAttention, Linear, SegmentAttention, SingleStream, Sublayer
+from kinema.models.dit.layers import Block, JointAttention, Linear, SegmentAttention, SingleStream, Sublayer
 from kinema.models.dit.patches import patchify
 from kinema.models.dit.segments import Grid, Rows, Tokens
 from kinema.models.dit.timesteps import Timesteps
@@ -190,6 +190,10 @@ class DiT(Front, Heads):
             nn.init.zeros_(linear.weight)
         if self.audio is not None:
             self.audio._initialise()
+
+    def all_blocks(self) -> list[Block]:
+        """All that repeats, first to last: with those of the caption's refiner, the control tower and the sound."""
+        return [module for module in self.modules() if isinstance(module, Block)]
 
     def replace_attention(self, replace: Callable[[Attention], Attention]) -> None:
         """Put `replace(present)` behind the door of every attention; sequence parallelism wraps it so."""

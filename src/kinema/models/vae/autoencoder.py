@@ -436,6 +436,10 @@ class CausalVAE(nn.Module):
         self._check_video(video, starts_clip=True)
         return self._to_posterior(video, None)
 
+    def all_blocks(self) -> list[nn.Module]:
+        """The layers that a clip goes through one after the other: residual blocks, attention, and steps of levels."""
+        return [block for part in (self.encoder, self.decoder) for layer in part for block in _parts_of(layer)]
+
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Sets the normalisation, per channel (C,), measured on latents before normalisation."""
         if mean.shape != self.latent_mean.shape or std.shape != self.latent_std.shape:
@@ -525,6 +529,11 @@ class CausalVAE(nn.Module):
                 f"the VAE decodes latents (B, C, t, h, w) with C = vae.latent_channels={channels}, t >= 1, "
                 f"not {tuple(latents.shape)}"
             )
+
+
+def _parts_of(layer: nn.Module) -> list[nn.Module]:
+    """The layers of a whole level with its shortcut, or the layer itself."""
+    return list(layer) if isinstance(layer, AveragingStage | CopyingStage) else [layer]
 
 
 def _refuse_streaming(reason: str | None, verb: str) -> None:

@@ -1,0 +1,45 @@
+"""How far a run is and what it has shown: the part of its state that is not a tensor of the model."""
+
+from dataclasses import dataclass, field
+
+from kinema.data.ledger import Ledger
+from kinema.data.shards import DatasetIndex
+from kinema.data.sightings import SeenKeys, Sightings
+from kinema.distributed.collectives import all_sum_array, gather_objects
+from kinema.training.seen import Seen, Start
+
+
+@dataclass
+class Progress:
+    """Every rank counts what it showed itself; the counts of all ranks are those of the run."""
+
+    index: DatasetIndex
+    ledger: Ledger = field(default_factory=Ledger)
+    start: Start = field(default_factory=Start)
+    """What the weights had seen before this run; the main rank's counts."""
+    step: int = 0
+    sightings: Sightings = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sightings = Sightings(len(self.index.entries))
+
+    def whole_ledger(self) -> Ledger:
+        """The ledgers of all ranks added up; a collective."""
+        whole = Ledger()
+        for values in gather_objects(self.ledger.to_dict()):
+            whole.merge(Ledger.from_dict(values))
+        return whole
+
+    def enter_distinct(self, is_main: bool) -> SeenKeys:
+        """Enter what was shown for the first time in the main rank's ledger, and give all that was; a collective."""
+        times = all_sum_array(self.sightings.times)
+        if not is_main:
+            return SeenKeys()
+        self.ledger.record_distinct(self.sightings.new_clips(times, self.index))
+        return self.sightings.seen(times)
+
+    def go_on(self, step: int, own: Seen | None, start: Start) -> None:
+        """Continue after `step`. The main rank goes on counting from `own`; the others (None) start anew."""
+        self.step, self.start = step, start
+        self.ledger = own.ledger if own else Ledger()
+        self.sightings = Sightings(len(self.index.entries), *([own.keys] if own else []))

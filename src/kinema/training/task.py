@@ -1,0 +1,29 @@
+"""What the loop trains: the contract of `task=dit` and `task=vae`."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from kinema.data.pack import Pack
+from kinema.distributed.engine import Engine
+from kinema.training.metrics import Clock
+
+
+class Task(Protocol):
+    """What the loop needs from `task=dit` and `task=vae`."""
+
+    def engines(self) -> dict[str, Engine]:
+        """Engines by name; the first, `model`, is the one that is averaged and sampled."""
+        ...
+
+    def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
+        """Forward, backward and `engine.step` of one pack; values to be summed over packs and ranks."""
+        ...
+
+    def validate(self, packs: list[Pack]) -> dict[str, float]:
+        """Sums over held-out packs: `loss`, `weight` and more."""
+        ...
+
+    def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Full weights of the model as a checkpoint holds them (the VAE adds its latent statistics)."""
+        ...

@@ -1,0 +1,231 @@
+"""Real ranks of the real scripts in a fraction of a second: a process that has imported everything forks them.
+
+A start of `train.py` is mostly imports. Here they are done once; each rank is a fork of that process with an
+environment, a process group, a log and a signal handling of its own, as a launcher would give it.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.end_to_end.commands import ROOT, environment
+from tests.faults.suite.harm import Harm
+
+STOP_SECONDS = 30.0
+"""How long torchrun waits for ranks that it asked to stop before it kills them."""
+
+
+@dataclass
+class Job:
+    """One start of a script on some ranks."""
+
+    server: "Warm"
+    pids: list[int]
+    log: Path
+    started: float
+    statuses: dict[int, int] = field(default_factory=dict)
+    """Exit status by rank, negative where a signal ended it."""
+    ended: float = 0.0
+
+    @property
+    def output(self) -> str:
+        """All that its ranks have said so far."""
+        return self.log.read_text(errors="replace")
+
+    def send(self, number: int, rank: int = 0) -> None:
+        """A signal to one rank, not to its children."""
+        os.kill(self.pids[rank], number)
+
+    def power_cut(self) -> None:
+        """SIGKILL to all ranks and their children at once."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+    def running(self) -> bool:
+        """Whether a rank has not ended yet."""
+        self.server.read_ends()
+        return len(self.statuses) < len(self.pids)
+
+    def wait(self, timeout: float = 120.0) -> list[int]:
+        """What a launcher does: once a rank has failed, the others are asked to stop, and killed if they do not."""
+        deadline, asked = time.monotonic() + timeout, 0.0
+        while self.running():
+            now = time.monotonic()
+            if now > deadline:
+                self.power_cut()
+                raise AssertionError(f"a hang of {timeout:.0f} s:\n{self.output[-3000:]}")
+            if any(self.statuses.values()):
+                self._stop_others(asked, now)
+                asked = asked or now
+            time.sleep(0.01)
+        self.ended = time.monotonic()
+        return [self.statuses[rank] for rank in range(len(self.pids))]
+
+    def wait_for(self, condition: Any, timeout: float = 60.0) -> None:
+        """Until something is so, or all ranks have ended."""
+        deadline = time.monotonic() + timeout
+        while self.running() and not condition():
+            assert time.monotonic() < deadline, f"the run does not move:\n{self.output[-3000:]}"
+            time.sleep(0.005)
+
+    def _stop_others(self, asked: float, now: float) -> None:
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.statuses and not asked:
+                os.kill(pid, signal.SIGTERM)
+            elif rank not in self.statuses and now - asked > STOP_SECONDS:
+                os.kill(pid, signal.SIGKILL)
+
+
+class Warm:
+    """The client of one warm process."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.warm"], cwd=ROOT, env=environment(), text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self._jobs: list[Job] = []
+        self._answer()
+
+    def start(self, command: list[str], log: Path, ranks: int = 1, **extra: str) -> Job:
+        """Start a script, given as its path and arguments, on this many ranks; more variables may be given."""
+        assert self._process.stdin is not None
+        order = {"command": command, "ranks": ranks, "log": str(log), "environment": extra}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        job = Job(self, [], log, time.monotonic())
+        while not job.pids:
+            job.pids = self._take(self._answer()) or []
+        self._jobs.append(job)
+        return job
+
+    def read_ends(self) -> None:
+        """Take note of ranks that have ended."""
+        assert self._process.stdout is not None
+        while select.select([self._process.stdout], [], [], 0)[0]:
+            self._take(self._answer())
+
+    def close(self) -> None:
+        """End the warm process and all that it started."""
+        for job in self._jobs:
+            job.power_cut()
+        self._process.kill()
+        self._process.wait()
+
+    def _take(self, answer: dict[str, Any]) -> list[int] | None:
+        for job in self._jobs:
+            if answer.get("pid") in job.pids:
+                job.statuses[job.pids.index(answer["pid"])] = answer["status"]
+        return answer.get("pids")
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the warm process has died"
+        return json.loads(line)
+
+
+@contextmanager
+def warm_process() -> Iterator[Warm]:
+    """A warm process for as long as the block lasts."""
+    warm = Warm()
+    try:
+        yield warm
+    finally:
+        warm.close()
+
+
+def serve() -> None:
+    """Import everything, then fork ranks as lines on stdin order it, and tell how they end."""
+    _import_everything()
+    print("{}", flush=True)
+    while True:
+        if select.select([sys.stdin], [], [], 0.01)[0]:
+            line = sys.stdin.readline()
+            if not line:
+                return
+            print(json.dumps({"pids": _fork_ranks(json.loads(line))}), flush=True)
+        with contextlib.suppress(ChildProcessError):
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                print(json.dumps({"pid": pid, "status": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+def _import_everything() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    import torch._dynamo
+    import torch.distributed
+    import torch.distributed.checkpoint
+    import wandb  # noqa: F401
+
+    from kinema.distributed.process import load_cpu_communication_op
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.runtime.zero.stage3
+    import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
+
+    import kinema.build
+    import kinema.sampling.sample  # noqa: F401
+
+    with contextlib.redirect_stdout(sys.stderr):
+        load_cpu_communication_op()
+
+
+def _fork_ranks(order: dict[str, Any]) -> list[int]:
+    from kinema.distributed.process import free_port
+
+    ranks, port = order["ranks"], str(free_port())
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
+    Path(order["log"]).touch()
+    pids = []
+    for rank in range(ranks):
+        if (pid := os.fork()) == 0:
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            _be_rank(order["command"], order["log"], {**shared, **own, **order["environment"]})
+        pids.append(pid)
+    return pids
+
+
+def _be_rank(command: list[str], log: str, variables: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.update(variables)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.argv = list(command)
+    status = 0
+    try:
+        if harm := variables.get("KINEMA_TEST_HARM"):
+            Harm(**json.loads(harm)).apply(int(variables.get("RANK", 0)))
+        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+    except SystemExit as request:
+        status = request.code if isinstance(request.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()  # or the loader's worker processes would outlive it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    serve()
