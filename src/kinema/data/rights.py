@@ -1,5 +1,6 @@
 """What of a data set may be used: the policy `data.rights`, and whether a clip's bytes say what its index says."""
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kinema.data.licenses import UNSTATED, licenses_named
-from kinema.data.sample import GENERATED, ClipRecord
+from kinema.data.sample import CONSENT, GENERATED, ClipRecord
 
 STATED = ("source", "license", "consent", "attribution", "source_url", "collected", "generated", "generator")
 """Fields of a record that state where a clip comes from and what may be done with it."""
@@ -44,7 +45,16 @@ class RightsConfig:
                 raise ValueError(f'data.rights.{name}=[] allows no clip. Type ["*"] to allow all.')
         for word in self.allowed_generated:
             if word not in (*GENERATED, "*"):
-                raise ValueError(f"data.rights.allowed_generated: {word!r} must be one of {', '.join(GENERATED)}.")
+                truth = ' In YAML a bare no is a truth value: type ["no"].' if word in ("False", "True") else ""
+                raise ValueError(
+                    f"data.rights.allowed_generated: {word!r} must be one of {', '.join(GENERATED)}.{truth}"
+                )
+        for word in self.allowed_consent:
+            if near := _slip_of(word, CONSENT):
+                raise ValueError(
+                    f"data.rights.allowed_consent: {word!r} is no usual word. Did you mean {near}? A word of your own "
+                    f"that is so like it is typed with a star, {word}*."
+                )
 
     def policy(self) -> "RightsPolicy":
         """The policy with the file of keys read; ValueError if it cannot be."""
@@ -211,6 +221,13 @@ class _Matcher:
     def __call__(self, word: str) -> bool:
         word = word.casefold() if self.any_case else word
         return word in self.words or bool(self.wild and self.wild.fullmatch(word))
+
+
+def _slip_of(word: str, usual: Sequence[str]) -> str | None:
+    """The usual word that this one is nearly but not quite, if it has no stars."""
+    if word in usual or set("*?") & set(word):
+        return None
+    return next(iter(difflib.get_close_matches(word, usual, n=1)), None)
 
 
 def _lines_of(file: str | None) -> list[str]:
