@@ -26,7 +26,7 @@ from kinema.training.finetune import Full, LoRA, Parts
 from kinema.training.guard import GuardConfig
 from kinema.training.loop import ValidationConfig
 from kinema.training.metrics import LoggingConfig
-from kinema.training.optim import AdamW
+from kinema.training.optim import AdamW, AdamW8bit, MuonAdamW
 from kinema.training.run_folder import VAECheckpoint
 from kinema.training.schedule import Constant, Cosine
 from kinema.training.vae_task import VAETaskConfig
@@ -99,7 +99,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "condition": {**FRAME_CONDITIONS},
     "data": {"clips": DataConfig},
     "finetune": {"full": Full, "parts": Parts, "lora": LoRA},
-    "optim": {"adamw": AdamW},
+    "optim": {"adamw": AdamW, "adamw_8bit": AdamW8bit, "muon": MuonAdamW},
     "schedule": {"cosine": Cosine, "constant": Constant},
     "parallel": {"deepspeed": ParallelConfig},
     "checkpoint": {"local": CheckpointConfig},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kinema.distributed.activations import ActivationCheckpointing
 from kinema.distributed.deepspeed_config import OffloadConfig, TrafficConfig, deepspeed_config, plan_traffic
 from kinema.distributed.layout import layout_of
-from kinema.distributed.optimizer_state import named_state, state_files
+from kinema.distributed.optimizer_state import Placed, named_state, state_files
 
 
 class Precision(enum.Enum):
@@ -94,7 +94,7 @@ class Engine:
         offload = offload or OffloadConfig()
         self.traffic = plan_traffic(module, traffic or TrafficConfig(), device_type)
         self._state = named_state(optimizer)
-        groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+        numbers = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -103,11 +103,10 @@ class Engine:
             ),
             dist_init_required=False,
         )
-        self.layout = layout_of(self.parameters(), self.deepspeed.optimizer, zero_stage)
-        self._group_of = {
-            name: next(number for number, members in enumerate(groups) if id(parameter) in members)
-            for name, parameter in self.parameters().items()
-        }
+        self._group_of = {name: numbers[id(parameter)] for name, parameter in self.parameters().items()}
+        self.layout = layout_of(self.parameters(), self._group_of, self.deepspeed.optimizer, zero_stage)
+        if isinstance(optimizer, Placed):
+            optimizer.place(self._moved(), self.layout)
         allocate = state_files(Path(offload.nvme_path)) if offload.nvme_path is not None else torch.zeros_like
         for moved, group in zip(self._moved(), self._groups(), strict=True):
             # Now, so that it can be saved and restored before the first step.

@@ -182,7 +182,7 @@ class Trainer:
             for key, value in pack.storage.items():
                 sums[key] = sums.get(key, 0.0) + value
             for number in pack.entries if self.index.parts else ():
-                sums[f"data_sets/{self.index.part_of(number)}"] += 1
+                sums[f"data_sets/{self.index.place(number)[0]}"] += 1
         engines = self.task.engines()
         sums["withheld"] = float(any(engine.moved is False for engine in engines.values()))
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
