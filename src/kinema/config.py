@@ -23,6 +23,7 @@ from kinema.training.checkpoint import CheckpointConfig
 from kinema.training.dit_task import DiTTaskConfig
 from kinema.training.ema import EMAConfig
 from kinema.training.finetune import Full, LoRA, Parts
+from kinema.training.guard import GuardConfig
 from kinema.training.loop import ValidationConfig
 from kinema.training.metrics import LoggingConfig
 from kinema.training.optim import AdamW, AdamW8bit, MuonAdamW
@@ -79,6 +80,8 @@ class Config:
     """Average of the weights."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Held-out loss."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What is done about numbers that are not sound."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -111,7 +114,7 @@ FREE_TO_CHANGE = (
     "parallel.zero_stage", "parallel.sequence_degree", "parallel.timeout_seconds",
     "parallel.offload.", "parallel.traffic.",
     "parallel.activation_checkpointing", "parallel.checkpointed_every",
-    "logging.", "checkpoint.", "validation.", "task.samples.",
+    "logging.", "checkpoint.", "validation.", "guard.", "task.samples.",
     "data.num_workers", "data.prefetch", "data.timeout_seconds", "data.storage.", "data.cache_folder", "data.text",
     "run_root", "allow_config_change",
 )  # fmt: skip
