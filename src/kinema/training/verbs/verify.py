@@ -3,11 +3,12 @@
 import argparse
 import time
 
-from kinema.console import EXIT_CHECKPOINT
 from kinema.training.checkpoint import Checkpoint, CheckpointError, read_seal, verify
 from kinema.training.pieces import PieceError
 from kinema.training.verbs.found import add_path, found
 
+EXIT_DAMAGED = 66
+"""That of a run which finds no checkpoint to go on from, too."""
 FILES = ("model", "ema", "optimizer")
 
 
@@ -49,4 +50,4 @@ def run(arguments: argparse.Namespace) -> int:
         mib, seconds = sum(entry["bytes"] for entry in files) / 2**20, time.perf_counter() - began
         print(f"{checkpoint.folder.name}: whole, {len(files)} files, {mib:.1f} MiB, {mib / seconds:.0f} MiB/s")
     print(f"{'FAIL' if damaged else 'PASS'}: {len(checkpoints) - damaged} of {len(checkpoints)} are whole")
-    return EXIT_CHECKPOINT if damaged else 0
+    return EXIT_DAMAGED if damaged else 0
