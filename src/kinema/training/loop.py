@@ -36,6 +36,9 @@ EXIT_FAILED_CHECK = 1
 """Exit status of a run whose final check says FAIL."""
 
 
+UPLOADS_SECONDS, UPLOADS_WHEN_STOPPED_SECONDS = 600.0, 5.0
+"""How long the end of a run waits for checkpoints that are on their way to `checkpoint.remote`."""
+
 LANE_PHASES = ("encode", "forward")
 """What a lane does without waiting for another, by phases of the clock; the backward of the last one waits."""
 
@@ -136,10 +139,12 @@ class Trainer:
                     self.saver.save(must=self.step == self.steps or self._stop is not None)
             if self._stop:
                 bar.close()
+                self.saver.tell_uploads(UPLOADS_WHEN_STOPPED_SECONDS)
                 self._finish(f"stopped by {self._stop} at step {self.step}; the same command continues")
                 return EXIT_PREEMPTED
         bar.close()
         passed = self._final_check()
+        self.saver.tell_uploads(UPLOADS_SECONDS)
         self._finish("finished")
         return 0 if passed else EXIT_FAILED_CHECK
 
