@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data ledger": ("kinema.training.seen_table", "say which checkpoints of a run saw a source, licence or clip"),
     "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),
     "data encode-text": ("kinema.encode_text", "encode captions with a text encoder into a text cache"),
+    "torchrun": ("kinema.launching", "start ranks as torchrun does, and end with the exit status of the run"),
     "import": ("kinema.interop.importing", "make a Kinema checkpoint of published weights"),
     "export": ("kinema.interop.exporting", "write weights as diffusers or ComfyUI load them, and compare them there"),
     "report": ("kinema.report.page", "write the report page of a run"),
@@ -43,8 +44,8 @@ def main() -> None:
 
 def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int:
     """Run one verb; an error that a user can cause becomes one line."""
-    from kinema.console import EXIT_CONFIG, EXIT_STORE
     from kinema.data.store import StoreDown
+    from kinema.exits import Exit
 
     module = import_module(module_name)
     parser = argparse.ArgumentParser(prog=f"kinema {verb}", description=f"{summary[0].upper()}{summary[1:]}.")
@@ -54,12 +55,12 @@ def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int
         return int(module.run(parser.parse_args(words)))
     except StoreDown as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_STORE
+        return Exit.unavailable
     except ValueError as error:
         if "KINEMA_TRACEBACK" in os.environ:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return Exit.configuration
 
 
 def overview() -> str:
