@@ -74,7 +74,7 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
     def explained(*arguments: Any) -> None:
         from kinema.data.ledger import DataBudgetError
         from kinema.data.store import StoreDown
-        from kinema.training.checkpoint import CheckpointError
+        from kinema.training.checkpoint import CheckpointError, NotSavedError
         from kinema.training.guard import NonFiniteLoss
 
         try:
@@ -83,6 +83,8 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
             fail(str(error), Exit.data)
         except StoreDown as error:
             fail(str(error).rpartition("StoreDown: ")[2].strip(), Exit.unavailable)  # a worker adds its traceback
+        except NotSavedError as error:
+            fail(str(error), Exit.io)
         except CheckpointError as error:
             fail(str(error), Exit.checkpoint)
         except NonFiniteLoss as error:

@@ -125,15 +125,9 @@ class Trainer:
                 self._validate(validation)
             if self.make_samples and due(self.step, self.sample_every_steps, self.steps):
                 self._sample()
-            if (
-                self._stop
-                or self._save_now
-                or (
-                    due(self.step, self.checkpoint.every_steps, self.steps)
-                    and (not self.guard.troubled or self.step == self.steps)
-                )
-            ):
-                self.saver.save(must=self.step == self.steps or self._stop is not None)
+            if self._is_to_save():
+                with clock.phase("checkpoint"):
+                    self.saver.save(must=self.step == self.steps or self._stop is not None)
             if self._stop:
                 bar.close()
                 if self.process.is_main and (line := self.signals.requeue()):
@@ -144,6 +138,11 @@ class Trainer:
         passed = self._final_check()
         self._finish("finished")
         return Exit.done if passed else Exit.failed_check
+
+    def _is_to_save(self) -> bool:
+        if self._stop or self._save_now or self.step == self.steps:
+            return True
+        return due(self.step, self.checkpoint.every_steps, self.steps) and not self.guard.troubled
 
     def _count_restart(self) -> None:
         problem = None
@@ -200,9 +199,9 @@ class Trainer:
         sums["withheld"] = float(any(engine.moved is False for engine in engines.values()))
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
-        votes = [float(self.signals.asked_to_stop is not None), float(self.signals.asked_to_save)]
-        over_ranks = all_sum([*votes, *self._once([*sums.values(), *balance.values()])])
-        (stop, save), over_ranks = over_ranks[:2], over_ranks[2:]
+        wishes = [float(self.signals.asked_to_stop is not None), float(self.signals.asked_to_save)]
+        over_ranks = all_sum([*wishes, self.saver.vote(), *self._once([*sums.values(), *balance.values()])])
+        (stop, save, saved), over_ranks = over_ranks[:3], over_ranks[3:]
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
         if totals.pop("withheld") or not math.isfinite(totals["loss"]):
             self._go_back(totals["loss"])
@@ -212,6 +211,9 @@ class Trainer:
         self.guard.has_moved(self.step)
         self.signals.look_at_clock()
         self.progress.add(counted)
+        if saved == self.process.world_size:
+            with clock.phase("checkpoint"):
+                self.saver.advance()
         if self.logging.keys:
             self._journal.write(self.step, counted)
         if totals.pop("failures"):
@@ -258,6 +260,8 @@ class Trainer:
         record = window.close()
         record.update(kind="train", step=self.step, seconds=clock.read(record.pop("steps")))
         self.outputs.write(record)
+        if line := self.signals.took(sum(record["seconds"].values()), self.saver.seconds):
+            self.outputs.event(self.step, "grace", line)
 
     def _validate(self, validation: list[list[Pack]]) -> None:
         totals: dict[str, float] = {}
