@@ -8,20 +8,22 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, the repository's root is not on the path
-from data_prep.captions import find_videos
-from data_prep.pipeline.before import check_command
+from data_prep.help import help_text
+from data_prep.pipeline.before import check_command, check_target_of
 from data_prep.pipeline.config import PrepareConfig, register_schemas
-from data_prep.pipeline.rows import Row, row_digest, write_rows
-from data_prep.pipeline.run import INPUT, ROWS
+from data_prep.pipeline.inputs import input_rows, write_inputs
+from data_prep.pipeline.run import ROWS
 from kinema.config import to_dataclass
 from kinema.console import explain_errors, run_script
 from kinema.data.shards import load_manifest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "prep"
+HELP = {"-h", "--help"}
 register_schemas()
 
 
@@ -39,8 +41,9 @@ def main(composed: DictConfig) -> None:
 def prepare(config: PrepareConfig) -> None:
     """Run the stages that were asked for, and say what became of the rows."""
     check_command(config)
-    pipeline = config.to_pipeline()
-    write_inputs(pipeline.work, config.inputs())
+    pipeline, inputs = config.to_pipeline(), input_rows(config.inputs())
+    check_target_of(config, inputs)
+    write_inputs(pipeline.work, inputs)
     reports = pipeline.run([name for name in config.pipeline if config.stages is None or name in config.stages])
     last = reports[-1]
     if "write" in [report.stage for report in reports]:
@@ -50,30 +53,12 @@ def prepare(config: PrepareConfig) -> None:
         print(f"kept {last.kept} rows in {pipeline.place(last.stage).folder / ROWS}")
 
 
-def write_inputs(work: Path, inputs: list[str]) -> None:
-    """Lay the inputs where the first stage looks for its rows; raises ValueError for one that is not there."""
-    rows = [row for given in inputs for row in input_rows(given)]
-    work.mkdir(parents=True, exist_ok=True)
-    write_rows(work / INPUT, rows)
-
-
-def input_rows(given: str) -> list[Row]:
-    """One input as the first stage gets it, with what tells when it changed; a folder of tars is one input each."""
-    path = Path(given).resolve()
-    if not path.exists():
-        raise ValueError(f"input={given} does not exist.")
-    paths = sorted(path.glob("*.tar")) if path.is_dir() else []
-    if path.is_dir() and not paths:
-        find_videos(path)  # raises for a folder without any
-    return [{"key": path.name, "path": str(path), "changed": last_change(path)} for path in paths or [path]]
-
-
-def last_change(path: Path) -> str:
-    """Names, sizes and times of a file, or of all files under a folder, as a short hash."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return row_digest({"files": facts})
+def show_help() -> None:
+    """Print what there is to type; other words of the command line choose what is shown."""
+    words = [word for word in sys.argv[1:] if word not in HELP]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        print(help_text(to_dataclass(compose("prepare", words)), CONFIGS))
 
 
 if __name__ == "__main__":
-    run_script(main, "prepare", CONFIGS)
+    run_script(show_help if HELP & {*sys.argv} else main, "prepare", CONFIGS)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -30,12 +31,15 @@ class RayEngine(Engine):
     """A fraction shares a GPU."""
     max_lost_workers: int = 8
     """That may go away together with their nodes before the run stops."""
+    connect_seconds: float = 10.0
+    """An address that does not answer in this time is an error."""
 
     @contextmanager
     def crew(self) -> Iterator[Crew]:
         """Join the cluster and start the actors, which stay from stage to stage."""
         import ray
 
+        see_that_it_answers(self.address, self.connect_seconds)
         path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path if folder)
         ray.init(
             address=self.address,
@@ -58,6 +62,20 @@ class RayEngine(Engine):
                 f"than the cluster has: {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs."
             )
         return min(self.workers or fits, fits)
+
+
+def see_that_it_answers(address: str, seconds: float) -> None:
+    """Raises ValueError where nobody listens at HOST:PORT: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # auto, local: Ray looks on this machine
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"engine.address={address}: no Ray cluster answers there ({error}). Start one there "
+            f"(ray start --head --port {port}), or type engine.address=local."
+        ) from error
 
 
 class RayCrew:

@@ -75,13 +75,15 @@ class Report:
     """Rows by reason."""
     failed: dict[str, int] = field(default_factory=dict)
     """Rows by cause."""
+    remarks: dict[str, int] = field(default_factory=dict)
+    """Rows that were kept and are worth a word, by that word."""
     seconds: float = 0.0
     """Of the run that finished the stage."""
 
     def line(self) -> str:
         """`split 6 -> 155, dropped 3 (too short 3)`."""
         parts = [f"{self.stage} {self.given} -> {self.kept}"]
-        for what, counts in (("dropped", self.dropped), ("failed", self.failed)):
+        for what, counts in (("dropped", self.dropped), ("failed", self.failed), ("of them", self.remarks)):
             if counts:
                 reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
                 parts.append(f"{what} {sum(counts.values())} ({reasons})")
@@ -212,6 +214,7 @@ class StageRun:
     def _collect(self, journal: Journal) -> None:
         dropped: list[Row] = []
         failed: list[Row] = []
+        remarks = Counter[str]()
 
         def kept() -> Iterator[Row]:
             for row in self._rows():
@@ -227,6 +230,7 @@ class StageRun:
                 if isinstance(outcome, Dropped):
                     dropped.append({"reason": outcome.reason, **outcome.row})
                 else:
+                    remarks[self.stage.remark(outcome)] += 1
                     yield outcome
 
         folder, report = self.place.folder, self.report
@@ -235,6 +239,7 @@ class StageRun:
         write_rows(folder / FAILED, failed)
         report.dropped = dict(sorted(Counter(row["reason"] for row in dropped).items()))
         report.failed = dict(sorted(Counter(cause(row["reason"]) for row in failed).items()))
+        report.remarks = {remark: count for remark, count in sorted(remarks.items()) if remark}
         if report.kept < self.limits.min_kept:
             raise ValueError(f"{report.line()}: fewer rows are left than limits.min_kept={self.limits.min_kept}.")
 

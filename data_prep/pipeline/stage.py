@@ -78,6 +78,11 @@ class Stage:
         del place
         return rows
 
+    def remark(self, row: Row) -> str:
+        """What is worth counting about a row that was kept, in words that are equal for equal causes; or nothing."""
+        del row
+        return ""
+
     def identity(self, name: str) -> str:
         """Changes whenever results may: by the stage's name, class, version and settings."""
         from kinema.identity import digest  # loads torch, which a worker process need not wait for

@@ -19,6 +19,8 @@ from kinema.data.encoding import write_pictures
 
 OF_THE_VIDEO = ("frames", "variable_rate", "rotation", "stretch", "colour_space", "colour_transfer")
 """What the stage `probe` found, and no longer holds."""
+SAME_RATE = 1e-3
+"""Rates that differ by less than this share are one."""
 Picture = NDArray[np.uint8]
 """(H, W, 3)"""
 
@@ -29,6 +31,7 @@ class Cut(Stage):
     pass.
     """
 
+    version: ClassVar[int] = 2
     bundle: ClassVar[str] = "path"
 
     fps: float | None = None
@@ -64,8 +67,13 @@ class Cut(Stage):
         fps = self.fps or shots[0]["fps"]
         for number, group in itertools.groupby(self.pictures(shots, fps), key=lambda found: found[0]):
             done.add(number)
-            yield self.write_clip(shots[number], (picture for _, picture in group), fps, place)
+            clip = self.write_clip(shots[number], (picture for _, picture in group), fps, place)
+            yield clip | ({"resampled": how} if (how := resampling(shots[number], fps)) else {})
         yield from (Dropped(shot, "holds no frame") for number, shot in enumerate(shots) if number not in done)
+
+    def remark(self, row: Row) -> str:
+        """How the clip's frames are others than the video's."""
+        return str(row.get("resampled", ""))
 
     def pictures(self, shots: list[Row], fps: float) -> Iterator[tuple[int, Picture]]:
         """Each picture at this rate that lies in a shot, with the shot's number, in one pass over the video.
@@ -99,3 +107,12 @@ class Cut(Stage):
             "height": first.shape[0],
             "duration_seconds": num_frames / fps,
         }
+
+
+def resampling(shot: Row, fps: float) -> str:
+    """What a constant rate of `fps` makes of a video's frames, or nothing if it leaves them as they are."""
+    if shot["variable_rate"]:
+        return "variable frame rate made constant"
+    if abs(fps - shot["fps"]) <= SAME_RATE * fps:
+        return ""
+    return "frames left out for a lower rate" if fps < shot["fps"] else "frames repeated for a higher rate"

@@ -31,7 +31,7 @@ from data_prep.lists import (
 )
 from data_prep.pipeline.rows import Dropped, Outcome, Row
 from data_prep.pipeline.stage import Place, Stage
-from kinema.data.sample import check_rights
+from kinema.data.sample import CONSENT, check_rights
 
 RIGHTS = ("source", "source_url", "license", "consent", "attribution", "collected", "generated", "generator")
 TIMES = ("start_seconds", "end_seconds", "split")
@@ -49,7 +49,7 @@ class Ingest(Stage):
     license: str = "unknown"
     """SPDX identifier, e.g. CC-BY-4.0."""
     consent: str = "unknown"
-    """Of the people seen: given, none-visible, synthetic, ..."""
+    """Of the people seen: given, none-visible, synthetic, refused, unknown."""
     attribution: str = ""
     """The line that the licence asks for."""
     source_url: str = ""
@@ -65,6 +65,11 @@ class Ingest(Stage):
 
     def __post_init__(self) -> None:
         check_rights(self, "ingest.")
+        if self.consent not in CONSENT:
+            raise ValueError(
+                f"ingest.consent={self.consent} must be one of {', '.join(CONSENT)}. A word of your own stands in a "
+                "list, in its column consent."
+            )
 
     def apply(self, row: Row, place: Place) -> Iterable[Outcome]:
         """A row for each video of one input: a folder, a video, a list, or a tar of samples."""

@@ -55,6 +55,7 @@ def probe_video(path: Path) -> dict[str, Any]:
     try:
         with av.open(str(path), metadata_errors="replace") as container:
             stream = video_stream(container)
+            _check_index(stream, path)
             times = _packet_times(container, stream)
             facts = {**_rate(times, stream), **_sound(container)}
             if times[-1] - times[0] < least_seconds(container, stream):
@@ -64,6 +65,13 @@ def probe_video(path: Path) -> dict[str, Any]:
     except av.FFmpegError as error:
         raise UnreadableVideo(f"cannot be opened: {error}") from error
     return facts | _picture(path, stretch)
+
+
+def _check_index(stream: av.VideoStream, path: Path) -> None:
+    """An mp4's index in front says where each packet lies: all of them must lie in the file."""
+    end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    if end > (size := path.stat().st_size):
+        raise UnreadableVideo(f"cut short: its index leads to byte {end:,} of {size:,}")
 
 
 def _packet_times(container: Any, stream: av.VideoStream) -> list[float]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -142,4 +143,4 @@ def _command() -> str:
     """What was typed, without what changes nothing about the data."""
     free = ("engine", "work=", "out=", "overwrite=", "stages=")
     given = [argument for argument in sys.argv[1:] if not argument.startswith(free)]
-    return " ".join(["python data_prep/prepare.py", *given])
+    return shlex.join(["python", "data_prep/prepare.py", *given])

@@ -23,9 +23,10 @@ from kinema.training.checkpoint import CheckpointConfig
 from kinema.training.dit_task import DiTTaskConfig
 from kinema.training.ema import EMAConfig
 from kinema.training.finetune import Full, LoRA, Parts
+from kinema.training.guard import GuardConfig
 from kinema.training.loop import ValidationConfig
 from kinema.training.metrics import LoggingConfig
-from kinema.training.optim import AdamW
+from kinema.training.optim import AdamW, AdamW8bit, MuonAdamW
 from kinema.training.run_folder import VAECheckpoint
 from kinema.training.schedule import Constant, Cosine
 from kinema.training.vae_task import VAETaskConfig
@@ -79,6 +80,8 @@ class Config:
     """Average of the weights."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Held-out loss."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What is done about numbers that are not sound."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -96,7 +99,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "condition": {**FRAME_CONDITIONS},
     "data": {"clips": DataConfig},
     "finetune": {"full": Full, "parts": Parts, "lora": LoRA},
-    "optim": {"adamw": AdamW},
+    "optim": {"adamw": AdamW, "adamw_8bit": AdamW8bit, "muon": MuonAdamW},
     "schedule": {"cosine": Cosine, "constant": Constant},
     "parallel": {"deepspeed": ParallelConfig},
     "checkpoint": {"local": CheckpointConfig},
@@ -110,7 +113,8 @@ DIT_GROUPS = ("model", "vae", "objective", "text", "condition")
 FREE_TO_CHANGE = (
     "parallel.zero_stage", "parallel.sequence_degree", "parallel.timeout_seconds",
     "parallel.offload.", "parallel.traffic.",
-    "logging.", "checkpoint.", "validation.", "task.samples.",
+    "parallel.activation_checkpointing", "parallel.checkpointed_every",
+    "logging.", "checkpoint.", "validation.", "guard.", "task.samples.",
     "data.num_workers", "data.prefetch", "data.timeout_seconds", "data.storage.", "data.cache_folder", "data.text",
     "run_root", "allow_config_change",
 )  # fmt: skip

@@ -1,6 +1,8 @@
 """How a script meets its user: errors in one line that says what to type, and exit statuses with one meaning each."""
 
 import atexit
+import dataclasses
+import difflib
 import functools
 import os
 import sys
@@ -27,7 +29,8 @@ def run_script(main: Callable[[], Any], config_name: str, configs: Path | None =
     try:
         main()
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises plain ValueErrors too
-        fail(f"{first_cause(error)} {_suggestions(config_name, configs)}".strip(), EXIT_CONFIG)
+        told = missing_key(error) or f"{first_cause(error)} {_suggestions(config_name, configs)}".strip()
+        fail(told, EXIT_CONFIG)
     except KeyboardInterrupt:
         fail("interrupted", 130)
 
@@ -73,7 +76,7 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
         from kinema.data.ledger import DataBudgetError
         from kinema.data.store import StoreDown
         from kinema.training.checkpoint import CheckpointError
-        from kinema.training.loop import NonFiniteLoss
+        from kinema.training.guard import NonFiniteLoss
 
         try:
             sys.exit(main(*arguments) or 0)
@@ -102,6 +105,30 @@ def fail(message: str, status: int) -> None:
 
 def _several_ranks() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def missing_key(error: BaseException) -> str:
+    """What is wrong with a key that a group does not have, and what to type; nothing for other errors."""
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if not isinstance(error, (ConfigAttributeError, ConfigKeyError)) or error.full_key is None:
+        return ""
+    parent, _, key = error.full_key.rpartition(".")
+    if dataclasses.is_dataclass(error.object_type):
+        known = [field.name for field in dataclasses.fields(error.object_type)]
+    else:
+        known = [str(name) for name in error.parent_node or ()]
+    told = f"{error.full_key}: there is no such key."
+    near = difflib.get_close_matches(key, known, n=1)
+    if near:
+        told += f" Did you mean {parent}.{near[0]}?" if parent else f" Did you mean {near[0]}?"
+    elif known:
+        told += f" There are: {', '.join(known)}."
+    if error.object_type is dict:
+        told += f" A new one is given whole: '+{parent}={{{key}:{{...}}}}'."
+    return told
 
 
 def first_cause(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from kinema.config import (
     to_config,
     to_dataclass,
 )
-from kinema.console import run_script
+from kinema.console import missing_key, run_script
 from kinema.training.optim import AdamW
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -127,6 +127,22 @@ def test_every_key_with_one_wrong_letter_is_refused(task):
 def test_a_mistyped_override_stops_composition(override):
     with pytest.raises((HydraException, OmegaConfBaseException)):
         compose("train", [override], return_hydra_config=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.shaes=1", "data.shaes: there is no such key. Did you mean data.shapes?"),
+        ("+data.mixture={a:{pth:x}}", "data.mixture.a.pth: there is no such key. Did you mean data.mixture.a.path?"),
+        ("data.stages=[{untl_step:3}]", "untl_step: there is no such key. Did you mean until_step?"),
+        ("data.mixture.mien.path=x", "data.mixture.mien: there is no such key. A new one is given whole: "
+                                     "'+data.mixture={mien:{...}}'."),
+    ],
+)  # fmt: skip
+def test_a_key_that_a_group_lacks_is_answered_with_the_one_that_was_meant(override, told):
+    with pytest.raises((HydraException, OmegaConfBaseException)) as refusal:
+        compose("train", [override])
+    assert missing_key(refusal.value) == told
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from hydra import compose, initialize_config_dir
 
 from data_prep.captions import read_json_lines
 from data_prep.film import FOLDER, FPS, HELD_OUT, PART_FRAMES, SHOTS, part_path, read_shots, rebuild
+from data_prep.pipeline.inputs import input_rows
 from data_prep.pipeline.rows import Dropped
 from data_prep.pipeline.stage import Place
-from data_prep.prepare import CONFIGS, input_rows
+from data_prep.prepare import CONFIGS
 from data_prep.stages.cut import Cut
 from kinema.config import to_dataclass
 from kinema.data.cuts import suspected_cuts
@@ -79,7 +80,7 @@ def rows():
     """The shots of the second file, as the stages before `cut` leave them."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = to_dataclass(compose("prepare", ["preset=film"]))
-    rows, place = input_rows(str(SHOTS)), Place(Path(), "none")
+    rows, place = input_rows([str(SHOTS)]), Place(Path(), "none")
     for stage in (config.ingest, config.probe, config.split):
         outcomes = [out for row in rows for out in stage.apply(row, place)]
         rows = list(stage.finish((out for out in outcomes if not isinstance(out, Dropped)), place))

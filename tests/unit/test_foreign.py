@@ -10,6 +10,7 @@ import pytest
 
 from kinema.data.check import check_dataset
 from kinema.data.foreign import ForeignOptions
+from kinema.data.index import parse_field
 from kinema.data.indexing import index_shards
 from kinema.data.remote import StorageConfig
 from kinema.data.shards import DatasetIndex, read_member
@@ -176,3 +177,9 @@ def test_foreign_tars_are_streamed_once_and_then_read_at_random(tmp_path):
     stamps = [path.stat().st_mtime_ns for path in manifests]
     resolve_folder(str(folder), tmp_path / "cache")
     assert [path.stat().st_mtime_ns for path in manifests] == stamps
+
+
+def test_a_field_without_its_other_name_is_named():
+    with pytest.raises(ValueError, match="--field caption must be OURS=THEIRS"):
+        parse_field("caption")
+    assert parse_field("license=meta.license") == ("license", "meta.license")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from data_prep.pipeline.before import check_command
+from data_prep.help import help_text
+from data_prep.pipeline.before import check_command, check_model_name, check_target_of
+from data_prep.pipeline.cluster import see_that_it_answers
 from data_prep.pipeline.config import ENGINES, STAGES, PrepareConfig
+from data_prep.pipeline.inputs import write_inputs
 from data_prep.prepare import CONFIGS, prepare
 from kinema.config import to_dataclass
 from kinema.console import first_cause
@@ -52,6 +56,7 @@ def test_every_stage_has_a_field_and_is_told_apart():
     ("override", "message"),
     [
         ("split.min_second=2", "min_second"),
+        ("ingest.consent=maybe", r"ingest\.consent=maybe must be one of given, none-visible"),
         ("split.detector=best", r"split\.detector=best is unknown"),
         ("split.threshold=high", "threshold"),
         ("split.min_seconds=20", r"below split\.max_seconds=10\.0"),
@@ -104,16 +109,48 @@ def test_what_is_missing_or_in_the_way_is_said_before_the_first_stage(tmp_path):
 
 
 def test_a_data_set_that_was_made_otherwise_is_in_the_way_and_one_made_likewise_is_not(tmp_path):
-    config = prepared(f"out={tmp_path}")
+    config, inputs = prepared(f"out={tmp_path}", f"work={tmp_path / 'work'}"), [{"key": "a", "path": "/a"}]
     before = config.pipeline[: config.pipeline.index("write")]
     made = [{"stage": name, "identity": getattr(config, name).identity(name)} for name in before]
     (tmp_path / "dataset.json").write_text("{}")
     (tmp_path / "prepare.json").write_text(json.dumps({"stages": [*made, config.write.entry(1, 0)]}))
-    check_command(config)
+    with pytest.raises(ValueError, match=r"made of other input .*work is gone"):
+        check_target_of(config, inputs)
+    write_inputs(tmp_path / "work", inputs)
+    check_target_of(config, inputs)
+    with pytest.raises(ValueError, match="made of other input than there is now"):
+        check_target_of(config, [*inputs, {"key": "b", "path": "/b"}])
     for other in ("split.min_seconds=2", "write.mixed=false"):
         with pytest.raises(ValueError, match="Type overwrite=true to replace"):
-            check_command(prepared(f"out={tmp_path}", other))
-    check_command(prepared(f"out={tmp_path}", "write.mixed=false", "overwrite=true"))
+            check_target_of(prepared(f"out={tmp_path}", other), inputs)
+    check_target_of(prepared(f"out={tmp_path}", "write.mixed=false", "overwrite=true"), inputs)
+
+
+def test_a_mistyped_folder_of_a_model_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "models" / "qwen").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for model in ("models/qwem", str(tmp_path / "models/qwem"), "model/qwen"):
+        given = dataclasses.replace(prepared("pipeline=[ingest,probe,split,cut,caption,write]", "caption=model"))
+        given.caption.model = model
+        if model == "model/qwen":  # may be a name of the hub
+            check_command(given)
+            continue
+        with pytest.raises(ValueError, match=f"caption.model={model} is no folder. Did you mean .*models/qwen"):
+            check_command(given)
+    for model in ("./nowhere", "a/b/c", "models/other"):
+        with pytest.raises(ValueError, match=r"is no folder\. Type the folder that holds config.json"):
+            check_model_name(model)
+    for model in ("models/qwen", "Qwen/Qwen2.5-VL-3B-Instruct"):
+        check_model_name(model)
+
+
+def test_an_address_without_a_ray_cluster_is_an_error_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        see_that_it_answers(f"127.0.0.1:{port}", 1.0)
+    with pytest.raises(ValueError, match=f"engine.address=127.0.0.1:{port}: no Ray cluster answers there"):
+        see_that_it_answers(f"127.0.0.1:{port}", 1.0)
+    see_that_it_answers("auto", 1.0)
 
 
 def test_the_command_says_what_to_type(tmp_path):
@@ -123,3 +160,10 @@ def test_the_command_says_what_to_type(tmp_path):
     assert done.returncode == 64
     assert "Did you mean split.min_seconds?" in done.stderr
     assert not (tmp_path / "out.work").exists()
+
+
+def test_the_help_names_every_stage_and_says_what_every_key_of_it_is_for():
+    text = help_text(prepared(), CONFIGS)
+    assert all(f"\n  {'*' if name in prepared().pipeline else ' '} {name}" in text for name in STAGES)
+    assert "  split.heldout.every=10\n      0 holds nothing out.\n" in text
+    assert "caption=columns|command|model" in text

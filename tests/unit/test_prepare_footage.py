@@ -13,9 +13,9 @@ import pytest
 
 from data_prep.pipeline.cluster import RayEngine
 from data_prep.pipeline.engines import LocalEngine
+from data_prep.pipeline.inputs import input_rows, write_inputs
 from data_prep.pipeline.rows import read_rows, write_rows
 from data_prep.pipeline.run import DROPPED, FAILED, INPUT, ROWS, Limits, Pipeline
-from data_prep.prepare import write_inputs
 from data_prep.stages.cut import Cut
 from data_prep.stages.ingest import Ingest
 from data_prep.stages.probe import Probe
@@ -64,7 +64,7 @@ def stages(out, **changes):
 def run(footage, out, engine=None, **changes):
     made = stages(out, **changes)
     pipeline = Pipeline(made, out.with_suffix(".work"), engine or LocalEngine(0), Limits())
-    write_inputs(pipeline.work, [str(footage)])
+    write_inputs(pipeline.work, input_rows([str(footage)]))
     return pipeline.run(made, show=False)
 
 
@@ -167,7 +167,7 @@ def account_for_damage(footage, tmp_path, count, engine):
         (folder / f"{number:05d}.txt").write_text("whatever is left of it")
     made = stages(tmp_path / "mine")
     pipeline = Pipeline(made, tmp_path / "work", engine, Limits(max_failed_fraction=1.0))
-    write_inputs(pipeline.work, [str(folder)])
+    write_inputs(pipeline.work, input_rows([str(folder)]))
     ingest, probe, split, cut, write = pipeline.run(made, show=False)
     assert ingest.kept == count
     assert probe.kept + sum(probe.failed.values()) == count

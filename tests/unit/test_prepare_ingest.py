@@ -8,9 +8,9 @@ import tarfile
 import numpy as np
 import pytest
 
+from data_prep.pipeline.inputs import input_rows
 from data_prep.pipeline.rows import Dropped, RowFailed
 from data_prep.pipeline.stage import Place
-from data_prep.prepare import input_rows
 from data_prep.stages.ingest import Ingest
 from kinema.data.encoding import write_video
 
@@ -25,7 +25,7 @@ def folder(tmp_path):
 
 def ingest(*given, **settings):
     stage, place = Ingest(**settings), Place(given[0].parent / "work", "01-ingest")
-    outcomes = [out for path in given for row in input_rows(str(path)) for out in stage.apply(row, place)]
+    outcomes = [out for path in given for row in input_rows([str(path)]) for out in stage.apply(row, place)]
     kept = list(stage.finish(iter(out for out in outcomes if not isinstance(out, Dropped)), place))
     return {row["key"]: row for row in kept}, [out for out in outcomes if isinstance(out, Dropped)]
 

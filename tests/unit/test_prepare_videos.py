@@ -7,9 +7,9 @@ import pytest
 
 from data_prep.captions import Shot, describe_videos, find_videos, read_captions
 from data_prep.pipeline.engines import LocalEngine
+from data_prep.pipeline.inputs import input_rows, write_inputs
 from data_prep.pipeline.rows import cause, read_rows
 from data_prep.pipeline.run import FAILED, Limits, Pipeline
-from data_prep.prepare import write_inputs
 from data_prep.source_video import Shaper, UnreadableVideo, decode_frames, nominal_fps
 from data_prep.stages.cut import Cut
 from data_prep.stages.ingest import Ingest
@@ -74,7 +74,7 @@ def build(folder, out="out", captions=True, failed=0.05, min_failed=3, rights=No
     made = {"ingest": Ingest(license="CC0-1.0", **(rights or {})), "probe": Probe(), "split": split, "cut": cut}
     made["write"] = write
     pipeline = Pipeline(made, folder.parent / f"{out}.work", LocalEngine(0), Limits(failed, min_failed))
-    write_inputs(pipeline.work, [str(folder)])
+    write_inputs(pipeline.work, input_rows([str(folder)]))
     pipeline.run(made, show=False)
     index = DatasetIndex.load(target)
     entries = sorted(index.entries, key=lambda entry: entry.record.key)
@@ -175,6 +175,18 @@ def test_variable_frame_rate_keeps_the_speed(folder):
     assert len(set(np.diff(shown))) > 2  # some repeated, some left out
     assert records["vfr-0000"].fps == 10
     assert 2.0 <= records["vfr-0000"].duration_seconds <= 2.2
+    cut = next(stage for stage in history(folder.parent / "out") if stage["stage"] == "cut")
+    assert cut["remarks"] == {"variable frame rate made constant": 1}
+
+
+def test_an_mp4_that_lacks_its_last_twentieth_is_cut_short(folder):
+    path = folder / "a.mp4"
+    write_video(path, np.stack([corners(48, 64, n) for n in range(20)]), 10)
+    whole = path.read_bytes()
+    assert probe_video(path)["frames"] == 20
+    path.write_bytes(whole[: len(whole) * 95 // 100])
+    with pytest.raises(UnreadableVideo, match="cut short: its index leads to byte"):
+        probe_video(path)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm", "a.avi", "a.mov"])

@@ -226,3 +226,11 @@ def test_a_clip_withdrawn_after_planning_keeps_its_place_and_all_others_theirs(i
         for key, weight, was, now in zip(new.keys, new.weights.tolist(), old.frames, new.frames, strict=True):
             assert weight == float(key != "clip-007")
             assert (now == (was if weight else 0)).all()
+
+
+def test_words_that_are_nearly_usual_are_slips():
+    with pytest.raises(ValueError, match=r"allowed_consent: 'givn' is no usual word. Did you mean given\?"):
+        RightsConfig(allowed_consent=["givn"])
+    RightsConfig(allowed_consent=["given", "givn*", "contract-7"])
+    with pytest.raises(ValueError, match=r"'False' must be one of .* a bare no is a truth value: type \[\"no\"\]"):
+        RightsConfig(allowed_generated=["False"])

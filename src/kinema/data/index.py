@@ -36,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write an index of each shard and a manifest; the shards themselves stay as they are."""
-    fields = dict(pair.split("=", 1) for pair in arguments.field)
-    options = ForeignOptions(fields, arguments.max_refused)
+    options = ForeignOptions(dict(map(parse_field, arguments.field)), arguments.max_refused)
     if address := Address.parse(arguments.folder):
         index = DatasetIndex.load(resolve_folder(arguments.folder, arguments.cache_folder, options=options))
     else:
@@ -49,6 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
     clips = f"{len(index.entries)} clips, {captioned} with a caption,"
     print(f"indexed {clips} in {shards} shard(s), hash {index.hash[:16]} READY {shown}")
     return 0
+
+
+def parse_field(pair: str) -> tuple[str, str]:
+    """`caption=long_caption` as its two names; raises ValueError without the sign between them."""
+    ours, sign, theirs = pair.partition("=")
+    if not (ours and sign and theirs):
+        raise ValueError(f"--field {pair} must be OURS=THEIRS, e.g. --field caption=long_caption.")
+    return ours, theirs
 
 
 def _where_captions_may_be(index: DatasetIndex) -> str:

@@ -6,6 +6,9 @@ from typing import Any
 from kinema.data.decoders.packets import only_video_stream, read_packets
 from kinema.data.decoders.video import DecodeError
 
+PROBE_VERSION = 1
+"""Raise it when other facts come of the same video: indexes of foreign tars that are kept aside are made anew."""
+
 
 def probe_video(content: bytes) -> dict[str, Any]:
     """Facts of a record, from the packets and one decoded frame, which alone tells the rotation; raises DecodeError."""

@@ -12,6 +12,7 @@ from kinema.data.foreign import ForeignOptions
 from kinema.data.indexing import open_remote, write_indexes
 from kinema.data.locking import locked
 from kinema.data.member_cache import MemberCache
+from kinema.data.probe import PROBE_VERSION
 from kinema.data.remote import RemoteStore, StorageConfig, Unreadable
 from kinema.data.shards import index_name, load_manifest, write_aside
 from kinema.data.store import MANIFEST, LocalStore, StoredFolder
@@ -108,7 +109,7 @@ def _stream_remote(
 
 
 def _digest(*parts: Any) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((PROBE_VERSION, *parts)).encode()).hexdigest()[:16]
 
 
 def _indexed(

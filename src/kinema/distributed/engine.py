@@ -1,6 +1,7 @@
 """The DeepSpeed engine: one function makes its dictionary, and sharded float32 state goes in and out by name."""
 
 import enum
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kinema.distributed.activations import ActivationCheckpointing
 from kinema.distributed.deepspeed_config import OffloadConfig, TrafficConfig, deepspeed_config, plan_traffic
 from kinema.distributed.layout import layout_of
-from kinema.distributed.optimizer_state import named_state, state_files
+from kinema.distributed.optimizer_state import Placed, named_state, state_files
 
 
 class Precision(enum.Enum):
@@ -32,6 +34,10 @@ class ParallelConfig:
     """How many ranks work on each pack together, each on its share of the tokens (Jacobs et al. 2023, Ulysses)."""
     precision: Precision = Precision.float32
     """float32, or bfloat16 matrix products under autocast over float32 master weights."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    """none, selective, attention, every or full: what the backward finds, and what it computes again."""
+    checkpointed_every: int = 2
+    """With activation_checkpointing=every: the first block and each so many blocks further are computed again."""
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     """What lies in the host's memory or on its disk instead of the device's."""
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
@@ -42,6 +48,10 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"parallel.zero_stage={self.zero_stage} must be 0, 1, 2 or 3.")
+        if self.checkpointed_every < 1:
+            raise ValueError(
+                f"parallel.checkpointed_every={self.checkpointed_every} must be at least 1, which is every block."
+            )
         self.offload.check(self.zero_stage)
         if self.sequence_degree < 1:
             raise ValueError(f"parallel.sequence_degree={self.sequence_degree} must be at least 1.")
@@ -79,10 +89,12 @@ class Engine:
         self.zero_stage = zero_stage
         self.accumulation = accumulation
         self._grad_norm = 0.0
+        self.moved: bool | None = None
+        """Whether the last step moved the weights: not if a gradient was not finite on any rank. None before it."""
         offload = offload or OffloadConfig()
         self.traffic = plan_traffic(module, traffic or TrafficConfig(), device_type)
         self._state = named_state(optimizer)
-        groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+        numbers = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -91,11 +103,10 @@ class Engine:
             ),
             dist_init_required=False,
         )
-        self.layout = layout_of(self.parameters(), self.deepspeed.optimizer, zero_stage)
-        self._group_of = {
-            name: next(number for number, members in enumerate(groups) if id(parameter) in members)
-            for name, parameter in self.parameters().items()
-        }
+        self._group_of = {name: numbers[id(parameter)] for name, parameter in self.parameters().items()}
+        self.layout = layout_of(self.parameters(), self._group_of, self.deepspeed.optimizer, zero_stage)
+        if isinstance(optimizer, Placed):
+            optimizer.place(self._moved(), self.layout)
         allocate = state_files(Path(offload.nvme_path)) if offload.nvme_path is not None else torch.zeros_like
         for moved, group in zip(self._moved(), self._groups(), strict=True):
             # Now, so that it can be saved and restored before the first step.
@@ -116,20 +127,31 @@ class Engine:
         return {name: named[name] for name in self.names}
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`, this micro-step's part of the global loss."""
-        self.deepspeed.backward(loss * (self.accumulation * dist.get_world_size()))
+        """Add the gradient of `loss`, this micro-step's part of the global loss.
+
+        A loss that is not finite makes the gradient NaN, whatever its derivative: summing the gradients then tells
+        every rank of it, and no rank moves its weights.
+        """
+        scale = float(self.accumulation * dist.get_world_size())
+        self.deepspeed.backward(loss * torch.where(loss.detach().isfinite(), scale, float("nan")))
 
     def step(self, learning_rate: float) -> None:
         """End a micro-step; the last one of a step moves the weights with `learning_rate`."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        moves = self.deepspeed.is_gradient_accumulation_boundary()
-        if moves and self.zero_stage == 0:  # DeepSpeed reports no norm without ZeRO
+        last = self.deepspeed.is_gradient_accumulation_boundary()
+        if last and self.zero_stage == 0:  # DeepSpeed reports no norm without ZeRO
             gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
             self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.moved = math.isfinite(self._grad_norm)
+            if not self.moved:  # ZeRO looks for itself and moves nothing; here the update would make all weights NaN
+                self.deepspeed.zero_grad()
+                self.deepspeed.micro_steps += 1
+                return
         self.deepspeed.step()
-        if moves and self.zero_stage > 0:
-            self._grad_norm = float(self.deepspeed.get_global_grad_norm())
+        if last and self.zero_stage > 0:
+            self.moved = not self.deepspeed.optimizer.overflow
+            self._grad_norm = float(self.deepspeed.get_global_grad_norm()) if self.moved else math.inf
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters, before clipping."""
@@ -155,6 +177,16 @@ class Engine:
         shards = [shard.clone() for shard in self.shards()]
         self.layout.scatter(full, shards)
         return shards
+
+    @torch.no_grad()
+    def load(self, full: dict[str, Tensor]) -> None:
+        """Go on from these full weights by parameter name, float32 masters and what `forward` uses; a collective."""
+        import deepspeed
+
+        self.layout.scatter({name: full[name] for name in self.names}, self.shards())
+        for name, parameter in self.parameters().items():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero_stage == 3):
+                parameter.data.copy_(full[name])
 
     @property
     def state_names(self) -> tuple[str, ...]:

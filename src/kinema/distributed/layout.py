@@ -36,22 +36,37 @@ class Fragment:
 class Layout:
     """The fragments of every trainable parameter that this rank owns; some parameters may have none here."""
 
-    def __init__(self, shapes: dict[str, torch.Size], fragments: Sequence[Fragment], replicated: bool) -> None:
+    def __init__(
+        self, shapes: dict[str, torch.Size], shards: dict[str, int], fragments: Sequence[Fragment], replicated: bool
+    ) -> None:
         self.shapes = shapes
+        self.shard_of = shards
+        self.members = [[name for name in shapes if shards[name] == n] for n in range(max(shards.values()) + 1)]
+        """Parameters of each shard, of which this rank owns some or none; the same on every rank."""
         self.fragments = {fragment.name: fragment for fragment in fragments}
         self.replicated = replicated
         """Every rank owns every parameter whole."""
 
     def gather(self, shards: Sequence[Tensor | None], names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Full float32 tensors of parameters `names` from shard-shaped values, on every rank. A collective."""
-        device = next(shard.device for shard in shards if shard is not None)
         for name in names:
-            full = torch.zeros(self.shapes[name], device=device)
-            if fragment := self.fragments.get(name):
-                values = shards[fragment.shard]
-                assert values is not None, f"no values of {name}"
-                fragment.of_full(full).copy_(fragment.of_shard(values))
-            yield name, full if self.replicated else _summed(full)
+            values = shards[self.shard_of[name]]
+            assert values is not None, f"no values of {name}"
+            full = self.share(values, name)
+            if not self.replicated:
+                dist.all_reduce(full)
+            yield name, full
+
+    def share(self, shard: Tensor, name: str) -> Tensor:
+        """What this rank has of a full tensor, zero elsewhere: the sum over ranks is the tensor.
+
+        It lies where collectives work; an offloaded shard may not.
+        """
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else shard.device
+        full = torch.zeros(self.shapes[name], device=device)
+        if fragment := self.fragments.get(name):
+            fragment.of_full(full).copy_(fragment.of_shard(shard.contiguous()))
+        return full
 
     def scatter(self, full: dict[str, Tensor], shards: Sequence[Tensor]) -> None:
         """Fill shard-shaped tensors from full ones by parameter name, where `full` has them. No collective."""
@@ -60,47 +75,39 @@ class Layout:
                 fragment.of_shard(shards[fragment.shard]).copy_(fragment.of_full(value.contiguous()))
 
 
-def _summed(full: Tensor) -> Tensor:
-    """Sum over ranks, on the device that the process group works on (offloaded shards lie elsewhere)."""
-    if dist.get_backend() == "nccl" and full.device.type == "cpu":
-        full = full.cuda()
-    dist.all_reduce(full)
-    return full
+def layout_of(parameters: dict[str, nn.Parameter], group_of: dict[str, int], optimizer: Any, zero_stage: int) -> Layout:
+    """The layout that DeepSpeed's `optimizer` gave these parameters, after `deepspeed.initialize`.
 
-
-def layout_of(parameters: dict[str, nn.Parameter], optimizer: Any, zero_stage: int) -> Layout:
-    """The layout that DeepSpeed's `optimizer` gave these parameters, after `deepspeed.initialize`."""
-    find = {0: _whole, 1: _of_flat_groups, 2: _of_flat_groups, 3: _of_partitions}[zero_stage]
+    `group_of` is the number of each parameter's group.
+    """
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
-    return Layout(shapes, list(find(parameters, shapes, optimizer)), replicated=zero_stage == 0)
+    if zero_stage == 0:
+        order = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        shards = {name: order.index(id(p)) for name, p in parameters.items()}
+        fragments = [Fragment(name, shapes[name], 0, p.numel(), shards[name], 0) for name, p in parameters.items()]
+    elif zero_stage < 3:
+        shards, fragments = group_of, list(_of_flat_groups(parameters))
+    else:
+        places = {name: optimizer.grad_position[optimizer.get_param_id(p)] for name, p in parameters.items()}
+        shards = {name: shard for name, (shard, _, _) in places.items()}
+        fragments = list(_of_partitions(parameters, places))
+    return Layout(shapes, shards, fragments, replicated=zero_stage == 0)
 
 
-def _whole(parameters: dict[str, nn.Parameter], shapes: dict[str, torch.Size], optimizer: Any) -> Iterator[Fragment]:
-    """Without ZeRO each parameter is its own shard."""
-    order = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    for name, parameter in parameters.items():
-        yield Fragment(name, shapes[name], 0, parameter.numel(), order.index(id(parameter)), 0)
-
-
-def _of_flat_groups(
-    parameters: dict[str, nn.Parameter], shapes: dict[str, torch.Size], optimizer: Any
-) -> Iterator[Fragment]:
+def _of_flat_groups(parameters: dict[str, nn.Parameter]) -> Iterator[Fragment]:
     """ZeRO 1 and 2 lay a group's parameters end to end and cut the whole: a parameter may lie across ranks."""
     for name, parameter in parameters.items():
         mapping = parameter._hp_mapping
-        if mapping is None:
-            continue
-        inside, shard = mapping.lp_fragment_address, mapping.hp_fragment_address
-        yield Fragment(name, shapes[name], inside.start, inside.numel, mapping.param_group_index, shard.start)
+        if mapping is not None:
+            inside, shard = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield Fragment(name, parameter.shape, inside.start, inside.numel, mapping.param_group_index, shard.start)
 
 
-def _of_partitions(
-    parameters: dict[str, nn.Parameter], shapes: dict[str, torch.Size], optimizer: Any
-) -> Iterator[Fragment]:
+def _of_partitions(parameters: dict[str, nn.Parameter], places: dict[str, Any]) -> Iterator[Fragment]:
     """ZeRO 3 cuts every parameter into one part for each rank; the last parts may be short or empty."""
     for name, parameter in parameters.items():
-        shard, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        shard, offset, part = places[name]
         start = part * dist.get_rank()
         size = min(part, parameter.ds_numel - start)
         if size > 0:
-            yield Fragment(name, shapes[name], start, size, shard, offset)
+            yield Fragment(name, parameter.ds_shape, start, size, shard, offset)

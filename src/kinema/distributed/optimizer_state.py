@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kinema.distributed.layout import Layout
+
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 """Adam's two moments (Kingma and Ba 2015), named as torch names them."""
 
@@ -35,6 +37,15 @@ class NamedState(Protocol):
 
     def write_state(self, moved: Tensor, name: str, value: Tensor) -> None:
         """Continue from a float32 state tensor of the shape of `moved`."""
+        ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """An optimiser that must know which parameters the flat tensors that it moves are made of."""
+
+    def place(self, moved: list[Tensor], layout: Layout) -> None:
+        """`moved` are the shards of the layout."""
         ...
 
 

@@ -67,6 +67,7 @@ def funnel(stages: Sequence[dict[str, Any]], written: int) -> list[dict[str, Any
     for stage in stages:
         lost = [(reason, count) for what in ("dropped", "failed") for reason, count in stage[what].items()]
         why = [f"{count:,} {reason}" for reason, count in sorted(lost, key=lambda item: -item[1])]
+        why += [f"{count:,} {remark} (kept)" for remark, count in stage.get("remarks", {}).items()]
         rows.append({**stage, "share": stage["kept"] / longest, "why": "; ".join(why)})
     return rows
 

@@ -9,9 +9,11 @@ from kinema.models.attention import Attention
 from kinema.models.dit.axes import Expert
 from kinema.models.dit.config import DiTConfig
 from kinema.models.dit.extras import Extras
+from kinema.models.dit.layers import Block
 from kinema.models.dit.model import NO_EXTRAS, DiT
 from kinema.models.dit.segments import Grid
 from kinema.models.dit.timesteps import Timesteps
+from kinema.models.sequence import SequenceGroup
 
 
 class Experts(nn.Module):
@@ -45,10 +47,19 @@ class Experts(nn.Module):
             predictions |= dict(zip(clips, found, strict=True))
         return [predictions[clip] for clip in range(len(latents))]
 
+    def all_blocks(self) -> list[Block]:
+        """As `DiT.all_blocks`, of both."""
+        return [*self.high.all_blocks(), *self.low.all_blocks()]
+
     def replace_attention(self, replace: Callable[[Attention], Attention]) -> None:
         """As `DiT.replace_attention`, in both."""
         self.high.replace_attention(replace)
         self.low.replace_attention(replace)
+
+    def share_tokens(self, group: SequenceGroup) -> None:
+        """As `DiT.share_tokens`, both."""
+        self.high.share_tokens(group)
+        self.low.share_tokens(group)
 
     def flops(self, grid: Grid, text_tokens: int, image_tokens: int = 0) -> float:
         """As `DiT.flops`: of the one expert that a clip goes to."""

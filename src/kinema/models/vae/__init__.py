@@ -7,12 +7,14 @@ from kinema.models.vae.losses import VAELoss, VAELossConfig, psnr
 from kinema.models.vae.perceptual import Perceptual
 from kinema.models.vae.posterior import LatentStatistics, Posterior
 from kinema.models.vae.resampling import Halving, Resampling
+from kinema.models.vae.slabs import Cut, Slab, SlabAxis, plan_cut
 from kinema.models.vae.tiling import decode_tiled, encode_tiled
 
 __all__ = [
     "Attention",
     "CausalVAE",
     "Convolution",
+    "Cut",
     "DiscriminatorNorm",
     "Halving",
     "LatentStatistics",
@@ -21,6 +23,8 @@ __all__ = [
     "Perceptual",
     "Posterior",
     "Resampling",
+    "Slab",
+    "SlabAxis",
     "SpacePadding",
     "StreamState",
     "TimePadding",
@@ -29,5 +33,6 @@ __all__ = [
     "VAELossConfig",
     "decode_tiled",
     "encode_tiled",
+    "plan_cut",
     "psnr",
 ]

@@ -24,6 +24,7 @@ from kinema.models.vae.layers import (
     RepeatedInput,
     ResBlock,
     SpacePadding,
+    State,
     StreamState,
     TimePadding,
 )
@@ -38,6 +39,7 @@ from kinema.models.vae.resampling import (
     space_to_depth,
     up,
 )
+from kinema.models.vae.slabs import TIME, Slab
 
 
 class Attention(Enum):
@@ -387,26 +389,27 @@ class CausalVAE(nn.Module):
         """(temporal, spatial): frames and pixels along a side of one latent pixel."""
         return self.config.temporal_stride, self.config.spatial_stride
 
-    def forward(self, video: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
+    def forward(self, video: Tensor, noise: Tensor, slab: Slab | None = None) -> tuple[Tensor, Posterior]:
         """The training pass: video (B, 3, T, H, W) -> reconstruction of that shape and the posterior.
 
         noise is standard normal of the latents' shape (B, C, t, h, w). The posterior is the one before
-        normalisation, so training does not depend on the latent statistics.
+        normalisation, so training does not depend on the latent statistics. With a `slab` all four are the part
+        of the clip that `Cut` gives to this worker; so too in `encode` and `decode`.
         """
-        posterior = self.encode_unnormalised(video)
-        return self._to_pixels(posterior.sample(noise), None), posterior
+        posterior = self.encode_unnormalised(video, slab)
+        return self._to_pixels(posterior.sample(noise), slab), posterior
 
-    def encode(self, video: Tensor) -> Posterior:
+    def encode(self, video: Tensor, slab: Slab | None = None) -> Posterior:
         """Video (B, 3, k * temporal_stride + 1, H, W) in [-1, 1] -> normalised posterior (B, C, k+1, ..)."""
-        return self._normalise(self.encode_unnormalised(video))
+        return self._normalise(self.encode_unnormalised(video, slab))
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, slab: Slab | None = None) -> Tensor:
         """Normalised latents (B, C, k+1, h, w) -> video (B, 3, k * temporal_stride + 1, H, W).
 
         Not clamped, unless `clamp_output` says so.
         """
         self._check_latents(latents)
-        return self._clamp(self._to_pixels(self._denormalise(latents), None))
+        return self._clamp(self._to_pixels(self._denormalise(latents), slab))
 
     def encode_chunks(self, chunks: Iterable[Tensor], state: StreamState | None = None) -> Iterator[Posterior]:
         """Video in chunks along T -> the posterior of each; together equal to `encode` of the whole.
@@ -431,10 +434,14 @@ class CausalVAE(nn.Module):
             self._check_latents(chunk)
             yield self._clamp(self._to_pixels(self._denormalise(chunk), state))
 
-    def encode_unnormalised(self, video: Tensor) -> Posterior:
+    def encode_unnormalised(self, video: Tensor, slab: Slab | None = None) -> Posterior:
         """As `encode`, before the latent statistics: what they are measured on and the losses work with."""
-        self._check_video(video, starts_clip=True)
-        return self._to_posterior(video, None)
+        self._check_video(video, starts_clip=slab is None or slab.axis != TIME or slab.first)
+        return self._to_posterior(video, slab)
+
+    def all_blocks(self) -> list[nn.Module]:
+        """The layers that a clip goes through one after the other: residual blocks, attention, and steps of levels."""
+        return [block for part in (self.encoder, self.decoder) for layer in part for block in _parts_of(layer)]
 
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Sets the normalisation, per channel (C,), measured on latents before normalisation."""
@@ -469,14 +476,14 @@ class CausalVAE(nn.Module):
                 decoder(torch.zeros(1, *shape))
         return float(encode.get_total_flops()), float(decode.get_total_flops())
 
-    def _to_posterior(self, video: Tensor, state: StreamState | None) -> Posterior:
+    def _to_posterior(self, video: Tensor, state: State) -> Posterior:
         # Channels last: the norm over channels then has a fused CPU kernel and convolutions are as fast.
         pixels = space_to_depth(video, self.config.pixel_patch).contiguous(memory_format=torch.channels_last_3d)
         channels = self.config.latent_channels
         mean, logvar = self.encoder(pixels, state).tensor_split([channels], dim=1)
         return Posterior(mean, logvar.clamp(*LOGVAR_RANGE).expand(-1, channels, -1, -1, -1))
 
-    def _to_pixels(self, latents: Tensor, state: StreamState | None) -> Tensor:
+    def _to_pixels(self, latents: Tensor, state: State) -> Tensor:
         latents = latents.contiguous(memory_format=torch.channels_last_3d)
         return depth_to_space(self.decoder(latents, state), self.config.pixel_patch)
 
@@ -525,6 +532,11 @@ class CausalVAE(nn.Module):
                 f"the VAE decodes latents (B, C, t, h, w) with C = vae.latent_channels={channels}, t >= 1, "
                 f"not {tuple(latents.shape)}"
             )
+
+
+def _parts_of(layer: nn.Module) -> list[nn.Module]:
+    """The layers of a whole level with its shortcut, or the layer itself."""
+    return list(layer) if isinstance(layer, AveragingStage | CopyingStage) else [layer]
 
 
 def _refuse_streaming(reason: str | None, verb: str) -> None:

@@ -1,17 +1,21 @@
 """Layers of the causal VAE: a frame sees itself and earlier frames only, in one clip or streamed in chunks.
 
 Every layer is called as `layer(x, state)` with x (B, C, T, H, W). `state=None` means that x is a whole clip;
-a `StreamState` means that x continues the frames which earlier calls with the same state have seen.
+a `StreamState` means that x continues the frames which earlier calls with the same state have seen; a `Slab` that x is
+a part of a clip whose other parts are held by other workers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from kinema.models.vae.slabs import HEIGHT, TIME, WIDTH, Slab
 
 
 class Convolution(Enum):
@@ -69,10 +73,37 @@ class StreamState(dict[nn.Module, Tensor]):
     """
 
 
-def starts_clip(layer: nn.Module, state: StreamState | None) -> bool:
-    """Whether a layer that keeps no frames sees the first ones of its clip now; the state remembers that it did."""
-    if state is None:
-        return True
+State = StreamState | Slab | None
+"""What lies beside the frames that a layer is given."""
+
+
+def slab_of(state: State) -> Slab | None:
+    """The slab that a layer works on, if the clip is cut."""
+    return None if isinstance(state, StreamState) else state
+
+
+def slab_in_time(state: State) -> Slab | None:
+    """The slab, if the clip is cut along time."""
+    slab = slab_of(state)
+    return slab if slab is not None and slab.axis == TIME else None
+
+
+def slab_in_space(state: State) -> Slab | None:
+    """The slab, if the clip is cut along height or width."""
+    slab = slab_of(state)
+    return slab if slab is not None and slab.axis != TIME else None
+
+
+def ends_clip(state: State, axis: int) -> bool:
+    """Whether a layer sees the end of the clip along `axis`."""
+    slab = slab_of(state)
+    return slab is None or slab.axis != axis or slab.last
+
+
+def starts_clip(layer: nn.Module, state: State) -> bool:
+    """Whether a layer that keeps no frames sees the first ones of its clip now; a stream remembers that it did."""
+    if not isinstance(state, StreamState):
+        return (slab := slab_in_time(state)) is None or slab.first
     first = layer not in state
     state.setdefault(layer, torch.empty(0))
     return first
@@ -114,7 +145,7 @@ class CausalConv(nn.Module):
     """3D convolution padded in front of the first frame only; kernel and stride are (time, height, width).
 
     `causal=False` pads both ends of the clip with as many frames instead; such a layer cannot be streamed.
-    `space_padding=None` leaves the borders of frames as they are.
+    `time_padding=None` puts nothing before the first frame, `space_padding=None` nothing around frames.
     `frame_by_frame` takes the frames of a flat kernel one at a time, so that their number changes no bit.
     """
 
@@ -124,7 +155,7 @@ class CausalConv(nn.Module):
         out_channels: int,
         kernel: tuple[int, int, int],
         stride: tuple[int, int, int] = (1, 1, 1),
-        time_padding: TimePadding = TimePadding.first,
+        time_padding: TimePadding | None = TimePadding.first,
         space_padding: SpacePadding | None = SpacePadding.zeros,
         causal: bool = True,
         frame_by_frame: bool = False,
@@ -140,24 +171,56 @@ class CausalConv(nn.Module):
         padding = (0, *self.border) if space_padding is SpacePadding.zeros else 0
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, padding)
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, T, H, W) -> (B, out, ceil(T / stride), ..), the outputs that the frames so far complete."""
+        if (slab := slab_in_space(state)) is not None:
+            x = self._widened_in_space(x, slab)
         if self.past_frames == 0 and self.time_stride == 1:
-            return self._convolve(x)
-        assert state is None or self.future_frames == 0, "a layer that looks ahead cannot be streamed"
-        past = self._beside(x[:, :, :1], self.past_frames) if state is None or self not in state else state[self]
-        future = [self._beside(x[:, :, -1:], self.future_frames)] if self.future_frames else []
-        x = together([past, x, *future])
-        out = self._convolve(x)
-        if state is not None:
+            return self._convolve(x, slab)
+        x = self._lengthened(x, state)
+        out = self._convolve(x, slab)
+        if isinstance(state, StreamState):
             state[self] = together([x[:, :, out.shape[2] * self.time_stride :]])  # a view would keep the chunk alive
         return out
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        """The convolution in the form that runs fastest on a CPU; a conv3d of a flat kernel takes longer."""
+    def _lengthened(self, x: Tensor, state: State) -> Tensor:
+        """x between the frames before and behind it: padding, those of the stream, or those of other slabs."""
+        slab = slab_in_time(state)
+        past, future = [], []
+        if isinstance(state, StreamState):
+            assert self.future_frames == 0, "a layer that looks ahead cannot be streamed"
+            past = [state[self]] if self in state else []
+        if not past and (slab is None or slab.first):
+            past = [self._beside(x[:, :, :1], self.past_frames if self.time_padding else 0)]
+        if self.future_frames and (slab is None or slab.last):
+            future = [self._beside(x[:, :, -1:], self.future_frames)]
+        x = together([*past, x, *future]) if past or future else x
+        # Padded before it is widened: of a first slab of one frame the next one needs padding too.
+        return x if slab is None else slab.widen(x, self.past_frames - self.time_stride + 1, self.future_frames)
+
+    def _widened_in_space(self, x: Tensor, slab: Slab) -> Tensor:
+        """x with the rows or columns of its neighbours, and padded where the clip begins and ends."""
+        side = slab.axis - HEIGHT
+        border, kernel, stride = self.border[side], self.conv.kernel_size[1 + side], self.conv.stride[1 + side]
+        x = slab.widen(x, border, kernel - stride - border)
+        ends = (border if slab.first else 0, border if slab.last else 0)
+        if self.space_padding is None or ends == (0, 0):
+            return x
+        mode = "constant" if self.space_padding is SpacePadding.zeros else self.space_padding.value
+        return F.pad(x, (*ends, 0, 0, 0, 0) if slab.axis == WIDTH else (0, 0, *ends, 0, 0), mode=mode)
+
+    def _convolve(self, x: Tensor, slab: Slab | None) -> Tensor:
+        """The convolution in the form that runs fastest on a CPU; a conv3d of a flat kernel takes longer.
+
+        `slab` is one in space, whose borders are padded already.
+        """
         weight, bias = self.conv.weight, self.conv.bias
         time, height, width = self.conv.kernel_size
-        rows, columns = self.border
+        rows, columns = (
+            0 if slab is not None and slab.axis == axis else border
+            for axis, border in zip((HEIGHT, WIDTH), self.border, strict=True)
+        )
+        around = (0, rows, columns) if self.space_padding is SpacePadding.zeros else (0, 0, 0)
         if self.space_padding not in (None, SpacePadding.zeros) and (rows or columns):
             x = F.pad(x, (columns, columns, rows, rows, 0, 0), mode=self.space_padding.value)
         if height == width == 1:  # one matrix product over the stacked frames
@@ -171,11 +234,11 @@ class CausalConv(nn.Module):
             images: Sequence[Tensor] = [frames]
             if self.frame_by_frame:  # and in one memory format, which a single frame else would not have
                 images = frames.contiguous(memory_format=torch.channels_last).split(1)
-            stride, padding = self.conv.stride[1:], tuple(self.conv.padding)[1:]
-            out = torch.cat([convolve(part, weight[:, :, 0], bias, stride, padding) for part in images])
+            stride = self.conv.stride[1:]
+            out = torch.cat([convolve(part, weight[:, :, 0], bias, stride, around[1:]) for part in images])
             return out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         x = x.contiguous(memory_format=torch.channels_last_3d)
-        return convolve(x, weight, bias, self.conv.stride, tuple(self.conv.padding))
+        return convolve(x, weight, bias, self.conv.stride, around)
 
     def _beside(self, frame: Tensor, count: int) -> Tensor:
         frames = frame.expand(-1, -1, count, -1, -1)
@@ -185,7 +248,7 @@ class CausalConv(nn.Module):
 class CausalSequential(nn.Sequential):
     """Layers one after another, all with the same stream state."""
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, T, H, W) -> whatever the last layer returns."""
         for layer in self:
             x = layer(x, state)
@@ -233,7 +296,7 @@ class ChannelNorm(nn.Module):
         else:
             self.norm = nn.LayerNorm(channels, eps=1e-6) if norm is Norm.layer else nn.RMSNorm(channels, eps=1e-6)
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, T, H, W) -> the same shape."""
         return self.norm(x.movedim(1, -1)).movedim(-1, 1)
 
@@ -246,11 +309,35 @@ class GroupNorm(nn.Module):
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.over_time = over_time
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, T, H, W) -> the same shape."""
+        slab = slab_of(state) if self.over_time else slab_in_space(state)
+        normalise = self.norm if slab is None else partial(self._over_slabs, slab=slab)
         if self.over_time:
-            return self.norm(x)
-        return self.norm(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+            return normalise(x)
+        return normalise(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+    def _over_slabs(self, x: Tensor, slab: Slab) -> Tensor:
+        """(N, C, ...) -> the same shape, with the mean and variance of all slabs.
+
+        Combined from those of each slab, so that nothing large cancels (Chan, Golub and LeVeque 1979).
+        """
+        groups, channels = self.norm.num_groups, self.norm.num_channels
+        wide = x if x.dtype == torch.float64 else x.float()
+        grouped = wide.unflatten(1, (groups, -1)).flatten(2)  # (N, groups, numbers)
+        variance, mean = torch.var_mean(grouped, dim=2, correction=0)
+        count = torch.full_like(mean, grouped.shape[2])
+        counts, means, variances = slab.stack(torch.stack([count, mean, variance])).unbind(1)  # (slabs, N, groups)
+        shares = counts / counts.sum(0)
+        mean = (shares * means).sum(0)
+        variance = (shares * (variances + (means - mean).square())).sum(0)
+
+        def each_pixel(of_channel: Tensor) -> Tensor:
+            return of_channel.view(*of_channel.shape, *[1] * (x.ndim - 2))
+
+        scale = (variance + self.norm.eps).rsqrt().repeat_interleave(channels // groups, dim=1) * self.norm.weight
+        shift = self.norm.bias - mean.repeat_interleave(channels // groups, dim=1) * scale
+        return torch.addcmul(each_pixel(shift), wide, each_pixel(scale))
 
 
 @dataclass(frozen=True)
@@ -260,7 +347,7 @@ class LayerChoices:
     convolution: Convolution
     norm: Norm
     norm_groups: int
-    time_padding: TimePadding
+    time_padding: TimePadding | None
     space_padding: SpacePadding
     causal: bool
 
@@ -308,10 +395,10 @@ class ResBlock(nn.Module):
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else CausalConv(in_channels, out_channels, (1, 1, 1))
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, in, T, H, W) -> (B, out, T, H, W)."""
-        out = self.conv1(activated(self.norm1(x)), state)
-        out = self.conv2(activated(self.norm2(out)), state)
+        out = self.conv1(activated(self.norm1(x, state)), state)
+        out = self.conv2(activated(self.norm2(out, state)), state)
         return self.shortcut(x) + out
 
 
@@ -324,11 +411,13 @@ class FrameAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, T, H, W) -> the same shape."""
         batch, _, _, height, _ = x.shape
-        pixels = rearrange(self.norm(x), "b c t h w -> (b t) 1 (h w) c")
-        out = self.out(F.scaled_dot_product_attention(*self.qkv(pixels).chunk(3, dim=-1)))
+        pixels = rearrange(self.norm(x, state), "b c t h w -> (b t) 1 (h w) c")
+        query, seen = self.qkv(pixels).tensor_split([x.shape[1]], dim=-1)
+        seen = seen if (slab := slab_in_space(state)) is None else slab.gather(seen, 2)
+        out = self.out(F.scaled_dot_product_attention(query, *seen.chunk(2, dim=-1)))
         return x + rearrange(out, "(b t) 1 (h w) c -> b c t h w", b=batch, h=height)
 
 
@@ -339,15 +428,22 @@ class CausalAttention(FrameAttention):
     A stream keeps the keys and values of all frames that it has seen.
     """
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, T, H, W) -> the same shape."""
-        height, pixels = x.shape[3], x.shape[3] * x.shape[4]
-        frames = rearrange(self.norm(x), "b c t h w -> t b 1 (h w) c")
+        height, slab = x.shape[3], slab_of(state)
+        frames = rearrange(self.norm(x, state), "b c t h w -> t b 1 (h w) c")
         query, new = torch.stack([self.qkv(frame) for frame in frames]).tensor_split([x.shape[1]], dim=-1)
+        new = new if slab is None else slab.gather(new, 0 if slab.axis == TIME else 3)
+        pixels, earlier = new.shape[3], 0
         seen = rearrange(new, "t b one n c -> b one (t n) c")
-        if state is not None:
-            seen = state[self] = torch.cat([state[self], seen], dim=2) if self in state else seen
-        ends = [seen.shape[2] - pixels * after for after in reversed(range(len(frames)))]
+        if isinstance(state, StreamState) and self in state:
+            earlier = state[self].shape[2] // pixels
+            seen = torch.cat([state[self], seen], dim=2)
+        if isinstance(state, StreamState):
+            state[self] = seen
+        if (in_time := slab_in_time(state)) is not None:
+            earlier = in_time.start
+        ends = [pixels * (earlier + 1 + i) for i in range(len(frames))]
         out = [
             self.out(F.scaled_dot_product_attention(q, *seen[:, :, :end].chunk(2, dim=-1)))
             for q, end in zip(query, ends, strict=True)
@@ -369,9 +465,9 @@ class Output(nn.Module):
         self.linear = CausalConv(in_channels, out_channels, (1, 1, 1)) if linear else None
         self.groups = out_channels if grouped else None
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, in, T, H, W) -> (B, out, T, H, W)."""
-        out = self.conv(activated(self.norm(x)), state)
+        out = self.conv(activated(self.norm(x, state)), state)
         if self.groups is not None:
             out = out + group_means(x, self.groups)
         return out if self.linear is None else self.linear(x, state) + out
@@ -385,6 +481,6 @@ class RepeatedInput(nn.Module):
         self.conv = choices.conv3x3x3(in_channels, out_channels)
         self.repeats = out_channels // in_channels
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, in, T, H, W) -> (B, out, T, H, W)."""
         return self.conv(x, state) + x.repeat_interleave(self.repeats, dim=1)

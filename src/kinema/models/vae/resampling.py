@@ -4,6 +4,7 @@ Frame 0 of a clip has no partner in time: k + 1 latent frames stand for 2k + 1 f
 in what they do with it.
 """
 
+from dataclasses import replace
 from enum import Enum
 
 import torch
@@ -11,7 +12,16 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from kinema.models.vae.layers import CausalConv, CausalSequential, LayerChoices, StreamState, group_means, starts_clip
+from kinema.models.vae.layers import (
+    CausalConv,
+    CausalSequential,
+    LayerChoices,
+    State,
+    ends_clip,
+    group_means,
+    starts_clip,
+)
+from kinema.models.vae.slabs import HEIGHT, WIDTH
 
 
 class Halving(Enum):
@@ -90,7 +100,7 @@ class SpatialDown(nn.Module):
         super().__init__()
         self.conv = choices.conv(channels, channels, (1, 3, 3), stride=(1, 2, 2))
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, T, H, W) -> (B, C, T, H/2, W/2)."""
         return self.conv(x, state)
 
@@ -102,9 +112,10 @@ class CornerDown(nn.Module):
         super().__init__()
         self.conv = CausalConv(channels, channels, (1, 3, 3), stride=(1, 2, 2), space_padding=None, frame_by_frame=True)
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, T, H, W) -> (B, C, T, H/2, W/2); zeros below and to the right."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)), state)
+        right, below = (int(ends_clip(state, axis)) for axis in (WIDTH, HEIGHT))
+        return self.conv(F.pad(x, (0, right, 0, below)), state)
 
 
 class TemporalDown(nn.Module):
@@ -114,7 +125,7 @@ class TemporalDown(nn.Module):
         super().__init__()
         self.conv = choices.conv(channels, channels, (3, 1, 1), stride=(2, 1, 1))
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, 2k+1, H, W) -> (B, C, k+1, H, W); later chunks of a stream: 2k frames -> k."""
         return self.conv(x, state)
 
@@ -122,13 +133,13 @@ class TemporalDown(nn.Module):
 class FirstAloneDown(TemporalDown):
     """Halves the frames after frame 0, which stays: its convolution sees three frames of the clip, never padding."""
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def __init__(self, channels: int, choices: LayerChoices) -> None:
+        super().__init__(channels, replace(choices, time_padding=None))
+
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, 2k+1, H, W) -> (B, C, k+1, H, W); later chunks of a stream: 2k frames -> k."""
-        state = StreamState() if state is None else state
-        if self.conv in state:
-            return self.conv(x, state)
-        state[self.conv] = x[:, :, :0]
-        return torch.cat([x[:, :, :1], self.conv(x, state)], dim=2)
+        halved = self.conv(x, state)
+        return torch.cat([x[:, :, :1], halved], dim=2) if starts_clip(self, state) else halved
 
 
 class JointDown(nn.Module):
@@ -139,7 +150,7 @@ class JointDown(nn.Module):
         time, space = halving.factors
         self.conv = choices.conv(channels, channels, (3, 3, 3), stride=(time, space, space))
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, T, H, W) -> (B, C, ceil(T/time), H/space, W/space)."""
         return self.conv(x, state)
 
@@ -153,7 +164,7 @@ class SpatialUp(nn.Module):
         super().__init__()
         self.conv = CausalConv(channels, 4 * channels, (1, 1, 1))
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, T, H, W) -> (B, C, T, 2H, 2W)."""
         return depth_to_space(self.conv(x, state), 2)
 
@@ -167,7 +178,7 @@ class NearestUp(nn.Module):
             in_channels, out_channels, (1, 3, 3), space_padding=choices.space_padding, frame_by_frame=True
         )
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, in, T, H, W) -> (B, out, T, 2H, 2W)."""
         return self.conv(repeat(x, "b c t h w -> b c t (h 2) (w 2)"), state)
 
@@ -184,7 +195,7 @@ class TemporalUp(nn.Module):
         super().__init__()
         self.conv = choices.conv(channels, 2 * channels, (3, 1, 1))
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, k+1, H, W) -> (B, C, 2k+1, H, W); later chunks of a stream: k frames -> 2k."""
         first = starts_clip(self, state)
         out = rearrange(self.conv(x, state), "b (r c) t h w -> b c (t r) h w", r=2)
@@ -194,7 +205,7 @@ class TemporalUp(nn.Module):
 class FirstAloneUp(TemporalUp):
     """Doubles the frames after frame 0, which stays and which the convolution of the others does not see."""
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, C, k+1, H, W) -> (B, C, 2k+1, H, W); later chunks of a stream: k frames -> 2k."""
         first, later = x.tensor_split([1 if starts_clip(self, state) else 0], dim=2)
         if later.shape[2] == 0:
@@ -211,7 +222,7 @@ class JointUp(nn.Module):
         self.factors = halving.factors
         self.conv = choices.conv(in_channels, out_channels, (3, 3, 3))
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, in, T, H, W) -> (B, out, T time (less time - 1 at the clip's start), H space, W space)."""
         time, space = self.factors
         x = repeat(x, "b c t h w -> b c (t r) (h p) (w q)", r=time, p=space, q=space)
@@ -230,7 +241,7 @@ class PackedDown(nn.Module):
         self.alone = kind is Resampling.packed_alone
         self.conv = choices.conv3x3x3(in_channels, out_channels // (time * space**2))
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, in, T, H, W) -> (B, out, ceil(T/time), H/space, W/space)."""
         first = starts_clip(self, state) and self.factors[0] > 1
         if not self.alone:
@@ -265,7 +276,7 @@ class PackedUp(nn.Module):
         self.shortcut = shortcut
         self.conv = choices.conv3x3x3(in_channels, out_channels * time * space**2)
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, in, T, H, W) -> (B, out, T time (less time - 1 at the clip's start), H space, W space)."""
         time, space = self.factors
         first = starts_clip(self, state) and time > 1
@@ -295,7 +306,7 @@ class AveragingStage(CausalSequential):
         self.out_channels = out_channels
         self.factors = factors
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, in, T, H, W) -> (B, out, ceil(T/time), H/space, W/space)."""
         alone = starts_clip(self, state) and self.factors[0] > 1
         whole = torch.cat([torch.zeros_like(x[:, :, :1]), x], dim=2) if alone else x
@@ -310,7 +321,7 @@ class CopyingStage(CausalSequential):
         self.out_channels = out_channels
         self.factors = factors
 
-    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+    def forward(self, x: Tensor, state: State = None) -> Tensor:
         """(B, in, T, H, W) -> (B, out, T time (less time - 1 at the clip's start), H space, W space)."""
         time, space = self.factors
         copies = unpack(x.repeat_interleave(self.out_channels * time * space**2 // x.shape[1], dim=1), self.factors)
