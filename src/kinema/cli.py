@@ -43,7 +43,7 @@ def main() -> None:
 
 def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int:
     """Run one verb; an error that a user can cause becomes one line."""
-    from kinema.console import EXIT_CONFIG, EXIT_STORE
+    from kinema.console import EXIT_CONFIG, EXIT_UNAVAILABLE
     from kinema.data.store import StoreDown
 
     module = import_module(module_name)
@@ -54,7 +54,7 @@ def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int
         return int(module.run(parser.parse_args(words)))
     except StoreDown as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_STORE
+        return EXIT_UNAVAILABLE
     except ValueError as error:
         if "KINEMA_TRACEBACK" in os.environ:
             raise

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 EXIT_CONFIG = 64
 EXIT_DATA = 65
 EXIT_CHECKPOINT = 66
-EXIT_STORE = 69
+EXIT_UNAVAILABLE = 69
 EXIT_NON_FINITE = 70
 
 
@@ -75,6 +77,7 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
     def explained(*arguments: Any) -> None:
         from kinema.data.ledger import DataBudgetError
         from kinema.data.store import StoreDown
+        from kinema.distributed.process import RanksMissing
         from kinema.training.checkpoint import CheckpointError
         from kinema.training.guard import NonFiniteLoss
 
@@ -83,7 +86,9 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
         except DataBudgetError as error:
             fail(str(error), EXIT_DATA)
         except StoreDown as error:
-            fail(str(error).rpartition("StoreDown: ")[2].strip(), EXIT_STORE)  # a worker adds its traceback
+            fail(str(error).rpartition("StoreDown: ")[2].strip(), EXIT_UNAVAILABLE)  # a worker adds its traceback
+        except RanksMissing as error:
+            fail(str(error), EXIT_UNAVAILABLE)
         except CheckpointError as error:
             fail(str(error), EXIT_CHECKPOINT)
         except NonFiniteLoss as error:
@@ -99,7 +104,8 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
 def fail(message: str, status: int) -> None:
     """One line on stderr, with the rank where there are several, and out."""
     rank = f" (rank {os.environ['RANK']})" if _several_ranks() else ""
-    print(f"error{rank}: {message}", file=sys.stderr, flush=True)
+    tqdm.write(f"error{rank}: {message}", file=sys.stderr)  # not behind a progress bar
+    sys.stderr.flush()
     sys.exit(status)
 
 
@@ -132,10 +138,15 @@ def missing_key(error: BaseException) -> str:
 
 
 def first_cause(error: BaseException) -> str:
-    """The message of the innermost exception: the one that names the key."""
+    """The message of the innermost exception, in one line that names the key."""
+    from omegaconf.errors import OmegaConfBaseException
+
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip()
+    message = str(error).strip()
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {message.splitlines()[0]}."
+    return message
 
 
 def _suggestions(config_name: str, configs: Path | None) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from kinema.data.shards import DatasetIndex, ShardWriter, read_member
-
 from tests.faults.suite.harm import Harm
 from tests.faults.suite.scene import Scene, Shown, said
 
@@ -76,14 +75,19 @@ def test_a_shard_that_goes_bad_costs_its_own_clips_and_each_is_named(scene, show
 ])  # fmt: skip
 def test_a_clip_that_kills_its_decoder_is_named_and_the_run_goes_on(scene, show, number, fault, deed):
     name = f"decoder-{deed}"
-    limits = ["data.decode_timeout_seconds=1", "data.timeout_seconds=3", "data.min_failed_clips=100", "data.num_workers=2"]
+    limits = [
+        "data.decode_timeout_seconds=1",
+        "data.timeout_seconds=3",
+        "data.min_failed_clips=100",
+        "data.num_workers=2",
+    ]
     job = scene.finish(scene.start(name, *limits, ANY, harm=Harm(READ, deed, 6)))
     assert "quarantine" in job.output
     show(number, fault, Shown(said(job, "quarantine"), "-", None, 0))
 
 
 def test_fewer_clips_than_lanes_are_refused_at_the_start(scene, show):
-    job = scene.finish(scene.start("few", "data.max_clips=3", "data.clips_per_step=4"), 64)
+    job = scene.finish(scene.start("few", "data.lanes=8", "data.clips_per_step=4"), 64)
     show("C20", "fewer clips than a step needs", Shown(said(job, "error"), "64"))
 
 

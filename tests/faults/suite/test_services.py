@@ -72,8 +72,8 @@ def test_a_rank_that_never_comes_is_waited_for_as_long_as_was_said(scene, show):
         alone["MASTER_PORT"] = str(listener.getsockname()[1])
     job = scene.start("alone", "parallel.timeout_seconds=4", **alone)
     (status,) = job.wait(60)
-    assert status
-    show("E6", "only one of two ranks comes up", Shown(said(job, "[Tt]imed? ?out|waiting"), str(status)))
+    assert status == 69
+    show("E6", "only one of two ranks comes up", Shown(said(job, "error"), str(status)))
 
 
 def test_a_port_that_is_taken_is_named(scene, show):
@@ -81,5 +81,5 @@ def test_a_port_that_is_taken_is_named(scene, show):
         port = str(listener.getsockname()[1])
         job = scene.start("port", "parallel.timeout_seconds=4", ranks=2, MASTER_PORT=port)
         statuses = job.wait(90)
-    assert all(statuses)
-    show("E5", "the port of the job is taken", Shown(said(job, port), str(statuses[0])))
+    assert set(statuses) <= {69, -15, -9}
+    show("E5", "the port of the job is taken", Shown(said(job, f"error.*{port}"), str(statuses[0])))
