@@ -7,7 +7,7 @@ import time
 import pytest
 
 from kinema.training.journal import read_journal
-from tests.end_to_end.commands import dit_command, mixture, run
+from tests.end_to_end.commands import dit_command, mixture, other_data_set, run
 from tests.end_to_end.killing import Layout, kill_all, kill_one_rank, start, wait_until
 
 pytestmark = pytest.mark.slow
@@ -25,10 +25,7 @@ def resumable(folder, name, steps, mixed=False):
     command = dit_command(folder, name, steps, *options)
     if not mixed:
         return command
-    if not (folder / "other").exists():
-        run("data_prep/toy.py", "--out", f"{folder}/other", "--clips", str(OTHER_CLIPS), "--heldout", "2",
-            "--sizes", "64x64,64x48", "--seed", "1")  # fmt: skip
-    return mixture(command, toy=f"path:{folder}/toy,weight:3", other=f"path:{folder}/other,weight:1")
+    return mixture(command, toy=f"path:{folder}/toy,weight:3", other=f"path:{other_data_set(folder)},weight:1")
 
 
 def consumed(folder, name):
