@@ -52,12 +52,12 @@ class CachedClips:
     def check_covers(self, plan: Plan) -> None:
         """Raise ValueError unless every clip of a plan is cached in its shape, or noted as failed."""
         for stage in plan.stages:
-            wanted: dict[str, list[tuple[str, ClipShape]]] = {name: [] for name in self.caches}
-            for clip in stage.clips:
-                name, _ = self.index.place(clip.entry_index)
-                wanted[name].append((self.index.text("key", clip.entry_index), clip.shape))
             for name, cache in self.caches.items():
-                cache.check_covers(wanted[name])
+                cache.check_covers(
+                    (self.index.text("key", clip.entry_index), clip.shape)
+                    for clip in stage.clips
+                    if self.index.place(clip.entry_index)[0] == name
+                )
 
     def expect(self, slots: Sequence[Slot]) -> list[Found]:
         """Where the window of each clip lies that its position draws; they are read next, and no others."""

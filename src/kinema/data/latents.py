@@ -225,13 +225,16 @@ class LatentCache:
         windows = self._places[key, shape]
         return Place(key, *windows[draw % len(windows)])
 
-    def check_covers(self, wanted: Sequence[tuple[str, ClipShape]]) -> None:
+    def check_covers(self, wanted: Iterable[tuple[str, ClipShape]]) -> None:
         """Raise ValueError unless every clip, in its shape, is cached or noted as failed."""
-        lacking = [key for key, shape in wanted if (key, shape) not in self._places]
-        lacking = [key for key in lacking if key not in self.failures]
+        total, lacking = 0, list[str]()
+        for key, shape in wanted:
+            total += 1
+            if (key, shape) not in self._places and key not in self.failures:
+                lacking.append(key)
         if lacking:
             raise ValueError(
-                f"{self.named}={self.folder} lacks {len(lacking)} of {len(wanted)} clips, e.g. {lacking[0]}. "
+                f"{self.named}={self.folder} lacks {len(lacking)} of {total} clips, e.g. {lacking[0]}. "
                 "Encode the latents again with the same data selection."
             )
 
