@@ -119,7 +119,10 @@ def use(folder: Path) -> None:
 def start(folder: Path) -> None:
     """What a run asks of all its clips before its first step."""
     index, absent = DatasetIndex.load(folder, "train"), frozenset[Any]()
-    policy, before = RightsPolicy(excluded_sources=("source-7",), excluded_keys=("clip-000000008",)), private_mib()
+    policy, before = (
+        RightsPolicy(excluded_sources=("source-7",), excluded_keys=("none", "clip-000000008")),
+        private_mib(),
+    )
 
     def plan() -> Candidates:
         return plan_clips(index, [ClipShape(17, 256, 448)], 8.0, Geometry(4, 8, (1, 2, 2)))[0]
