@@ -37,6 +37,7 @@ from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process, seed_everything
+from kinema.distributed.sequence import Ulysses
 from kinema.identity import digest, to_plain
 from kinema.models.dit import DiT, Expert, Experts, make_denoiser
 from kinema.models.vae import CausalVAE
@@ -49,6 +50,7 @@ from kinema.training.checkpoint import Checkpoint, CheckpointStore, write_json
 from kinema.training.dit_task import DiTTask, check_sizes, check_training
 from kinema.training.ema import EMA
 from kinema.training.finetune import LoRA, frozen_parameters
+from kinema.training.guard import Guard
 from kinema.training.loop import Trainer
 from kinema.training.metrics import WandbTracker
 from kinema.training.outputs import Outputs
@@ -70,6 +72,7 @@ from kinema.training.run_folder import (
 )
 from kinema.training.saving import Saver, initial_weights
 from kinema.training.seen import Start
+from kinema.training.skips import Skips
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
 
@@ -111,7 +114,7 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
     if problem := from_main(problem):
         raise ValueError(problem)
     try:
-        yield Run(outputs, CheckpointStore(run_dir, config.checkpoint.keep), config_yaml)
+        yield Run(outputs, CheckpointStore(run_dir, config.checkpoint.keep, config.checkpoint.keep_every), config_yaml)
     except ValueError:
         if lock:
             remove_refused(run_dir)
@@ -124,7 +127,6 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
 def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=dit`."""
     source = checkpoint_of(config.vae.path, "vae.path")
-    check_alone(config.parallel.sequence_degree)
     if config.model.expert_boundary and config.model.expert is Expert.both:
         raise ValueError(
             f"model.expert_boundary={config.model.expert_boundary}: one of two experts is trained at a time, so that "
@@ -152,7 +154,9 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     data = build_data(config, geometry, process, run, vae_identity["hash"], clip_flops)
     check_captions(text_encoder, config, data)
     line, base = start_weights(config, model, run, process)
-    twin = deepcopy(model)
+    twin = deepcopy(model)  # which samples on one rank
+    if process.mesh.sequence_group is not None:
+        model.share_tokens(Ulysses(process.mesh))
     engine = build_engine(config, model, data.lanes_per_rank)
     task = DiTTask(
         engine=engine,
@@ -281,7 +285,7 @@ def check_alone(sequence_degree: int) -> None:
     """Refuse groups of ranks that would each work on the whole of a pack, which would count its gradient twice."""
     if sequence_degree > 1:
         raise ValueError(
-            f"parallel.sequence_degree={sequence_degree}: this task does not spread a pack over ranks yet. Type "
+            f"parallel.sequence_degree={sequence_degree}: task=vae does not spread a pack over ranks yet. Type "
             "parallel.sequence_degree=1."
         )
 
@@ -512,6 +516,7 @@ def assemble(
         ),
         sample_every_steps=sample_every_steps,
         make_samples=make_samples,
+        guard=Guard(config.guard, from_main(Skips.read(run.folder) if process.is_main else Skips())),
         unread_keys=unread_keys,
     )
 
