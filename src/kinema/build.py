@@ -1,5 +1,6 @@
 """Putting a run together: each function reads like its list of parts. Nothing is computed here."""
 
+import functools
 import platform
 import subprocess
 import sys
@@ -55,6 +56,7 @@ from kinema.training.finetune import LoRA, frozen_parameters
 from kinema.training.guard import Guard
 from kinema.training.loop import Trainer
 from kinema.training.metrics import WandbTracker
+from kinema.training.mirror import Mirror, Uploads
 from kinema.training.outputs import Outputs
 from kinema.training.pictures import OverfitCheck, SampleMaker, StripMaker, save_timesteps
 from kinema.training.progress import Progress
@@ -109,6 +111,9 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
         try:
             lock = open_run_folder(run_dir)
             stored = run_dir / "config.yaml"
+            if config.checkpoint.remote is not None:
+                told = functools.partial(outputs.event, 0, "resume")
+                Mirror(config.checkpoint.remote, run_dir).restore(CheckpointStore(run_dir), told)
             began = stored.exists() and bool(CheckpointStore(run_dir).steps())  # a failed start binds nobody
             differences = changed_keys(stored.read_text(), config_yaml) if began else []
             for line in write_config(run_dir, config_yaml, differences, config.allow_config_change):
@@ -493,6 +498,7 @@ def assemble(
         return list(read_once(process, lambda: data.heldout_packs(config.validation.clips)))
 
     ema = EMA(config.ema, engine)
+    remote = config.checkpoint.remote
     schedule, peak, steps = config.schedule, config.optim.learning_rate, config.steps
     return Trainer(
         process=process,
@@ -515,6 +521,7 @@ def assemble(
             manifest=manifest,
             config_yaml=run.config_yaml,
             progress=progress,
+            uploads=Uploads(Mirror(remote, run.folder)) if remote is not None and process.is_main else None,
         ),
         progress=progress,
         checkpoint=config.checkpoint,
