@@ -74,6 +74,7 @@ from kinema.training.run_folder import (
 )
 from kinema.training.saving import Saver, initial_weights
 from kinema.training.seen import Start
+from kinema.training.shared_packs import read_once
 from kinema.training.signals import Signals
 from kinema.training.skips import Skips
 from kinema.training.start import check_same_vae
@@ -487,7 +488,10 @@ def assemble(
         progress.ledger.record_kept(data.kept)
         if config.init_from is not None and not run.store.steps():
             progress.start = Start.of(checkpoint_of(config.init_from, "init_from"))
-    heldout = (lambda: data.heldout_packs(config.validation.clips)) if data.heldout_plan else None
+
+    def heldout() -> list[list[Pack]]:
+        return list(read_once(process, lambda: data.heldout_packs(config.validation.clips)))
+
     ema = EMA(config.ema, engine)
     remote = config.checkpoint.remote
     schedule, peak, steps = config.schedule, config.optim.learning_rate, config.steps
@@ -496,8 +500,8 @@ def assemble(
         task=task,
         plan=data.plan,
         index=data.index,
-        load=data.load,
-        load_validation=heldout,
+        load=lambda first, count: read_once(process, lambda: data.load(first, count)),
+        load_validation=heldout if data.heldout_plan else None,
         learning_rate=lambda step: peak * schedule.factor(step, steps),
         steps=steps,
         ema=ema,
