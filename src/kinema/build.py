@@ -37,7 +37,7 @@ from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_cache
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
-from kinema.distributed.engine import Engine
+from kinema.distributed.engine import Engine, Precision
 from kinema.distributed.process import Process, seed_everything
 from kinema.distributed.sequence import Ulysses
 from kinema.identity import digest, to_plain
@@ -57,6 +57,7 @@ from kinema.training.loop import Trainer
 from kinema.training.metrics import WandbTracker
 from kinema.training.outputs import Outputs
 from kinema.training.pictures import OverfitCheck, SampleMaker, StripMaker, save_timesteps
+from kinema.training.preflight import SAME_LOSS, SAME_LOSS_BFLOAT16, Preflight
 from kinema.training.progress import Progress
 from kinema.training.run_folder import (
     Weights,
@@ -512,6 +513,13 @@ def assemble(
             progress=progress,
         ),
         progress=progress,
+        preflight=Preflight(
+            config.preflight,
+            process.mesh,
+            task,
+            ema,
+            SAME_LOSS if config.parallel.precision is Precision.float32 else SAME_LOSS_BFLOAT16,
+        ),
         checkpoint=config.checkpoint,
         validation=config.validation,
         logging=config.logging,

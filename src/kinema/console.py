@@ -15,6 +15,7 @@ EXIT_DATA = 65
 EXIT_CHECKPOINT = 66
 EXIT_STORE = 69
 EXIT_NON_FINITE = 70
+EXIT_PREFLIGHT = 71
 
 
 def run_script(main: Callable[[], Any], config_name: str, configs: Path | None = None) -> None:
@@ -77,6 +78,7 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
         from kinema.data.store import StoreDown
         from kinema.training.checkpoint import CheckpointError
         from kinema.training.guard import NonFiniteLoss
+        from kinema.training.preflight import PreflightFailed
 
         try:
             sys.exit(main(*arguments) or 0)
@@ -88,6 +90,8 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
             fail(str(error), EXIT_CHECKPOINT)
         except NonFiniteLoss as error:
             fail(str(error), EXIT_NON_FINITE)
+        except PreflightFailed as error:
+            fail(f"preflight: {error} preflight.steps=0 trains unchecked.", EXIT_PREFLIGHT)
         except ValueError as error:
             if "KINEMA_TRACEBACK" in os.environ:
                 raise
