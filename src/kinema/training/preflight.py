@@ -1,5 +1,6 @@
 """What only a running job can show, looked at in its first steps: the silent faults of data, noise, loss and state."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,9 @@ from kinema.training.task import Task
 SAME_LOSS = 1e-4
 SAME_LOSS_BFLOAT16 = 2e-2
 """Largest relative difference between two ranks' losses of one pack, which differ by rounding alone."""
+
+ROUNDING = 1e-6
+"""Losses that differ by less are one, however small they are."""
 
 
 @dataclass
@@ -152,7 +156,7 @@ def check_losses(everyone: Sequence[tuple[dict[int, float], dict[int, float]]], 
     trained = {position: loss for losses, _ in everyone for position, loss in losses.items()}
     for rank, (_, again) in enumerate(everyone):
         for position, loss in again.items():
-            if not abs(loss - trained[position]) <= tolerance * max(abs(loss), abs(trained[position])):
+            if not math.isclose(loss, trained[position], rel_tol=tolerance, abs_tol=ROUNDING):
                 raise PreflightFailed(
                     f"loss: clip {position} of the batch has the loss {trained[position]:.6g} where it is trained, "
                     f"and {loss:.6g} on rank {rank}: weights, noise or conditions differ between ranks."
