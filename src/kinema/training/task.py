@@ -1,10 +1,6 @@
 """What the loop trains: the contract of `task=dit` and `task=vae`."""
 
-<<<<<<< HEAD
-from collections.abc import Sequence
-=======
-from collections.abc import Callable
->>>>>>> main
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
