@@ -1,5 +1,6 @@
 """Putting a run together: each function reads like its list of parts. Nothing is computed here."""
 
+import functools
 import platform
 import subprocess
 import sys
@@ -55,6 +56,7 @@ from kinema.training.finetune import LoRA, frozen_parameters
 from kinema.training.guard import Guard
 from kinema.training.loop import Trainer
 from kinema.training.metrics import WandbTracker
+from kinema.training.mirror import Mirror, Uploads
 from kinema.training.outputs import Outputs
 from kinema.training.pictures import OverfitCheck, SampleMaker, StripMaker, save_timesteps
 from kinema.training.preflight import SAME_LOSS, SAME_LOSS_BFLOAT16, Preflight
@@ -75,6 +77,7 @@ from kinema.training.run_folder import (
 )
 from kinema.training.saving import Saver, initial_weights
 from kinema.training.seen import Start
+from kinema.training.signals import Signals
 from kinema.training.skips import Skips
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
@@ -108,6 +111,9 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
         try:
             lock = open_run_folder(run_dir)
             stored = run_dir / "config.yaml"
+            if config.checkpoint.remote is not None:
+                told = functools.partial(outputs.event, 0, "resume")
+                Mirror(config.checkpoint.remote, run_dir).restore(CheckpointStore(run_dir), told)
             began = stored.exists() and bool(CheckpointStore(run_dir).steps())  # a failed start binds nobody
             differences = changed_keys(stored.read_text(), config_yaml) if began else []
             for line in write_config(run_dir, config_yaml, differences, config.allow_config_change):
@@ -489,6 +495,7 @@ def assemble(
             progress.start = Start.of(checkpoint_of(config.init_from, "init_from"))
     heldout = (lambda: data.heldout_packs(config.validation.clips)) if data.heldout_plan else None
     ema = EMA(config.ema, engine)
+    remote = config.checkpoint.remote
     schedule, peak, steps = config.schedule, config.optim.learning_rate, config.steps
     return Trainer(
         process=process,
@@ -511,6 +518,7 @@ def assemble(
             manifest=manifest,
             config_yaml=run.config_yaml,
             progress=progress,
+            uploads=Uploads(Mirror(remote, run.folder)) if remote is not None and process.is_main else None,
         ),
         progress=progress,
         preflight=Preflight(
@@ -518,6 +526,7 @@ def assemble(
             process.mesh,
             task,
             ema,
+            lambda verdict: run.outputs.event(progress.step + 1, "preflight", verdict),
             SAME_LOSS if config.parallel.precision is Precision.float32 else SAME_LOSS_BFLOAT16,
         ),
         checkpoint=config.checkpoint,
@@ -530,6 +539,7 @@ def assemble(
         sample_every_steps=sample_every_steps,
         make_samples=make_samples,
         guard=Guard(config.guard, from_main(Skips.read(run.folder) if process.is_main else Skips())),
+        signals=Signals(config.signals),
         unread_keys=unread_keys,
     )
 

@@ -91,7 +91,7 @@ def two_steps(fault: str, config: PreflightConfig) -> None:
         engine.shards()[0].add_(0.5)
     ema, task = EMA(EMAConfig(), engine), Line(engine, fault)
     mesh = Mesh(0, 1, rank, 2, dist.group.WORLD) if "sequence group" in fault else Mesh(rank, 2)
-    preflight = Preflight(config, mesh, task, ema)
+    preflight = Preflight(config, mesh, task, ema, print)
     for step in range(3):
         pack = pack_of(step, rank, fault)
         preflight.begin([pack])

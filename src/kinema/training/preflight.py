@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,8 @@ class Preflight:
     mesh: Mesh
     task: Task
     ema: EMA
+    tell: Callable[[str], None]
+    """Takes the verdict when the last of these steps has passed."""
     same_loss: float = SAME_LOSS
     _left: int = field(init=False)
     _first: bool = True
@@ -83,13 +85,10 @@ class Preflight:
             self._noise |= self.task.noise_marks
             self._losses |= self.task.clip_losses
 
-    def end(self) -> str | None:
-        """After weights and average have moved; a collective. The verdict, once after the last step that is checked.
-
-        Raises PreflightFailed by the name of the check.
-        """
+    def end(self) -> None:
+        """After weights and average have moved; a collective. Raises PreflightFailed by the name of the check."""
         if not self._left:
-            return None
+            return
         self._left, began = self._left - 1, time.perf_counter()
         check_noise(gather_objects((self.mesh.data_rank, self._noise)))
         if self._first:
@@ -102,7 +101,8 @@ class Preflight:
             now = self._marks()
             check_moved(gather_objects({what: self._before[what] != marks for what, marks in now.items()}))
         self._seconds += time.perf_counter() - began
-        return None if self._left else f"passed in {self._seconds:.2f} s of {self.config.steps} step(s)"
+        if not self._left:
+            self.tell(f"passed in {self._seconds:.2f} s of {self.config.steps} step(s)")
 
     def _state(self) -> dict[str, list[Tensor]]:
         return {"weights": self.task.engines()["model"].shards(), "ema": self.ema.shards}
