@@ -24,6 +24,7 @@ from kinema.training.guard import Guard, NonFiniteLoss
 from kinema.training.journal import KeyJournal
 from kinema.training.metrics import Clock, LoggingConfig
 from kinema.training.outputs import Outputs
+from kinema.training.preflight import Preflight
 from kinema.training.progress import Progress
 from kinema.training.restarts import NoProgress, count_restart
 from kinema.training.saving import Saver
@@ -73,6 +74,7 @@ class Trainer:
     quarantine: Quarantine
     progress: Progress
     guard: Guard
+    preflight: Preflight
     signals: Signals
     sample_every_steps: int
     make_samples: SampleMaker | None
@@ -187,6 +189,7 @@ class Trainer:
                 "data.rights withdrew them, start a new run from the last checkpoint: another name, and init_from."
             )
         learning_rate = self.learning_rate(self.step)
+        self.preflight.begin(packs)
         sums = {f"data_sets/{name}": 0.0 for name in self.index.parts}  # on every rank, whatever it reads
         balance = Balance(self.plan.lanes, self.plan.balanced_lanes)
         for pack in packs:
@@ -194,6 +197,7 @@ class Trainer:
             for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
                 sums[key] = sums.get(key, 0.0) + value
             self.guard.hear(pack, self.task.clip_losses)
+            self.preflight.hear()
             balance.add(pack, clock.spent(*LANE_PHASES) - before)
             for key, value in pack.storage.items():
                 sums[key] = sums.get(key, 0.0) + value
@@ -212,6 +216,7 @@ class Trainer:
             return None
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
+        self.preflight.end()
         self.guard.has_moved(self.step)
         self.signals.look_at_clock()
         self.progress.add(counted)
