@@ -1,0 +1,60 @@
+"""More ranks, another ZeRO stage, sequence parallelism, accumulation, checkpointing, packing: the same numbers."""
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.parity_cells import Cell, Result, all_cells, covering_cells, run_cells
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+RANKS, LARGEST = 4, 1e-5
+DOCS = Path(__file__).parents[2] / "docs"
+TABLE = DOCS / "scaling_parity.json"
+
+
+def measured(cells: list[Cell], timeout_seconds: float = 240) -> dict[Cell, Result]:
+    first = run_ranks(run_cells, RANKS, cells, timeout_seconds=timeout_seconds)[0]
+    return dict(zip(cells, first, strict=True))
+
+
+def check(found: dict[Cell, Result]) -> None:
+    bad = {cell: result for cell, result in found.items() if not max(result) <= LARGEST}
+    assert not bad, f"{len(bad)} of {len(found)}: {dict(list(bad.items())[:10])}"
+
+
+def test_cells_of_every_value_equal_one_process_in_float64():
+    check(measured(covering_cells()))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_the_whole_matrix_equals_one_process_in_float64():
+    started = time.monotonic()
+    found = measured(all_cells(), timeout_seconds=7200)
+    rows = [{**cell._asdict(), **{k: float(f"{v:.2e}") for k, v in result._asdict().items()}} for cell, result in found.items()]
+    TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    print(f"{len(found)} cells in {time.monotonic() - started:.0f} s")
+    check(found)
+
+
+def test_the_table_in_the_docs_holds_every_cell_and_is_the_page_s():
+    rows = json.loads(TABLE.read_text())
+    keys = Cell._fields
+    assert {Cell(*(row[key] for key in keys)) for row in rows} == set(all_cells())
+    assert max(max(row["loss"], row["norm"], row["gradient"]) for row in rows) <= LARGEST
+    assert summary(rows) in (DOCS / "scaling.md").read_text()
+
+
+def summary(rows: list[dict]) -> str:
+    """Markdown: the largest differences of all cells that have a value."""
+    worst: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0])
+    for row in rows:
+        for key in Cell._fields:
+            entry = worst[key, str(row[key])]
+            entry[:] = [*(max(entry[i], row[k]) for i, k in enumerate(Result._fields)), entry[3] + 1]
+    lines = [f"| {key} | {value} | {e[3]} | {e[0]:.1e} | {e[1]:.1e} | {e[2]:.1e} |" for (key, value), e in worst.items()]
+    return "\n".join(["| | | cells | loss | gradient norm | gradients |", "|---|---|---|---|---|---|", *lines])
