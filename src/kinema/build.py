@@ -39,6 +39,7 @@ from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process, seed_everything
+from kinema.distributed.sequence import Ulysses
 from kinema.identity import digest, to_plain
 from kinema.models.dit import DiT, Expert, Experts, make_denoiser
 from kinema.models.vae import CausalVAE
@@ -128,7 +129,6 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
 def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=dit`."""
     source = checkpoint_of(config.vae.path, "vae.path")
-    check_alone(config.parallel.sequence_degree)
     if config.model.expert_boundary and config.model.expert is Expert.both:
         raise ValueError(
             f"model.expert_boundary={config.model.expert_boundary}: one of two experts is trained at a time, so that "
@@ -156,7 +156,9 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     data = build_data(config, geometry, process, run, vae_identity["hash"], clip_flops)
     check_captions(text_encoder, config, data)
     line, base = start_weights(config, model, run, process)
-    twin = deepcopy(model)
+    twin = deepcopy(model)  # which samples on one rank
+    if process.mesh.sequence_group is not None:
+        model.share_tokens(Ulysses(process.mesh))
     engine = build_engine(config, model, data.lanes_per_rank)
     task = DiTTask(
         engine=engine,
@@ -285,7 +287,7 @@ def check_alone(sequence_degree: int) -> None:
     """Refuse groups of ranks that would each work on the whole of a pack, which would count its gradient twice."""
     if sequence_degree > 1:
         raise ValueError(
-            f"parallel.sequence_degree={sequence_degree}: this task does not spread a pack over ranks yet. Type "
+            f"parallel.sequence_degree={sequence_degree}: task=vae does not spread a pack over ranks yet. Type "
             "parallel.sequence_degree=1."
         )
 
