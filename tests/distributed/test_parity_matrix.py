@@ -26,16 +26,19 @@ def check(found: dict[Cell, Result]) -> None:
     assert not bad, f"{len(bad)} of {len(found)}: {dict(list(bad.items())[:10])}"
 
 
-def test_cells_of_every_value_equal_one_process_in_float64():
+def test_cells_of_every_value_equal_plain_pytorch_on_one_process():
     check(measured(covering_cells()))
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_the_whole_matrix_equals_one_process_in_float64():
+def test_the_whole_matrix_equals_plain_pytorch_on_one_process():
     started = time.monotonic()
     found = measured(all_cells(), timeout_seconds=7200)
-    rows = [{**cell._asdict(), **{k: float(f"{v:.2e}") for k, v in result._asdict().items()}} for cell, result in found.items()]
+    rows = [
+        {**cell._asdict(), **{k: float(f"{v:.2e}") for k, v in result._asdict().items()}}
+        for cell, result in found.items()
+    ]
     TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     print(f"{len(found)} cells in {time.monotonic() - started:.0f} s")
     check(found)
@@ -56,5 +59,5 @@ def summary(rows: list[dict]) -> str:
         for key in Cell._fields:
             entry = worst[key, str(row[key])]
             entry[:] = [*(max(entry[i], row[k]) for i, k in enumerate(Result._fields)), entry[3] + 1]
-    lines = [f"| {key} | {value} | {e[3]} | {e[0]:.1e} | {e[1]:.1e} | {e[2]:.1e} |" for (key, value), e in worst.items()]
+    lines = [f"| {k} | {v} | {e[3]} | {e[0]:.1e} | {e[1]:.1e} | {e[2]:.1e} |" for (k, v), e in worst.items()]
     return "\n".join(["| | | cells | loss | gradient norm | gradients |", "|---|---|---|---|---|---|", *lines])
