@@ -74,6 +74,7 @@ from kinema.training.run_folder import (
 )
 from kinema.training.saving import Saver, initial_weights
 from kinema.training.seen import Start
+from kinema.training.signals import Signals
 from kinema.training.skips import Skips
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
@@ -116,7 +117,7 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
     if problem := from_main(problem):
         raise ValueError(problem)
     try:
-        yield Run(outputs, CheckpointStore(run_dir, config.checkpoint.keep), config_yaml)
+        yield Run(outputs, CheckpointStore(run_dir, config.checkpoint.keep, config.checkpoint.keep_every), config_yaml)
     except ValueError:
         if lock:
             remove_refused(run_dir)
@@ -522,6 +523,7 @@ def assemble(
         sample_every_steps=sample_every_steps,
         make_samples=make_samples,
         guard=Guard(config.guard, from_main(Skips.read(run.folder) if process.is_main else Skips())),
+        signals=Signals(config.signals),
         unread_keys=unread_keys,
     )
 

@@ -1,7 +1,7 @@
 """Training the DiT: packs to latents and text, one keyed draw of noise a clip, the objective's loss."""
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -250,6 +250,10 @@ class DiTTask:
     def engines(self) -> dict[str, Engine]:
         """The engines whose state a checkpoint holds; the first is the model's."""
         return {"model": self.engine}
+
+    def beside(self, gather: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The weights that are not trained."""
+        return self.frozen
 
     def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Full weights as they go into a checkpoint: the trained ones, and the others as they always were."""
