@@ -235,8 +235,19 @@ class Trainer:
         self._quarantine([failure for pack in packs for failure in pack.failures])
         return {}
 
+    def _is_rescaled(self, loss: float) -> bool:
+        """Whether a float16 gradient overflowed, and the step is done again with a lower loss scale."""
+        scales = [engine.loss_scale for engine in self.task.engines().values() if engine.loss_scale is not None]
+        if not math.isfinite(loss) or not any(scale.lowered for scale in scales):
+            return False
+        told = f"a float16 gradient overflowed, and the step is done again with a loss scale of {scales[0].value:g}"
+        self.outputs.event(self.step, "loss scale", told)
+        return True
+
     def _go_back(self, loss: float) -> None:
         """After numbers that were not sound: leave out what is to blame, and stand where the state is good."""
+        if self._is_rescaled(loss):
+            return
         suspects = [suspect for rank in gather_objects(self.guard.suspects) for suspect in rank]
         incident = self.guard.condemn(self.step, suspects, loss)
         if self.process.is_main:
