@@ -197,18 +197,7 @@ class Trainer:
                 "data.rights withdrew them, start a new run from the last checkpoint: another name, and init_from."
             )
         learning_rate = self.learning_rate(self.step)
-        sums = {f"data_sets/{name}": 0.0 for name in self.index.parts}  # on every rank, whatever it reads
-        balance = Balance(self.plan.lanes, self.plan.balanced_lanes)
-        for pack in packs:
-            before = clock.spent(*LANE_PHASES)
-            for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
-                sums[key] = sums.get(key, 0.0) + value
-            self.guard.hear(pack, self.task.clip_losses)
-            balance.add(pack, clock.spent(*LANE_PHASES) - before)
-            for key, value in pack.storage.items():
-                sums[key] = sums.get(key, 0.0) + value
-            for number in pack.entries if self.index.parts else ():
-                sums[f"data_sets/{self.index.place(number)[0]}"] += 1
+        sums, balance = self._run_lanes(packs, total_weight, learning_rate, clock)
         engines = self.task.engines()
         sums["withheld"] = float(any(engine.moved is False for engine in engines.values()))
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
@@ -245,6 +234,24 @@ class Trainer:
         totals["lr"] = learning_rate
         totals["grad_norm"] = engines["model"].grad_norm()
         return totals
+
+    def _run_lanes(
+        self, packs: list[Pack], total_weight: float, learning_rate: float, clock: Clock
+    ) -> tuple[dict[str, float], Balance]:
+        """This rank's packs, one after the other, the last of which moves the weights; what is to be summed of them."""
+        sums = {f"data_sets/{name}": 0.0 for name in self.index.parts}  # on every rank, whatever it reads
+        balance = Balance(self.plan.lanes, self.plan.balanced_lanes)
+        for pack in packs:
+            before = clock.spent(*LANE_PHASES)
+            for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
+                sums[key] = sums.get(key, 0.0) + value
+            self.guard.hear(pack, self.task.clip_losses)
+            balance.add(pack, clock.spent(*LANE_PHASES) - before)
+            for key, value in pack.storage.items():
+                sums[key] = sums.get(key, 0.0) + value
+            for number in pack.entries if self.index.parts else ():
+                sums[f"data_sets/{self.index.place(number)[0]}"] += 1
+        return sums, balance
 
     def _pass_over(self, packs: list[Pack]) -> dict[str, float]:
         """A step that is left out: its clips count as failed, and nothing moves."""
