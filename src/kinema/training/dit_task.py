@@ -276,17 +276,19 @@ def check_training(condition: FrameCondition, data: DataConfig, vae: VAEConfig) 
                 f"data.shapes has {list(shape)}, of which condition={condition.name} gives every frame: "
                 "nothing is left to learn. Leave that shape out, or type condition=none."
             )
-    if data.latents is None:
+    if not data.latent_folders:
         return
+    cached = " ".join(f"{key}={folder}" for key, folder in data.latent_folders.items())
+    none = " ".join(f"{key}=null" for key in data.latent_folders)
     if condition.reads_pixels():
         raise ValueError(
-            f"data.latents={data.latents}: condition={condition.name} encodes images of its own, which "
-            "cached latents do not hold. Type data.latents=null."
+            f"{cached}: condition={condition.name} encodes images of its own, which cached latents do not hold. "
+            f"Type {none}."
         )
     if condition.num_images() and (reason := vae.encoder_looks_ahead()):
         raise ValueError(
-            f"data.latents={data.latents}: {reason}, so the first latent frame of a clip is not the latent of its "
-            "first image. Type data.latents=null to encode both in every step."
+            f"{cached}: {reason}, so the first latent frame of a clip is not the latent of its first image. "
+            f"Type {none} to encode both in every step."
         )
 
 

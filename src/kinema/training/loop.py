@@ -34,6 +34,8 @@ from kinema.training.stragglers import Stragglers
 from kinema.training.task import Task
 from kinema.training.watchdog import Watchdog
 
+UPLOADS_SECONDS, UPLOADS_WHEN_STOPPED_SECONDS = 600.0, 5.0
+"""How long the end of a run waits for checkpoints that are on their way to `checkpoint.remote`."""
 LANE_PHASES = ("encode", "forward")
 """What a lane does without waiting for another, by phases of the clock; the backward of the last one waits."""
 
@@ -141,6 +143,7 @@ class Trainer:
                     self.saver.save(must=self.step == self.steps or self._stop is not None)
             if self._stop:
                 bar.close()
+                self.saver.tell_uploads(UPLOADS_WHEN_STOPPED_SECONDS)
                 if self.process.is_main and (line := self.signals.requeue()):
                     self.outputs.event(self.step, "requeue", line)
                 self._finish(f"stopped by {self._stop} at step {self.step}; the same command continues")
@@ -148,6 +151,8 @@ class Trainer:
         bar.close()
         with clock.phase("sample"):
             passed = self._final_check()
+        with clock.phase("checkpoint"):
+            self.saver.tell_uploads(UPLOADS_SECONDS)
         self._finish("finished")
         return Exit.done if passed else Exit.failed_check
 
