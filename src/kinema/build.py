@@ -36,7 +36,7 @@ from kinema.data.rights import RightsPolicy, idle_words
 from kinema.data.shards import DatasetIndex
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
-from kinema.distributed.engine import Engine
+from kinema.distributed.engine import Engine, Precision
 from kinema.distributed.process import Process, seed_everything
 from kinema.distributed.sequence import Ulysses
 from kinema.identity import digest, to_plain
@@ -57,6 +57,7 @@ from kinema.training.metrics import WandbTracker
 from kinema.training.mirror import Mirror, Uploads
 from kinema.training.outputs import Outputs
 from kinema.training.pictures import OverfitCheck, SampleMaker, StripMaker, save_timesteps
+from kinema.training.preflight import SAME_LOSS, SAME_LOSS_BFLOAT16, Preflight
 from kinema.training.progress import Progress
 from kinema.training.run_folder import (
     Weights,
@@ -520,6 +521,14 @@ def assemble(
             uploads=Uploads(Mirror(remote, run.folder)) if remote is not None and process.is_main else None,
         ),
         progress=progress,
+        preflight=Preflight(
+            config.preflight,
+            process.mesh,
+            task,
+            ema,
+            lambda verdict: run.outputs.event(progress.step + 1, "preflight", verdict),
+            SAME_LOSS if config.parallel.precision is Precision.float32 else SAME_LOSS_BFLOAT16,
+        ),
         checkpoint=config.checkpoint,
         validation=config.validation,
         logging=config.logging,

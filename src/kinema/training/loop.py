@@ -25,6 +25,7 @@ from kinema.training.guard import Guard, NonFiniteLoss
 from kinema.training.journal import KeyJournal
 from kinema.training.metrics import Clock, LoggingConfig
 from kinema.training.outputs import Outputs
+from kinema.training.preflight import Preflight
 from kinema.training.progress import Progress
 from kinema.training.restarts import NoProgress, count_restart
 from kinema.training.saving import Saver
@@ -76,6 +77,7 @@ class Trainer:
     quarantine: Quarantine
     progress: Progress
     guard: Guard
+    preflight: Preflight
     signals: Signals
     watchdog: Watchdog
     sample_every_steps: int
@@ -202,6 +204,7 @@ class Trainer:
                 "data.rights withdrew them, start a new run from the last checkpoint: another name, and init_from."
             )
         learning_rate = self.learning_rate(self.step)
+        self.preflight.begin(packs)
         sums, balance = self._run_lanes(packs, total_weight, learning_rate, clock)
         engines = self.task.engines()
         sums["withheld"] = float(any(engine.moved is False for engine in engines.values()))
@@ -218,6 +221,7 @@ class Trainer:
             return None
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
+        self.preflight.end()
         self._tell_stragglers(stragglers.hear(times))
         self.guard.has_moved(self.step)
         self.signals.look_at_clock()
@@ -251,6 +255,7 @@ class Trainer:
             for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
                 sums[key] = sums.get(key, 0.0) + value
             self.guard.hear(pack, self.task.clip_losses)
+            self.preflight.hear()
             balance.add(pack, clock.spent(*LANE_PHASES) - before)
             for key, value in pack.storage.items():
                 sums[key] = sums.get(key, 0.0) + value
