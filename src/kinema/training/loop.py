@@ -145,11 +145,7 @@ class Trainer:
                     self.saver.save(must=self.step == self.steps or self._stop is not None)
             if self._stop:
                 bar.close()
-                self.saver.tell_uploads(UPLOADS_WHEN_STOPPED_SECONDS)
-                if self.process.is_main and (line := self.signals.requeue()):
-                    self.outputs.event(self.step, "requeue", line)
-                self._finish(f"stopped by {self._stop} at step {self.step}; the same command continues")
-                return Exit.preempted
+                return self._leave_early(self._stop)
         bar.close()
         with clock.phase("sample"):
             passed = self._final_check()
@@ -157,6 +153,14 @@ class Trainer:
             self.saver.tell_uploads(UPLOADS_SECONDS)
         self._finish("finished")
         return Exit.done if passed else Exit.failed_check
+
+    def _leave_early(self, why: str) -> Exit:
+        """The end of a run that was asked to stop, and has been saved."""
+        self.saver.tell_uploads(UPLOADS_WHEN_STOPPED_SECONDS)
+        if self.process.is_main and (line := self.signals.requeue()):
+            self.outputs.event(self.step, "requeue", line)
+        self._finish(f"stopped by {why} at step {self.step}; the same command continues")
+        return Exit.preempted
 
     def _is_to_save(self) -> bool:
         if self._stop or self._save_now or self.step == self.steps:
