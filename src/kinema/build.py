@@ -36,7 +36,7 @@ from kinema.data.rights import RightsPolicy, idle_words
 from kinema.data.shards import DatasetIndex
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
-from kinema.distributed.engine import Engine
+from kinema.distributed.engine import Engine, Precision
 from kinema.distributed.process import Process, seed_everything
 from kinema.distributed.sequence import Ulysses
 from kinema.identity import digest, to_plain
@@ -57,6 +57,7 @@ from kinema.training.metrics import WandbTracker
 from kinema.training.mirror import Mirror, Uploads
 from kinema.training.outputs import Outputs
 from kinema.training.pictures import OverfitCheck, SampleMaker, StripMaker, save_timesteps
+from kinema.training.preflight import SAME_LOSS, SAME_LOSS_BFLOAT16, Preflight
 from kinema.training.progress import Progress
 from kinema.training.run_folder import (
     Weights,
@@ -79,6 +80,7 @@ from kinema.training.signals import Signals
 from kinema.training.skips import Skips
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
+from kinema.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -519,6 +521,14 @@ def assemble(
             uploads=Uploads(Mirror(remote, run.folder)) if remote is not None and process.is_main else None,
         ),
         progress=progress,
+        preflight=Preflight(
+            config.preflight,
+            process.mesh,
+            task,
+            ema,
+            lambda verdict: run.outputs.event(progress.step + 1, "preflight", verdict),
+            SAME_LOSS if config.parallel.precision is Precision.float32 else SAME_LOSS_BFLOAT16,
+        ),
         checkpoint=config.checkpoint,
         validation=config.validation,
         logging=config.logging,
@@ -530,6 +540,7 @@ def assemble(
         make_samples=make_samples,
         guard=Guard(config.guard, from_main(Skips.read(run.folder) if process.is_main else Skips())),
         signals=Signals(config.signals),
+        watchdog=Watchdog(config.watchdog, process.rank),
         unread_keys=unread_keys,
     )
 
