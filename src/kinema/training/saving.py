@@ -53,6 +53,8 @@ class Saver:
     """The one save that is not published yet."""
     seconds: float = 0.0
     """What the last save took, from its beginning to its publication."""
+    _token: str = ""
+    """Tells the files of this start from those that an earlier one, or a rank of it that lives on, leaves behind."""
     _failed_saves: int = 0
     _saved_step: int = -1
 
@@ -118,10 +120,10 @@ class Saver:
 
     def _begin(self, step: int) -> "Save":
         """Copy what this rank owns, and what the main rank says of it, and let a thread write it."""
-        token = from_main(secrets.token_hex(4))
+        self._token = self._token or from_main(secrets.token_hex(4))
         files = self._memory.copy(self._pieces())
         rank, ranks = self.process.rank, self.process.world_size
-        aside = self.store.aside(step, token)
+        aside = self.store.aside(step, self._token)
         parts = {part_name(name, rank, ranks): pieces for name, pieces in files.items()}
         return Save(step, aside, self._documents(step), self._thread.submit(write_part, aside, parts))
 
