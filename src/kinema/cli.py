@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data ledger": ("kinema.training.seen_table", "say which checkpoints of a run saw a source, licence or clip"),
     "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),
     "data encode-text": ("kinema.encode_text", "encode captions with a text encoder into a text cache"),
+    "plan": ("kinema.plan", "say what a training command takes: memory of a rank, operations of a step"),
     "import": ("kinema.interop.importing", "make a Kinema checkpoint of published weights"),
     "export": ("kinema.interop.exporting", "write weights as diffusers or ComfyUI load them, and compare them there"),
     "report": ("kinema.report.page", "write the report page of a run"),
