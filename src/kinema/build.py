@@ -1,5 +1,6 @@
 """Putting a run together: each function reads like its list of parts. Nothing is computed here."""
 
+import functools
 import platform
 import subprocess
 import sys
@@ -39,10 +40,12 @@ from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process, seed_everything
+from kinema.distributed.sequence import Ulysses
 from kinema.identity import digest, to_plain
 from kinema.models.dit import DiT, Expert, Experts, make_denoiser
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
+from kinema.plan import states_of
 from kinema.sampling.conditioner import numbers_told
 from kinema.sampling.denoiser import check_condition, check_embedded_guidance
 from kinema.sampling.pipeline import Pipeline
@@ -51,8 +54,10 @@ from kinema.training.checkpoint import Checkpoint, CheckpointStore, write_json
 from kinema.training.dit_task import DiTTask, check_sizes, check_training
 from kinema.training.ema import EMA
 from kinema.training.finetune import LoRA, frozen_parameters
+from kinema.training.guard import Guard
 from kinema.training.loop import Trainer
 from kinema.training.metrics import WandbTracker
+from kinema.training.mirror import Mirror, Uploads
 from kinema.training.outputs import Outputs
 from kinema.training.pictures import OverfitCheck, SampleMaker, StripMaker, save_timesteps
 from kinema.training.progress import Progress
@@ -72,6 +77,8 @@ from kinema.training.run_folder import (
 )
 from kinema.training.saving import Saver, initial_weights
 from kinema.training.seen import Start
+from kinema.training.signals import Signals
+from kinema.training.skips import Skips
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
 
@@ -104,6 +111,9 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
         try:
             lock = open_run_folder(run_dir)
             stored = run_dir / "config.yaml"
+            if config.checkpoint.remote is not None:
+                told = functools.partial(outputs.event, 0, "resume")
+                Mirror(config.checkpoint.remote, run_dir).restore(CheckpointStore(run_dir), told)
             began = stored.exists() and bool(CheckpointStore(run_dir).steps())  # a failed start binds nobody
             differences = changed_keys(stored.read_text(), config_yaml) if began else []
             for line in write_config(run_dir, config_yaml, differences, config.allow_config_change):
@@ -113,7 +123,7 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
     if problem := from_main(problem):
         raise ValueError(problem)
     try:
-        yield Run(outputs, CheckpointStore(run_dir, config.checkpoint.keep), config_yaml)
+        yield Run(outputs, CheckpointStore(run_dir, config.checkpoint.keep, config.checkpoint.keep_every), config_yaml)
     except ValueError:
         if lock:
             remove_refused(run_dir)
@@ -126,7 +136,6 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
 def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=dit`."""
     source = checkpoint_of(config.vae.path, "vae.path")
-    check_alone(config.parallel.sequence_degree)
     if config.model.expert_boundary and config.model.expert is Expert.both:
         raise ValueError(
             f"model.expert_boundary={config.model.expert_boundary}: one of two experts is trained at a time, so that "
@@ -154,7 +163,9 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     data = build_data(config, geometry, process, run, vae_identity["hash"], clip_flops)
     check_captions(text_encoder, config, data)
     line, base = start_weights(config, model, run, process)
-    twin = deepcopy(model)
+    twin = deepcopy(model)  # which samples on one rank
+    if process.mesh.sequence_group is not None:
+        model.share_tokens(Ulysses(process.mesh))
     engine = build_engine(config, model, data.lanes_per_rank)
     task = DiTTask(
         engine=engine,
@@ -209,7 +220,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         save_timesteps(
             run.folder, config.objective, config.task.samples, geometry, data.shapes, config.model.timestep_range
         )
-    describe_run(config, run, process, engine, line, flops_per_step=3 * sum(map(clip_flops, data.step_shapes)))
+    describe_run(config, run, process, engine, line, twin, flops_per_step=3 * sum(map(clip_flops, data.step_shapes)))
     trainer = assemble(
         config,
         run,
@@ -264,7 +275,7 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         else None
     )
     flops = 3 * sum(sum(model.flops(*shape)) for shape in data.step_shapes)
-    describe_run(config, run, process, engine, line, flops_per_step=flops)
+    describe_run(config, run, process, engine, line, twin, flops_per_step=flops)
     return assemble(
         config,
         run,
@@ -283,7 +294,7 @@ def check_alone(sequence_degree: int) -> None:
     """Refuse groups of ranks that would each work on the whole of a pack, which would count its gradient twice."""
     if sequence_degree > 1:
         raise ValueError(
-            f"parallel.sequence_degree={sequence_degree}: this task does not spread a pack over ranks yet. Type "
+            f"parallel.sequence_degree={sequence_degree}: task=vae does not spread a pack over ranks yet. Type "
             "parallel.sequence_degree=1."
         )
 
@@ -484,6 +495,7 @@ def assemble(
             progress.start = Start.of(checkpoint_of(config.init_from, "init_from"))
     heldout = (lambda: data.heldout_packs(config.validation.clips)) if data.heldout_plan else None
     ema = EMA(config.ema, engine)
+    remote = config.checkpoint.remote
     schedule, peak, steps = config.schedule, config.optim.learning_rate, config.steps
     return Trainer(
         process=process,
@@ -506,6 +518,7 @@ def assemble(
             manifest=manifest,
             config_yaml=run.config_yaml,
             progress=progress,
+            uploads=Uploads(Mirror(remote, run.folder)) if remote is not None and process.is_main else None,
         ),
         progress=progress,
         checkpoint=config.checkpoint,
@@ -517,6 +530,8 @@ def assemble(
         ),
         sample_every_steps=sample_every_steps,
         make_samples=make_samples,
+        guard=Guard(config.guard, from_main(Skips.read(run.folder) if process.is_main else Skips())),
+        signals=Signals(config.signals),
         unread_keys=unread_keys,
     )
 
@@ -540,7 +555,13 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
 
 
 def describe_run(
-    config: Config, run: Run, process: Process, engine: Engine, trained: str, flops_per_step: float
+    config: Config,
+    run: Run,
+    process: Process,
+    engine: Engine,
+    trained: str,
+    whole: nn.Module,
+    flops_per_step: float,
 ) -> None:
     """Write `run.json`, print the header (what runs, on what, with which identity), and start the tracker."""
     if not process.is_main:
@@ -573,6 +594,7 @@ def describe_run(
         f"{engine.traffic.line(parallel.zero_stage)}"
     )
     tqdm.write(trained)
+    tqdm.write(f"{states_of(config, whole, process.world_size).line()} (activations: kinema plan)")
     run.outputs.tracker = WandbTracker(config.logging, run.folder, {"config": run.config_yaml})
     rate, checkpoint, logging = config.optim.learning_rate, config.checkpoint, config.logging
     rates = [rate * config.schedule.factor(step, config.steps) for step in (0, config.steps // 2, config.steps - 1)]

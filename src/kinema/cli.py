@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 VERBS: dict[str, tuple[str, str]] = {
+    "doctor": ("kinema.doctor.command", "check this machine, and with the words of train.py that job"),
     "data check": ("kinema.data.check", "count and check the clips of a data set, and draw a contact sheet"),
     "data page": ("kinema.report.data_page", "write the HTML page of a data set, to be looked at before training"),
     "data stats": ("kinema.data.stats", "count what a data set holds: sizes, durations, licences, sources"),
@@ -18,6 +19,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),
     "data encode-text": ("kinema.encode_text", "encode captions with a text encoder into a text cache"),
     "plan": ("kinema.plan", "say what a training command takes: memory of a rank, operations of a step"),
+    "checkpoint ls": ("kinema.training.verbs.ls", "list the checkpoints of a run"),
+    "checkpoint verify": ("kinema.training.verbs.verify", "read every byte of a run's checkpoints and check it"),
+    "checkpoint convert": ("kinema.training.verbs.convert", "rewrite a checkpoint for so many ranks, or its weights"),
+    "checkpoint average": ("kinema.training.verbs.average", "average the weights of several checkpoints"),
+    "torchrun": ("kinema.launching", "start ranks as torchrun does, and end with the exit status of the run"),
     "import": ("kinema.interop.importing", "make a Kinema checkpoint of published weights"),
     "export": ("kinema.interop.exporting", "write weights as diffusers or ComfyUI load them, and compare them there"),
     "report": ("kinema.report.page", "write the report page of a run"),
@@ -38,14 +44,16 @@ def main() -> None:
         parts = verb.split()
         if words[: len(parts)] == parts:
             sys.exit(run_verb(verb, module, summary, words[len(parts) :]))
-    print(overview(), file=sys.stdout if words in ([], ["--help"], ["-h"]) else sys.stderr)
-    sys.exit(0 if words in ([], ["--help"], ["-h"]) else 64)
+    group = next((word for word in words[:1] if any(verb.startswith(f"{word} ") for verb in VERBS)), "")
+    asked = words[bool(group) :] in ([], ["--help"], ["-h"])
+    print(overview(group), file=sys.stdout if asked else sys.stderr)
+    sys.exit(0 if asked else 64)
 
 
 def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int:
     """Run one verb; an error that a user can cause becomes one line."""
-    from kinema.console import EXIT_CONFIG, EXIT_STORE
     from kinema.data.store import StoreDown
+    from kinema.exits import Exit
 
     module = import_module(module_name)
     parser = argparse.ArgumentParser(prog=f"kinema {verb}", description=f"{summary[0].upper()}{summary[1:]}.")
@@ -55,17 +63,17 @@ def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int
         return int(module.run(parser.parse_args(words)))
     except StoreDown as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_STORE
+        return Exit.unavailable
     except ValueError as error:
         if "KINEMA_TRACEBACK" in os.environ:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return Exit.configuration
 
 
-def overview() -> str:
-    """What the command offers."""
-    lines = [f"  kinema {verb:<16} {summary}" for verb, (_, summary) in VERBS.items()]
+def overview(group: str = "") -> str:
+    """What the command offers, all of it or the verbs that begin with one word."""
+    lines = [f"  kinema {verb:<18} {summary}" for verb, (_, summary) in VERBS.items() if verb.startswith(group)]
     return "\n".join(["usage: kinema VERB [options]      (kinema VERB --help for the options)", "", *lines])
 
 

@@ -30,9 +30,8 @@ from kinema.models.vae.resampling import space_to_depth
 from kinema.training.dit_task import DiTTaskConfig
 from kinema.training.finetune import LoRA
 
-RECOMPUTED_FIRST = [ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.attention,
-                    ActivationCheckpointing.every, ActivationCheckpointing.full]  # fmt: skip
-"""From the fastest kind to the one that computes most again; the first that fits is recommended."""
+FASTEST_FIRST = list(ActivationCheckpointing)
+"""From the kind that computes least again; the first that fits is recommended."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.ranks % degree:
         raise ValueError(f"--ranks {arguments.ranks} must be a multiple of parallel.sequence_degree={degree}.")
     job = dit_job(config, arguments) if isinstance(config.task, DiTTaskConfig) else vae_job(config, arguments)
-    held, weights = states_of(config, job.make, arguments.ranks)
+    with FakeTensorMode():
+        model = made(config, job)
+    held, weights = states_of(config, model, arguments.ranks), sum(p.numel() for p in model.parameters())
     parallel = config.parallel
     print(f"{weights / 1e6:,.2f} M parameters, {job.pack}; {arguments.ranks} rank(s), ZeRO {parallel.zero_stage}, "
           f"sequence degree {degree}, {parallel.precision.value}")  # fmt: skip
@@ -166,30 +167,27 @@ def _reconstruct(config: Config, shape: list[int], clips: int, model: nn.Module)
         return model.decoder(latents.contiguous(memory_format=last)).float().square().mean()
 
 
-def states_of(config: Config, make: Callable[[], nn.Module], ranks: int) -> tuple[States, int]:
-    """Bytes on one rank, and the number of weights."""
-    with FakeTensorMode():
-        model = make()
-        config.finetune.prepare(model)
-        optimizer = config.optim.build(model)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        weights = sum(p.numel() for p in model.parameters())
-        traffic = plan_traffic(model, config.parallel.traffic, "cuda")
-    state_bytes = optimizer_bytes(optimizer)
+def states_of(config: Config, model: nn.Module, ranks: int) -> States:
+    """Bytes on one rank of a model whose trained parameters are chosen."""
+    state_bytes = optimizer_bytes(config.optim.build(model))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    traffic = plan_traffic(model, config.parallel.traffic, "cuda")
     sharding = Sharding(config.parallel.zero_stage, ranks, traffic.bucket, traffic.live)
-    return states(trained, weights - trained, state_bytes, 1, sharding), weights
+    return states(trained, frozen, state_bytes, 1, sharding)
+
+
+def made(config: Config, job: Job) -> nn.Module:
+    """The model with its trained parameters chosen."""
+    model = job.make()
+    config.finetune.prepare(model)
+    return model
 
 
 def kinds(config: Config, job: Job) -> dict[ActivationCheckpointing, Activations]:
     """Activations of one pack with each kind, from the fastest on."""
-
-    def make() -> nn.Module:
-        model = job.make()
-        config.finetune.prepare(model)
-        return model
-
-    found: dict[ActivationCheckpointing, Activations] = {}
-    for kind in RECOMPUTED_FIRST:
+    make, found = partial(made, config, job), dict[ActivationCheckpointing, Activations]()
+    for kind in FASTEST_FIRST:
         if kind is not ActivationCheckpointing.every:
             found[kind] = activations(make, job.forward, _blocks, kind)
     none, full = found[ActivationCheckpointing.none], found[ActivationCheckpointing.full]
@@ -197,8 +195,7 @@ def kinds(config: Config, job: Job) -> dict[ActivationCheckpointing, Activations
         count = len(_blocks(make()))
     share = ceil(count / config.parallel.checkpointed_every) / count
     between = Activations(*(a + share * (b - a) for a, b in zip(none, full, strict=True)))
-    found[ActivationCheckpointing.every] = between
-    return {kind: found[kind] for kind in RECOMPUTED_FIRST}
+    return {kind: found.get(kind, between) for kind in FASTEST_FIRST}
 
 
 def _blocks(model: Any) -> list[nn.Module]:

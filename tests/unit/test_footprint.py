@@ -119,7 +119,7 @@ def test_a_plan_recommends_the_fastest_kind_that_fits(capsys):
     assert status == 0
     assert "READY parallel.activation_checkpointing=none" in told
     kept = [float(line.split()[1]) for line in told.splitlines()[3:8]]
-    assert kept == sorted(kept, reverse=True) or kept[3] > kept[2] > kept[4] > 0
+    assert kept[0] > kept[1] > kept[3] > kept[2] > kept[4] > 0  # of every second block all is kept
     status, told = planned(capsys, *tiny, "--device-gib", "0.001")
     assert status == 1
     assert "NO KIND FITS" in told.splitlines()[-1]

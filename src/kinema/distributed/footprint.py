@@ -1,5 +1,6 @@
 """How much memory a rank of a run takes: states by formula, activations counted without data."""
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -184,7 +185,8 @@ def _count(
     sizes: Sequence[int],
 ) -> Activations:
     """The same with only so many blocks of each group; the others hand on what they are given."""
-    with FakeTensorMode(), torch.backends.mkldnn.flags(enabled=False):  # whose kernels want data
+    # oneDNN's kernels want data; turning them off warns of what Intel's GPUs could do.
+    with warnings.catch_warnings(action="ignore"), FakeTensorMode(), torch.backends.mkldnn.flags(enabled=False):
         module = make()
         for members, size in zip(_alike(blocks_of(module)), sizes, strict=True):
             keep_less(members[:size], kind)

@@ -1,7 +1,7 @@
 """Training the DiT: packs to latents and text, one keyed draw of noise a clip, the objective's loss."""
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,6 +130,7 @@ class DiTTask:
         self.seed = seed
         self.device = device
         self.frozen = frozen
+        self.clip_losses: dict[int, float] = {}
 
     def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
         """One pack's share of the step: forward, backward, and the engine's step. Returns sums, to be reduced."""
@@ -154,7 +155,9 @@ class DiTTask:
             weights = pack.weights.to(self.device)
             loss = (losses * weights).sum() / total_weight
             # Read here, where the lane waits for no other: the phases of a GPU's lanes are then their own.
-            levels = by_noise_level(losses.detach().cpu(), timesteps.cpu(), pack.weights)
+            told = losses.detach().cpu()
+            levels = by_noise_level(told, timesteps.cpu(), pack.weights)
+            self.clip_losses = dict(zip(pack.positions, told.tolist(), strict=True))
         with clock.phase("backward"):
             self.engine.backward(loss)
         with clock.phase("optimizer"):
@@ -247,6 +250,10 @@ class DiTTask:
     def engines(self) -> dict[str, Engine]:
         """The engines whose state a checkpoint holds; the first is the model's."""
         return {"model": self.engine}
+
+    def beside(self, gather: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The weights that are not trained."""
+        return self.frozen
 
     def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Full weights as they go into a checkpoint: the trained ones, and the others as they always were."""

@@ -1,5 +1,6 @@
 """What the loop trains: the contract of `task=dit` and `task=vae`."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -11,6 +12,9 @@ from kinema.training.metrics import Clock
 
 class Task(Protocol):
     """What the loop needs from `task=dit` and `task=vae`."""
+
+    clip_losses: dict[int, float]
+    """Loss of each clip of the last micro-step, by its position."""
 
     def engines(self) -> dict[str, Engine]:
         """Engines by name; the first, `model`, is the one that is averaged and sampled."""
@@ -24,6 +28,13 @@ class Task(Protocol):
         """Sums over held-out packs: `loss`, `weight` and more."""
         ...
 
+    def beside(self, gather: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that a checkpoint holds beside the trained weights, the same on every rank; a collective.
+
+        `gather` gives the full weights, for those that are measured under them (the VAE's latent statistics).
+        """
+        ...
+
     def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Full weights of the model as a checkpoint holds them (the VAE adds its latent statistics)."""
+        """Full weights of the model as a checkpoint holds them, on the main rank; elsewhere as given."""
         ...

@@ -1,5 +1,6 @@
 """Training the VAE: reconstruction, KL, perceptual and adversarial terms, and its latent statistics."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from kinema.data.keyed import keyed_seed
 from kinema.data.pack import Pack
 from kinema.data.pixels import to_model_range
+from kinema.distributed.collectives import from_main
 from kinema.distributed.engine import Engine, ParallelConfig, Precision
 from kinema.models.vae import CausalVAE, LatentStatistics
 from kinema.models.vae.losses import VAELoss, VAELossConfig, psnr
@@ -61,6 +63,7 @@ class VAETask:
         self.seed = seed
         self.device = device
         self.crop = list(config.crop)
+        self.clip_losses: dict[int, float] = {}
         self.loss = loss.to(device)
         self.discriminator: Engine | None = None
         if self.loss.discriminator is not None:
@@ -79,6 +82,7 @@ class VAETask:
         """One pack's share of the step: forward, backward, and the engines' steps. Returns sums, to be reduced."""
         sums: dict[str, float] = {"clips": float((pack.weights > 0).sum()), "tokens": 0.0, "padding_tokens": 0.0}
         losses, judged = [], []
+        self.clip_losses = {}
         for video, weights, positions in self.batches(pack):
             with clock.phase("forward"):
                 video = self.cropped(video, positions)
@@ -87,6 +91,7 @@ class VAETask:
                 total, terms = self.loss.generator_loss(video, reconstruction, posterior, pack.step)
                 losses.append((total * weights).sum() / total_weight)
                 judged.append((video, reconstruction.detach(), weights))
+                self.clip_losses |= zip(positions, total.tolist(), strict=True)
             for name, term in terms.items():
                 key = f"term_{name}"
                 sums[key] = sums.get(key, 0.0) + float((term * weights).sum()) / total_weight
@@ -138,6 +143,11 @@ class VAETask:
     def engines(self) -> dict[str, Engine]:
         """The engines whose state a checkpoint holds; the first is the model's."""
         return {"model": self.engine} | ({"discriminator": self.discriminator} if self.discriminator else {})
+
+    def beside(self, gather: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The latent statistics under these weights, measured by the main rank."""
+        weights = gather()
+        return from_main({k: v for k, v in self.finished_weights(weights).items() if k not in weights})
 
     @torch.no_grad()
     def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
