@@ -139,7 +139,7 @@ def _denoise(config: Config, grid: Grid, words: int, clips: int, model: nn.Modul
     guidance = [1.0, 1.0] if one.config.guidance else None
     ofs = [1.0, 1.0] if one.config.ofs_channels else None
     extras = replace(sample.extras(), guidance=guidance, ofs=ofs).take([0] * clips)
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.parallel.precision is Precision.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.parallel.precision is not Precision.float32):
         found = one([sample.latents[0]] * clips, sample.timesteps[:1].repeat(clips), [sample.text[0]] * clips, extras)
     return torch.stack([clip.float().square().mean() for clip in found]).sum()
 
@@ -161,7 +161,7 @@ def vae_job(config: Config, arguments: argparse.Namespace) -> Job:
 def _reconstruct(config: Config, shape: list[int], clips: int, model: nn.Module) -> Tensor:
     assert isinstance(model, CausalVAE)
     last = torch.channels_last_3d
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.parallel.precision is Precision.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.parallel.precision is not Precision.float32):
         video = space_to_depth(torch.zeros(clips, 3, *shape), config.vae.pixel_patch).contiguous(memory_format=last)
         latents = model.encoder(video)[:, : config.vae.latent_channels]
         return model.decoder(latents.contiguous(memory_format=last)).float().square().mean()
