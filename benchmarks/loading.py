@@ -15,6 +15,7 @@ import resource
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ from kinema.data.geometry import ClipShape, Geometry
 from kinema.data.latents import LatentCache, LatentWriter
 from kinema.data.loading import make_loader
 from kinema.data.plan import Plan
+from kinema.data.rights import RightsPolicy
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import DatasetIndex, ShardWriter, read_member
 from kinema.data.stages import Stage
+from kinema.data.store import checked
 
-PACK = 8
+PACK, LANES = 8, 4  # clips in a pack, and packs in a step
 EPOCHS = 4  # of one measurement: what is done once at the start of a run is shared out
 FPS = 8.0
 GEOMETRY = Geometry(4, 8, (1, 1, 1))
@@ -80,24 +83,27 @@ def write_clips(folder: Path, clips: int, frames: int, size: tuple[int, int]) ->
 def packs_of(index: DatasetIndex, shape: ClipShape, cache: LatentCache | None, window: Window) -> Loader:
     """Kinema's loader from the middle of an epoch, over as many clips as EPOCHS have."""
     clips, _ = plan_clips(index, [shape], FPS, GEOMETRY)
-    plan = Plan([Stage(clips, 10**9, PACK)], seed=0, lanes=1, shuffle_block_shards=4)
-    steps = len(clips) // PACK
+    plan = Plan([Stage(clips, 10**9, LANES * PACK)], seed=0, lanes=LANES, shuffle_block_shards=4)
+    steps, lanes = len(clips) // (LANES * PACK), range(LANES)
 
     def load() -> int:
-        packs = make_loader(index, plan, [0], steps // 2, EPOCHS * steps, fps=FPS, seed=0, latents=cache, window=window)
+        packs = make_loader(
+            index, plan, lanes, steps // 2, EPOCHS * steps, fps=FPS, seed=0, latents=cache, window=window,
+            rights=RightsPolicy(),
+        )  # fmt: skip
         return sum(int(pack.weights.sum()) for step in packs for pack in step)
 
     return load
 
 
 def batches(values: Iterable[object]) -> int:
-    """Keep a pack's worth of values together, as a loader must; their number."""
-    count, pack = 0, list[object]()
+    """Keep a step's worth of values together, as a loader must; their number."""
+    count, step = 0, list[object]()
     for value in values:
-        pack.append(value)
+        step.append(value)
         count += 1
-        if len(pack) == PACK:
-            pack = []
+        if len(step) == LANES * PACK:
+            step = []
     return count
 
 
@@ -126,13 +132,14 @@ def latents(arguments: argparse.Namespace, folder: Path) -> dict[str, Loader]:
     tars = sorted(map(str, (folder / "latents").glob("*.tar")))
     arrays = write_arrays(folder, [entry.record.key for entry in index.entries], size)
 
-    def bare() -> int:
+    def bare(compare: bool = False) -> int:
         files = {path: os.open(path, os.O_RDONLY) for path, _ in places}
         count = 0
         for epoch in range(EPOCHS):
             shuffled = random.Random(epoch).sample(places, len(places))
-            reads = (os.pread(files[path], member.size, member.offset) for path, member in shuffled)
-            count += batches(map(safetensors.load, reads))
+            reads = ((os.pread(files[path], member.size, member.offset), member) for path, member in shuffled)
+            payloads = (checked(payload, member) if compare else payload for payload, member in reads)
+            count += batches(map(safetensors.load, payloads))
         for file in files.values():
             os.close(file)
         return count
@@ -157,6 +164,7 @@ def latents(arguments: argparse.Namespace, folder: Path) -> dict[str, Loader]:
         "WebDataset, its own decode()": plain,
         "WebDataset, bytes parsed by safetensors": stream,
         "bare reads": bare,
+        "bare reads, checksums compared": partial(bare, compare=True),
     }
 
 

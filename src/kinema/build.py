@@ -19,6 +19,7 @@ from tqdm import tqdm
 from kinema.conditioning.text import CachedTextEncoder, TextEncoder, build_text_encoder
 from kinema.config import Config, changed_keys
 from kinema.data.address import redacted
+from kinema.data.cached_clips import CachedClips
 from kinema.data.candidates import KeepReport
 from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
@@ -30,13 +31,15 @@ from kinema.data.pack import Pack
 from kinema.data.plan import Plan, lanes_of
 from kinema.data.planning import Planner, open_index
 from kinema.data.quarantine import condemned_clips
-from kinema.data.rights import RightsPolicy, change_of_rights, idle_words
+from kinema.data.refusals import change_of_rights
+from kinema.data.rights import RightsPolicy, idle_words
 from kinema.data.shards import DatasetIndex
 from kinema.data.storage import resolve_cache
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process, seed_everything
+from kinema.distributed.sequence import Ulysses
 from kinema.identity import digest, to_plain
 from kinema.models.dit import DiT, Expert, Experts, make_denoiser
 from kinema.models.vae import CausalVAE
@@ -50,6 +53,7 @@ from kinema.training.context_parallel import ContextParallel
 from kinema.training.dit_task import DiTTask, check_sizes, check_training
 from kinema.training.ema import EMA
 from kinema.training.finetune import LoRA, frozen_parameters
+from kinema.training.guard import Guard
 from kinema.training.loop import Trainer
 from kinema.training.metrics import WandbTracker
 from kinema.training.outputs import Outputs
@@ -71,6 +75,7 @@ from kinema.training.run_folder import (
 )
 from kinema.training.saving import Saver, initial_weights
 from kinema.training.seen import Start
+from kinema.training.skips import Skips
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
 
@@ -125,7 +130,6 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
 def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=dit`."""
     source = checkpoint_of(config.vae.path, "vae.path")
-    check_alone(config.parallel.sequence_degree)
     if config.model.expert_boundary and config.model.expert is Expert.both:
         raise ValueError(
             f"model.expert_boundary={config.model.expert_boundary}: one of two experts is trained at a time, so that "
@@ -153,7 +157,9 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     data = build_data(config, geometry, process, run, vae_identity["hash"], clip_flops)
     check_captions(text_encoder, config, data)
     line, base = start_weights(config, model, run, process)
-    twin = deepcopy(model)
+    twin = deepcopy(model)  # which samples on one rank
+    if process.mesh.sequence_group is not None:
+        model.share_tokens(Ulysses(process.mesh))
     engine = build_engine(config, model, data.lanes_per_rank)
     task = DiTTask(
         engine=engine,
@@ -298,7 +304,7 @@ def check_alone(sequence_degree: int) -> None:
     """Refuse groups of ranks that would each work on the whole of a pack, which would count its gradient twice."""
     if sequence_degree > 1:
         raise ValueError(
-            f"parallel.sequence_degree={sequence_degree}: this task does not spread a pack over ranks yet. Type "
+            f"parallel.sequence_degree={sequence_degree}: task=vae does not spread a pack over ranks yet. Type "
             "parallel.sequence_degree=1."
         )
 
@@ -384,10 +390,9 @@ def build_data(
     planned = from_main(rights_of_plan(run.folder, rights, bool(run.store.steps())) if process.is_main else None)
     planner = Planner(data, geometry, planned, config.seed, clip_flops)
     plan, kept = planner.training(index)
-    clips = plan.clips
     if line := idle_words_of(rights, index, heldout):
         run.outputs.event(0, "rights", line)
-    if line := change_of_rights((index.locate(clip.entry_index)[1].record for clip in clips), planned, rights):
+    if line := change_of_rights(index, plan.clips.entry_index, planned, rights):
         run.outputs.event(0, "rights", line)
     heldout_plan = planner.heldout(heldout)
     cache = None
@@ -398,8 +403,7 @@ def build_data(
             resolve_cache(data.latents, LATENTS, data.cache_folder, data.storage),
             vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps, decoder=data.decoder,
         )  # fmt: skip
-        for stage in plan.stages:
-            cache.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in stage.clips])
+        CachedClips(index, {"": cache}, data.window, config.seed).check_covers(plan)
     if process.is_main:
         name = ", ".join(redacted(source.path) for source in data.mixture.values()) or redacted(data.path)
         tqdm.write(f"data {name}: {kept.line()}")
@@ -418,11 +422,10 @@ def build_data(
 
 def idle_words_of(rights: RightsPolicy, *indexes: DatasetIndex) -> str | None:
     """What `data.rights` names and no clip of the data set has, as a line for people."""
-    columns = [index.columns for index in indexes]
-    licenses = [name for column in columns for name in column.license.names]
-    sources = [name for column in columns for name in column.source.names]
-    entries = (index.locate(number)[1] for index in indexes for number in range(len(index.entries)))
-    return idle_words(rights, licenses, sources, (entry.record.key for entry in entries))
+    parts = [part for index in indexes for part in index.members.values()]
+    licenses = [name for part in parts for name in part.columns.license.names]
+    sources = [name for part in parts for name in part.columns.source.names]
+    return idle_words(rights, licenses, sources, (key for part in parts for key in part.clip_keys()))
 
 
 def text_encoder_of(config: Config) -> TextEncoder:
@@ -535,6 +538,7 @@ def assemble(
         ),
         sample_every_steps=sample_every_steps,
         make_samples=make_samples,
+        guard=Guard(config.guard, from_main(Skips.read(run.folder) if process.is_main else Skips())),
         unread_keys=unread_keys,
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 VERBS: dict[str, tuple[str, str]] = {
+    "doctor": ("kinema.doctor.command", "check this machine, and with the words of train.py that job"),
     "data check": ("kinema.data.check", "count and check the clips of a data set, and draw a contact sheet"),
     "data page": ("kinema.report.data_page", "write the HTML page of a data set, to be looked at before training"),
     "data stats": ("kinema.data.stats", "count what a data set holds: sizes, durations, licences, sources"),

@@ -4,13 +4,18 @@ import dataclasses
 import difflib
 import enum
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from kinema.conditioning.frames import FRAME_CONDITIONS
 from kinema.conditioning.text import CombinedText, HashText, PretrainedText
+from kinema.console import first_cause, missing_key
 from kinema.data.address import redacted
 from kinema.data.config import DataConfig
 from kinema.diffusion.objective import DDPM, RectifiedFlow
@@ -23,6 +28,7 @@ from kinema.training.checkpoint import CheckpointConfig
 from kinema.training.dit_task import DiTTaskConfig
 from kinema.training.ema import EMAConfig
 from kinema.training.finetune import Full, LoRA, Parts
+from kinema.training.guard import GuardConfig
 from kinema.training.loop import ValidationConfig
 from kinema.training.metrics import LoggingConfig
 from kinema.training.optim import AdamW, AdamW8bit, MuonAdamW
@@ -79,6 +85,8 @@ class Config:
     """Average of the weights."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Held-out loss."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What is done about numbers that are not sound."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -111,7 +119,7 @@ FREE_TO_CHANGE = (
     "parallel.zero_stage", "parallel.sequence_degree", "parallel.vae_axis", "parallel.timeout_seconds",
     "parallel.offload.", "parallel.traffic.",
     "parallel.activation_checkpointing", "parallel.checkpointed_every",
-    "logging.", "checkpoint.", "validation.", "task.samples.",
+    "logging.", "checkpoint.", "validation.", "guard.", "task.samples.",
     "data.num_workers", "data.prefetch", "data.timeout_seconds", "data.storage.", "data.cache_folder", "data.text",
     "run_root", "allow_config_change",
 )  # fmt: skip
@@ -177,6 +185,19 @@ def to_config(composed: DictConfig) -> Config:
         kind = "from_run, a trained VAE" if vae_class is VAECheckpoint else "an architecture such as vae=causal_tiny"
         raise ValueError(f"vae={type(config.vae).__name__} does not fit this task, which needs vae={kind}.")
     return config
+
+
+def compose_training(words: list[str]) -> Config:
+    """What `train.py WORDS` would run, from ./configs; raises ValueError that says what is wrong with the words."""
+    configs = Path("configs").resolve()
+    if not (configs / "train.yaml").is_file():
+        raise ValueError("./configs is not here: type the command in the folder of train.py.")
+    register_schemas()
+    try:
+        with initialize_config_dir(str(configs), version_base="1.3"):
+            return to_config(compose("train", words))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(missing_key(error) or first_cause(error)) from error
 
 
 def resolved_yaml(composed: DictConfig) -> str:

@@ -76,7 +76,7 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
         from kinema.data.ledger import DataBudgetError
         from kinema.data.store import StoreDown
         from kinema.training.checkpoint import CheckpointError
-        from kinema.training.loop import NonFiniteLoss
+        from kinema.training.guard import NonFiniteLoss
 
         try:
             sys.exit(main(*arguments) or 0)

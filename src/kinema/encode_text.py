@@ -2,13 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from kinema.conditioning.condition import embed
@@ -20,8 +16,7 @@ from kinema.conditioning.text import (
     build_text_encoder,
     check_policy,
 )
-from kinema.config import register_schemas, to_config
-from kinema.console import first_cause
+from kinema.config import compose_training
 from kinema.data.shards import DatasetIndex
 from kinema.identity import from_plain
 from kinema.training.run_folder import checkpoint_of
@@ -93,16 +88,10 @@ def read_config(plain: dict[str, Any]) -> Any:
 
 def compose_text(words: list[str]) -> tuple[Any, None, list[str]]:
     """As the training command with these words composes it: the encoder, and the captions of its samples."""
-    configs = Path("configs").resolve()
-    if not (configs / "train.yaml").is_file():
-        raise ValueError("--config reads ./configs: type the command in the folder of train.py, or --run RUN.")
-    register_schemas()
     try:
-        with initialize_config_dir(str(configs), version_base="1.3"):
-            composed = compose("train", words)
-        config = to_config(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"--config {' '.join(words)}: {first_cause(error)}") from error
+        config = compose_training(words)
+    except ValueError as error:
+        raise ValueError(f"--config {' '.join(words)}: {error}") from error
     if config.text is None:
         raise ValueError(f"--config {' '.join(words)} composes no text encoder: type text=NAME too.")
     return config.text, None, config.task.samples.captions()

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kinema.data import workers
+from kinema.data.decoded_clips import DecodedClips
 from kinema.data.ledger import DataBudgetError, Ledger, Quarantine
 from kinema.data.loading import make_loader
-from kinema.data.reader import ClipReader
 from kinema.data.shards import DatasetIndex
 from kinema.data.workers import DataWorkerError
 from tests.unit.clips import SHAPES, build, make_plan
@@ -87,14 +87,14 @@ def test_a_shard_cut_short_or_missing_is_named_before_the_first_step(sound, tmp_
 
 def harmed(monkeypatch, number, harm):
     """Decoding this clip in a worker does harm to the worker."""
-    read, parent = ClipReader._read_frames, os.getpid()
+    read, parent = DecodedClips.read, os.getpid()
 
-    def read_or_harm(dataset, slot, *rest):
-        if slot.clip.entry_index == number and os.getpid() != parent:
+    def read_or_harm(contents, clip):
+        if clip.slot.clip.entry_index == number and os.getpid() != parent:
             harm()
-        return read(dataset, slot, *rest)
+        return read(contents, clip)
 
-    monkeypatch.setattr(ClipReader, "_read_frames", read_or_harm)
+    monkeypatch.setattr(DecodedClips, "read", read_or_harm)
     monkeypatch.setattr(workers, "POLL_SECONDS", 0.2)
 
 
@@ -143,10 +143,10 @@ def test_full_shared_memory_is_named(sound, monkeypatch):
 
 
 def test_a_bug_in_reading_is_raised_and_not_counted(sound, monkeypatch):
-    def broken(dataset, slot, *rest):
+    def broken(contents, clip):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(ClipReader, "_read_frames", broken)
+    monkeypatch.setattr(DecodedClips, "read", broken)
     for number in (0, 1):
         with pytest.raises(KeyError, match="a bug"):
             packs_of(sound, num_workers=number)

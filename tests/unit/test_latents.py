@@ -1,4 +1,5 @@
 import itertools
+import json
 import pickle
 import tarfile
 import time
@@ -37,6 +38,10 @@ def cached(index, folder, shapes=SHAPES, **options):
     return LatentCache.load(folder, vae_hash="abc", data_hash=index.hash, shapes=shapes, fps=8.0), failures
 
 
+def read(cache, key):
+    return cache.read(cache.find(key, SHAPES[0]))
+
+
 @pytest.fixture(scope="module")
 def cache(index, tmp_path_factory):
     return cached(index, tmp_path_factory.mktemp("latents") / "cache")[0]
@@ -45,9 +50,9 @@ def cache(index, tmp_path_factory):
 def test_mean_and_log_variance_come_back_as_they_were_encoded(index, cache):
     for entry in [entry for entry in index.entries if entry.record.key != "clip-005"]:
         frames = decode_clip(read_member(index.folder, entry, "mp4"), SHAPES[0], 8.0, 0.0, Decoder.decord)
-        mean, logvar = cache.read(entry.record.key, SHAPES[0], 0.0)
+        mean, logvar = read(cache, entry.record.key)
         assert mean.dtype == logvar.dtype == torch.float32
-        assert mean.shape == (3, 3, 4, 2) == tuple(cache.latent_shape(SHAPES[0]))
+        assert mean.shape == (3, 3, 4, 2) == cache.latent_shapes[SHAPES[0]]
         torch.testing.assert_close((mean, logvar), tuple(part.float() for part in encode(frames)))
 
 
@@ -134,7 +139,12 @@ def test_a_clip_that_could_not_be_encoded_stays_in_its_place_with_weight_0(index
 
 def test_several_windows_of_a_clip_are_drawn_by_position(index, tmp_path):
     cache, _ = cached(index, tmp_path / "cache", windows_per_clip=3)
-    assert cache.starts("clip-000", SHAPES[0]) == pytest.approx([0.0, 0.4375, 0.875])  # 2 s less 9 / 8 s to spare
+    samples = json.loads(next(cache.folder.glob("*.index.json")).read_text())["samples"]
+    starts = [sample["start_seconds"] for sample in samples if sample["key"] == "clip-000"]
+    assert starts == pytest.approx([0.0, 0.4375, 0.875])  # 2 s less 9 / 8 s to spare
+    windows = [cache.find("clip-000", SHAPES[0], draw) for draw in range(4)]
+    assert windows[0] == windows[3]
+    assert windows[0].member.offset < windows[1].member.offset < windows[2].member.offset
     with_start = rows(index, cache)
     drawn = rows(index, cache, window=Window.random)
     pairs = list(zip(itertools.chain(*with_start), itertools.chain(*drawn), strict=True))
@@ -161,19 +171,19 @@ def test_the_shards_are_ordinary_webdataset_tars(cache):
         members = {info.name: tar.extractfile(info).read() for info in tar}
     assert len(members) == 11
     tensors = load(members["clip-000--9x32x32--000000000000.safetensors"])
-    torch.testing.assert_close(tensors["mean"], cache.read("clip-000", SHAPES[0], 0.0)[0])
+    torch.testing.assert_close(tensors["mean"], read(cache, "clip-000")[0])
 
 
 def test_changed_bytes_are_noticed(index, tmp_path):
     cache, _ = cached(index, tmp_path / "cache")
     (shard,) = cache.folder.glob("*.tar")
     content = bytearray(shard.read_bytes())
-    _, member = cache._places["clip-003", SHAPES[0]][0.0]
+    member = cache.find("clip-003", SHAPES[0]).member
     content[member.offset + member.size - 3] ^= 4
     shard.write_bytes(content)
     with pytest.raises(DamagedSample, match=r"clip-003.*checksum"):
-        cache.read("clip-003", SHAPES[0], 0.0)
-    cache.read("clip-004", SHAPES[0], 0.0)
+        read(cache, "clip-003")
+    read(cache, "clip-004")
     shard.write_bytes(content[:-512])
     with pytest.raises(ValueError, match=f"{shard.name} has .* bytes, not"):
         LatentCache.load(cache.folder, vae_hash="abc", data_hash=index.hash, shapes=SHAPES, fps=8.0)
@@ -205,19 +215,19 @@ def test_mean_and_log_variance_may_be_one_tensor(tmp_path):
     both = torch.ones(4, 3, 4, 4)
     with LatentWriter(tmp_path / "cache", **IDENTITY) as writer:
         writer.write("one", SHAPES[0], 0.0, both, both)
-    mean, logvar = LatentCache.load(tmp_path / "cache", **IDENTITY).read("one", SHAPES[0], 0.0)
+    mean, logvar = read(LatentCache.load(tmp_path / "cache", **IDENTITY), "one")
     assert torch.equal(mean, both)
     assert torch.equal(logvar, both)
 
 
 def test_a_cache_survives_pickling_for_spawned_workers(cache):
-    cache.read("clip-000", SHAPES[0], 0.0)
+    read(cache, "clip-000")
     again = pickle.loads(pickle.dumps(cache))
-    assert torch.equal(again.read("clip-000", SHAPES[0], 0.0)[0], cache.read("clip-000", SHAPES[0], 0.0)[0])
+    assert torch.equal(read(again, "clip-000")[0], read(cache, "clip-000")[0])
 
 
 def test_reading_latents_is_fast(cache):
     began = time.process_time()
     for _ in range(500):
-        cache.read("clip-000", SHAPES[0], 0.0)
+        read(cache, "clip-000")
     assert 500 / (time.process_time() - began) > 2000

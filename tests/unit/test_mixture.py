@@ -51,10 +51,10 @@ def test_each_data_set_has_its_share_of_every_step_and_bytes_of_its_own(folders)
     assert len(index.entries) == 17
     for step in range(12):
         slots = [slot for pack in plan.step(step) for slot in pack]
-        assert Counter(index.part_of(slot.clip.entry_index) for slot in slots) == {"toy": 3, "film": 1}
+        assert Counter(index.place(slot.clip.entry_index)[0] for slot in slots) == {"toy": 3, "film": 1}
         for slot in slots:
             folder, entry = index.locate(slot.clip.entry_index)
-            name = index.part_of(slot.clip.entry_index)
+            name = index.place(slot.clip.entry_index)[0]
             assert str(folder) == folders[name]
             joined = index.entries[slot.clip.entry_index]
             assert joined.record.key == f"{name}/{entry.record.key}"
@@ -118,7 +118,7 @@ def test_one_data_set_is_planned_as_before(folders):
     data = DataConfig(path=folders["toy"], shapes=[[9, 32, 32], [5, 32, 32]], clips_per_step=4, lanes=2)
     index, plan, report = planned(data)
     assert report.kept == 10
-    assert index.parts == ()
+    assert index.parts == []
     assert plan.state(3) == {"epoch": 1, "cursor": 2}
 
 

@@ -141,6 +141,20 @@ def test_a_flipped_byte_is_a_damaged_sample_of_its_clip_only(folder):
             read_member(folder, entry, "mp4")
 
 
+def test_a_shard_that_was_replaced_under_its_name_is_opened_anew(folder):
+    """Files stay open between reads: what is wrong in one of them is looked for in the file that has its name now."""
+    index = DatasetIndex.load(folder)
+    entry = index.entries[4]
+    shard, aside = folder / entry.shard, folder / "copy"
+    good = shard.read_bytes()
+    shard.write_bytes(bytes(len(good)))
+    with pytest.raises(DamagedSample, match="checksum"):
+        read_member(folder, entry, "mp4")
+    aside.write_bytes(good)
+    os.replace(aside, shard)
+    read_member(folder, entry, "mp4")
+
+
 def test_a_member_that_is_not_there_is_a_damaged_sample(folder):
     entry = DatasetIndex.load(folder).entries[0]
     with pytest.raises(DamagedSample, match=r"no member .wav"):

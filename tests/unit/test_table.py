@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kinema.data import compiled, table
-from kinema.data.columns import columns_of
+from kinema.data.columns import columns_of_records
 from kinema.data.shards import DatasetIndex
 from kinema.data.table import DTYPES, ClipTable, TableWriter
 from tests.unit.clips import build
@@ -58,7 +58,7 @@ def test_entries_and_columns_are_those_of_the_indexes(folder, monkeypatch, split
     assert list(index.entries.texts("caption")) == [entry.record.caption for entry in index.entries]
     with pytest.raises(IndexError):
         index.entries[len(index.entries)]
-    expected = columns_of(list(index.entries))
+    expected = columns_of_records([e.record for e in index.entries], [e.shard for e in index.entries])
     for name, column in vars(index.columns).items():
         if hasattr(column, "names"):
             assert [column.names[code] for code in column.codes] == [

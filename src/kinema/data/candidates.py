@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from kinema.data.columns import Columns
 from kinema.data.dealing import LargestStep
 from kinema.data.geometry import ClipShape, Geometry, assign_shapes
+from kinema.data.refusals import refused_rows
 from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
 
@@ -18,8 +20,7 @@ STILL, TOO_SHORT, TOO_SLOW = "image, and data.shapes has none of one frame", "to
 """Reasons to leave a clip out that another data.shapes or data.fps may take away."""
 
 
-@dataclass(frozen=True)
-class PlannedClip:
+class PlannedClip(NamedTuple):
     """One clip as the plan sees it: where it stands in the index, its size and what it costs."""
 
     entry_index: int
@@ -130,12 +131,20 @@ class Candidates(Sequence[PlannedClip]):
         return len(self.entry_index)
 
     def __getitem__(self, place: int) -> PlannedClip:  # type: ignore[override]  # no slices
-        kind = int(self.shape_ids[place])
-        tokens, cost = int(self.shape_tokens[kind]), float(self.shape_costs[kind])
-        return PlannedClip(int(self.entry_index[place]), self.shapes[kind], tokens, cost)
+        return self.take(np.array([place]))[0]
+
+    def take(self, places: NDArray[np.int64]) -> list[PlannedClip]:
+        """Some of the clips, by their places."""
+        kinds, entries = self.shape_ids[places].tolist(), self.entry_index[places].tolist()
+        return [PlannedClip(entry, *self._kinds[kind]) for entry, kind in zip(entries, kinds, strict=True)]
 
     def __iter__(self) -> Iterator[PlannedClip]:
         return (self[place] for place in range(len(self)))
+
+    @cached_property
+    def _kinds(self) -> list[tuple[ClipShape, int, float]]:
+        """Each shape with its tokens and cost."""
+        return list(zip(self.shapes, self.shape_tokens.tolist(), self.shape_costs.tolist(), strict=True))
 
 
 @dataclass
@@ -176,7 +185,7 @@ def plan_clips(
     shape_ids = assign_shapes(columns, legal, fps)
     kept = np.ones(len(columns), np.bool_)
     report = KeepReport(total=len(columns))
-    refusals = [*_refused_by(rights, index, columns)] if rights else []
+    refusals = [*refused_rows(rights, index)] if rights else []
     if require_captions:
         refusals.append(("no caption", ~columns.captioned))
     refusals.append((STILL, (shape_ids < 0) & (columns.num_frames == 1)))
@@ -204,23 +213,6 @@ def plan_clips(
         columns.shard.codes[kept],
     )
     return clips, report
-
-
-def _refused_by(rights: RightsPolicy, index: DatasetIndex, columns: Columns) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """The reasons of `RightsPolicy.refusal`, in its order, each with the rows that it refuses."""
-    for column, refused in (
-        (columns.license, rights.refused_license),
-        (columns.consent, rights.refused_consent),
-        (columns.generated, rights.refused_generated),
-        (columns.source, rights.refused_source),
-    ):
-        for code, name in enumerate(column.names):
-            if reason := refused(name):
-                yield reason, column.codes == code
-    if rights.excluded_keys:
-        reasons = [rights.refused_key(key) for key in index.clip_keys()]
-        for reason in filter(None, dict.fromkeys(reasons)):
-            yield reason, np.array([other == reason for other in reasons])
 
 
 def _drop(report: KeepReport, columns: Columns, reason: str, rows: NDArray[np.bool_]) -> None:

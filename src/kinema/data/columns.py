@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kinema.data.entry import ClipEntry
 from kinema.data.sample import ClipRecord
 
 
@@ -49,12 +48,6 @@ class Columns:
 
     def __len__(self) -> int:
         return len(self.width)
-
-
-def columns_of(entries: Sequence[ClipEntry]) -> Columns:
-    """The columns of these entries."""
-    records = [entry.record for entry in entries]
-    return columns_of_records(records, [entry.shard for entry in entries])
 
 
 def columns_of_records(records: Sequence[ClipRecord], shards: Sequence[str]) -> Columns:

@@ -33,7 +33,7 @@ class Account:
     distinct: int = 0
     """Clips that were shown at least once; entered when a checkpoint is written."""
     withdrawn: int = 0
-    """Left out of a step because data.rights has changed since the plan was made."""
+    """Left out of a step because data.rights has changed since the plan was made, or for what training on them did."""
 
     @property
     def clips(self) -> int:

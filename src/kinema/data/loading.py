@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from kinema.data.cached_clips import CachedClips
 from kinema.data.clip_decoder import DecodingRules
 from kinema.data.config import Crop, Window
+from kinema.data.decoded_clips import DecodedClips
 from kinema.data.latents import LatentCache
 from kinema.data.pack import Pack
 from kinema.data.plan import Plan
-from kinema.data.reader import ClipReader
+from kinema.data.reader import ClipReader, Contents
 from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
 from kinema.data.workers import Readers, StepsAndLanes
@@ -30,7 +32,7 @@ def make_loader(
     num_workers: int = 0,
     prefetch: int = 2,
     timeout_seconds: float = 300.0,
-    latents: LatentCache | None = None,
+    latents: LatentCache | Mapping[str, LatentCache] | None = None,
     rights: RightsPolicy | None = None,
     condemned: Mapping[str, str] | None = None,
 ) -> Iterator[list[Pack]]:
@@ -38,25 +40,19 @@ def make_loader(
 
     A pack depends on (data, plan, seed, step, lane) only, so any number of workers yields the same. Closing
     the iterator, or dropping it, ends the workers. Each of them, and this process where there are none, decodes in
-    a further process; `condemned` are the clips, by key, that are not tried, with the reason.
+    a further process; `condemned` are the clips, by key, that are not tried, with the reason. `latents` of a mixture
+    are a cache for each of its data sets, by name.
     """
-    if latents is not None:
-        if crop is not Crop.center:
-            raise ValueError(f"data.crop={crop.name} cannot be used with data.latents, which cache the centre crop.")
-        for stage in plan.stages:
-            latents.check_covers([(index.entries[clip.entry_index].record.key, clip.shape) for clip in stage.clips])
-    dataset = ClipReader(
-        index,
-        plan,
-        fps=fps,
-        decoding=decoding,
-        window=window,
-        crop=crop,
-        seed=seed,
-        latents=latents,
-        rights=rights,
-        condemned=condemned,
-    )
+    contents: Contents
+    if latents is None:
+        compare = rights is not None
+        contents = DecodedClips(index, decoding, fps=fps, window=window, crop=crop, seed=seed, compare=compare)
+    elif crop is not Crop.center:
+        raise ValueError(f"data.crop={crop.name} cannot be used with data.latents, which cache the centre crop.")
+    else:
+        contents = CachedClips(index, {"": latents} if isinstance(latents, LatentCache) else latents, window, seed)
+        contents.check_covers(plan)
+    dataset = ClipReader(index, plan, contents, fps=fps, rights=rights, condemned=condemned)
     wanted = StepsAndLanes(range(start_step, start_step + num_steps), list(lanes))
     return _read(dataset, wanted, num_workers, prefetch, timeout_seconds)
 
@@ -69,7 +65,7 @@ def _read(
             for step in wanted.steps:
                 yield [dataset[step, lane] for lane in wanted.lanes]
         finally:
-            dataset.decoder.close()
+            dataset.contents.close()
         return
     readers = Readers(dataset, num_workers, prefetch, timeout_seconds)
     try:

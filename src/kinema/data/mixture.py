@@ -13,7 +13,6 @@ import numpy as np
 
 from kinema.data.entry import ClipEntry
 from kinema.data.shards import DatasetIndex
-from kinema.data.store import StoredFolder
 
 
 @dataclass
@@ -70,7 +69,7 @@ class JoinedEntries(Sequence[ClipEntry]):
 
 @dataclass(frozen=True)
 class JoinedIndex(DatasetIndex):
-    """Several data sets as one. Keys and shards are told apart by the data set's name; `locate` leads to the bytes."""
+    """Several data sets as one. Keys and shards are told apart by the data set's name."""
 
     @classmethod
     def of(cls, parts: Mapping[str, DatasetIndex]) -> "JoinedIndex":
@@ -89,25 +88,27 @@ class JoinedIndex(DatasetIndex):
         }
         return cls(Path(" + ".join(str(part.folder) for part in parts.values())), manifest, JoinedEntries(parts))
 
+    @property
+    def members(self) -> Mapping[str, DatasetIndex]:
+        """The data sets by name."""
+        assert isinstance(self.entries, JoinedEntries)
+        return self.entries.parts
+
+    def place(self, number: int) -> tuple[str, int]:
+        """The data set that holds an entry, and the entry's number there."""
+        assert isinstance(self.entries, JoinedEntries)
+        return self.entries.locate(number)
+
     def locate(self, number: int) -> tuple[str | os.PathLike[str], ClipEntry]:
         """The folder that an entry's bytes lie in, and the entry as that folder's index has it."""
-        assert isinstance(self.entries, JoinedEntries)
-        name, place = self.entries.locate(number)
-        return self.entries.parts[name].locate(place)
+        name, place = self.place(number)
+        return self.members[name].locate(place)
 
-    @property
-    def folders(self) -> Sequence[Path | StoredFolder]:
-        """Where the bytes of the parts lie."""
-        assert isinstance(self.entries, JoinedEntries)
-        return [folder for part in self.entries.parts.values() for folder in part.folders]
+    def text(self, name: str, number: int) -> str:
+        """A text field of an entry, as its own data set has it."""
+        part, place = self.place(number)
+        return self.members[part].text(name, place)
 
-    @property
-    def parts(self) -> Sequence[str]:
-        """Names of the data sets."""
-        assert isinstance(self.entries, JoinedEntries)
-        return list(self.entries.parts)
-
-    def part_of(self, number: int) -> str:
-        """Name of the data set that an entry comes from."""
-        assert isinstance(self.entries, JoinedEntries)
-        return self.entries.locate(number)[0]
+    def key(self, number: int) -> str:
+        """The key of an entry, after the name of its data set."""
+        return f"{self.place(number)[0]}/{self.text('key', number)}"

@@ -69,7 +69,7 @@ class Pack:
     storage: dict[str, float] = field(default_factory=dict)
     """Counts of reading from an address (requests, bytes, retries, cache); empty for a local folder."""
     withdrawn: list[Failure] = field(default_factory=list)
-    """Clips of the plan that data.rights no longer lets anyone read: whole, but with weight 0 as well."""
+    """Clips of the plan that are left out of this step, by data.rights or for what training on them did: weight 0."""
     fallbacks: list[Fallback] = field(default_factory=list)
     """Clips that another decoder read than the first one."""
 

@@ -2,7 +2,6 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +17,7 @@ STAGE_POSITIONS = 1 << 48
 """Positions that a stage has for itself where it does not read on in the order of the stage before."""
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One place in a step: the clip, the epoch it belongs to, and its global position, counted from 0 for
     ever.
 
@@ -56,8 +54,10 @@ class Step(Sequence[list[Slot]]):
         if not -len(self) <= lane < len(self):
             raise IndexError(f"lane {lane} of {len(self)}")
         here = slice(*self._bounds[[lane % len(self), lane % len(self) + 1]])
-        columns = (column[here].tolist() for column in (self.ids, self.epochs, self.positions))
-        return [Slot(self.clips[clip], epoch, position) for clip, epoch, position in zip(*columns, strict=True)]
+        rows = zip(
+            self.clips.take(self.ids[here]), self.epochs[here].tolist(), self.positions[here].tolist(), strict=True
+        )
+        return [Slot(*row) for row in rows]
 
     def __iter__(self) -> Iterator[list[Slot]]:
         return (self[lane] for lane in range(len(self)))

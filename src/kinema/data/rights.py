@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import translate
 from functools import cached_property
@@ -169,25 +169,6 @@ def contradiction(record: ClipRecord, stated: bytes) -> str | None:
     return None
 
 
-def change_of_rights(planned: Iterable[ClipRecord], before: RightsPolicy, now: RightsPolicy) -> str | None:
-    """What a policy that was changed after planning does to the clips of a plan, as a line for people."""
-    if before == now:
-        return None
-    left: dict[str, list[str]] = {}
-    total = 0
-    for record in planned:
-        total += 1
-        if refusal := now.refusal(record):
-            left.setdefault(refusal, []).append(record.key)
-    count = sum(map(len, left.values()))
-    reasons = "; ".join(f"{reason} {len(keys)} ({first_few(keys)})" for reason, keys in left.items())
-    return (
-        f"data.rights has changed since the plan was made: {count} of its {total} clips are no longer read"
-        f"{': ' if reasons else ''}{reasons}. They keep their places with weight 0, so every other clip comes when it "
-        "would have come; clips that were refused then stay out of this run."
-    )
-
-
 def idle_words(
     policy: RightsPolicy, licenses: Iterable[str], sources: Iterable[str], keys: Iterable[str]
 ) -> str | None:
@@ -195,15 +176,31 @@ def idle_words(
 
     Given are the distinct licences and sources of all clips, and their keys, which are asked for only if need be.
     """
-    parts = {part.casefold() for license in licenses for part in licenses_named(license)}
-    found = {"allowed_licenses": parts, "denied_licenses": parts, "excluded_sources": set(sources)}
-    found["excluded_keys"] = set(keys) if policy.excluded_keys else set()
+    parts = [part for license in licenses for part in licenses_named(license)]
     idle = []
-    for name, names in found.items():
-        asked = [word for word in getattr(policy, name) if word != "*"]
-        words = [word for word in asked if not _Matcher([word], any_case=names is parts).fits_one(names)]
+    for name, found in (
+        ("allowed_licenses", parts),
+        ("denied_licenses", parts),
+        ("excluded_sources", sources),
+        ("excluded_keys", keys),
+    ):
+        words = [word for word in getattr(policy, name) if word != "*"]
+        words = _unfitted(words, found, any_case=found is parts)
         idle += [f"{name} {first_few(words)}"] if words else []
     return f"no clip has what data.rights names: {'; '.join(idle)}. Is it written as in the records?" if idle else None
+
+
+def _unfitted(words: Sequence[str], names: Iterable[str], *, any_case: bool) -> list[str]:
+    """The words that fit none of these names, of which millions may be: each is seen once and not kept."""
+    left = {word: _Matcher([word], any_case=any_case) for word in words}
+    all_left = _Matcher(left, any_case=any_case)
+    for name in names if left else ():
+        if all_left(name):
+            left = {word: fits for word, fits in left.items() if not fits(name)}
+            all_left = _Matcher(left, any_case=any_case)
+            if not left:
+                break
+    return list(left)
 
 
 def first_few(keys: Sequence[str], few: int = 5) -> str:
@@ -220,10 +217,6 @@ class _Matcher:
         wild = [pattern for pattern in patterns if set("*?") & set(pattern)]
         self.words = frozenset(patterns).difference(wild)
         self.wild = re.compile("|".join(translate(pattern.replace("[", "[[]")) for pattern in wild)) if wild else None
-
-    def fits_one(self, words: Set[str]) -> bool:
-        """Whether one of these, which are of the case that counts, is in the list."""
-        return not self.words.isdisjoint(words) or (self.wild is not None and any(map(self, words)))
 
     def __call__(self, word: str) -> bool:
         word = word.casefold() if self.any_case else word

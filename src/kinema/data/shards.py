@@ -3,6 +3,7 @@ set.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -10,14 +11,14 @@ import sys
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from kinema.data.address import redacted
-from kinema.data.columns import Columns, columns_of
+from kinema.data.columns import Columns
 from kinema.data.compiled import load_table
 from kinema.data.entry import ClipEntry
 from kinema.data.foreign import split_name
@@ -52,32 +53,55 @@ class DatasetIndex:
 
     @property
     def columns(self) -> Columns:
-        """What planning needs to know of each entry, in their order."""
-        return self.entries.columns if isinstance(self.entries, ClipTable) else columns_of(self.entries)
+        """What planning needs to know of each entry of a single data set, in their order."""
+        return self.table.columns
 
     def clip_keys(self) -> Iterator[str]:
-        """Of each entry, in their order, without making it."""
-        if isinstance(self.entries, ClipTable):
-            return self.entries.texts("key")
-        return (entry.record.key for entry in self.entries)
+        """Of each entry of a single data set, in their order, without making it."""
+        return self.table.texts("key")
+
+    @property
+    def table(self) -> ClipTable:
+        """The entries of a single data set; of a joint one, ask each of `members`."""
+        assert isinstance(self.entries, ClipTable), f"{self.folder} was joined from several data sets"
+        return self.entries
+
+    @property
+    def members(self) -> Mapping[str, "DatasetIndex"]:
+        """The data sets that were joined into this one, by name; a single one is its only member, without a name."""
+        return {"": self}
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """Names of the data sets that were joined into this one; none if it is a single one."""
+        return [name for name in self.members if name]
+
+    def place(self, number: int) -> tuple[str, int]:
+        """The member that an entry comes from, by name, and the entry's number there."""
+        return "", number
+
+    def members_by_first(self) -> dict[int, "DatasetIndex"]:
+        """The members by the number of their first entry."""
+        sizes = [len(part.entries) for part in self.members.values()]
+        firsts = itertools.accumulate(sizes, initial=0)
+        return {first: part for first, part in zip(firsts, self.members.values(), strict=False) if len(part.entries)}
 
     def locate(self, number: int) -> tuple[str | os.PathLike[str], ClipEntry]:
         """The folder that an entry's bytes lie in, and the entry as that folder's index has it."""
         return self.folder, self.entries[number]
 
+    def text(self, name: str, number: int) -> str:
+        """A text field of an entry, as its own data set has it, without the rest of its record."""
+        return self.table.text(name, number)
+
+    def key(self, number: int) -> str:
+        """The key of an entry, which tells it from all others here."""
+        return self.text("key", number)
+
     @property
     def folders(self) -> Sequence[Path | StoredFolder]:
         """Where the bytes of the entries lie."""
-        return [self.folder]
-
-    @property
-    def parts(self) -> Sequence[str]:
-        """Names of the data sets that were joined into this one; none if it is a single one."""
-        return ()
-
-    def part_of(self, number: int) -> str:
-        """Name of the data set that an entry comes from, of those in `parts`."""
-        raise LookupError(f"entry {number} of {self.folder}: it was not joined from several data sets.")
+        return [part.folder for part in self.members.values()]
 
     @property
     def hash(self) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -70,9 +71,14 @@ class LocalStore:
         self.folder = folder
 
     def read(self, shard: str, member: Member) -> bytes:
-        """One pread; raises OSError or WrongBytes."""
-        file = _open_files.get(self.folder / shard)
-        return checked(os.pread(file.fileno(), member.size, member.offset), member)
+        """One pread; raises OSError or WrongBytes. A file that was replaced under its name is found when it must be."""
+        path = f"{self.folder}/{shard}"
+        try:
+            return _pread(path, member)
+        except (OSError, WrongBytes):
+            if not _open_files.close(path):
+                raise
+        return _pread(path, member)
 
     def expect(self, wanted: list[tuple[str, Member]]) -> None:
         """The system's own read-ahead is enough."""
@@ -82,9 +88,22 @@ class LocalStore:
         return {}
 
 
+def _pread(path: str, member: Member) -> bytes:
+    return checked(os.pread(_open_files.get(path).fileno(), member.size, member.offset), member)
+
+
 def store_of(folder: str | os.PathLike[str]) -> Store:
     """Where the shards of a data set lie: its own folder, unless it stands for an address."""
     return folder.store if isinstance(folder, StoredFolder) else LocalStore(Path(folder))
+
+
+def add_counts(counts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The counts of several stores together."""
+    total: dict[str, float] = {}
+    for each in counts:
+        for name, count in each.items():
+            total[name] = total.get(name, 0.0) + count
+    return total
 
 
 def checked(payload: bytes, member: Member) -> bytes:
@@ -100,21 +119,21 @@ class _OpenFiles:
     """Files that stay open, the latest used ones. pread has no position, so threads and forks share them."""
 
     def __init__(self) -> None:
-        self._files: OrderedDict[Path, tuple[tuple[int, int], BinaryIO]] = OrderedDict()
+        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
 
-    def get(self, path: Path) -> BinaryIO:
-        """The open file; one that was replaced under its name is opened anew. Raises OSError."""
-        now = os.stat(path)
-        identity, file = self._files.pop(path, (None, None))
-        if file is None or identity != (now.st_dev, now.st_ino):
+    def get(self, path: str) -> BinaryIO:
+        """The open file; raises OSError."""
+        file = self._files.pop(path, None)
+        if file is None:
             file = open(path, "rb", buffering=0)  # noqa: SIM115 - it closes when the last reader lets go
-            opened = os.fstat(file.fileno())
-            identity = (opened.st_dev, opened.st_ino)
-        assert identity is not None
-        self._files[path] = identity, file
+        self._files[path] = file
         while len(self._files) > MAX_OPEN_FILES:
             self._files.popitem(last=False)
         return file
+
+    def close(self, path: str) -> bool:
+        """Open the file anew next time; whether it was open, under its name or no longer."""
+        return self._files.pop(path, None) is not None
 
 
 _open_files = _OpenFiles()

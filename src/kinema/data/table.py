@@ -76,11 +76,15 @@ class ClipTable(Sequence[ClipEntry]):
             columns[name] = Coded(self.words[name], self.arrays[name])
         return Columns(**columns)
 
+    @cached_property
+    def _texts(self) -> dict[str, tuple[NDArray[np.int64], memoryview]]:
+        """Of each text field where its texts end, and all of them."""
+        return {name: (self.arrays[f"{name}.end"], self.arrays[f"{name}.text"].data) for name in TEXTS}
+
     def text(self, name: str, row: int) -> str:
         """A text field of one clip, without the rest of its record."""
-        ends = self.arrays[f"{name}.end"]
-        begin = int(ends[row - 1]) if row else 0
-        return self.arrays[f"{name}.text"][begin : int(ends[row])].tobytes().decode()
+        ends, text = self._texts[name]
+        return str(text[ends.item(row - 1) if row else 0 : ends.item(row)], "utf-8")
 
     def texts(self, name: str) -> Iterator[str]:
         """A text field of every clip, without making their records."""

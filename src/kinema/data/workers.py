@@ -122,7 +122,7 @@ class Readers:
         for worker, (_, entry, since) in enumerate(self.dataset.progress.tolist()):
             if entry < 0:
                 continue
-            key = self.dataset.index.entries[entry].record.key
+            key = self.dataset.index.key(entry)
             if worker in dead and dead[worker] != -signal.SIGTERM:  # that is the scheduler's doing, not the clip's
                 condemned[key] = f"decoding it killed the process (exit code {dead[worker]})"
             elif hung and now - since > 0.5e9 * self.timeout_seconds:

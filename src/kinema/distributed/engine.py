@@ -1,6 +1,7 @@
 """The DeepSpeed engine: one function makes its dictionary, and sharded float32 state goes in and out by name."""
 
 import enum
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,8 @@ class Engine:
         self.zero_stage = zero_stage
         self.accumulation = accumulation
         self._grad_norm = 0.0
+        self.moved: bool | None = None
+        """Whether the last step moved the weights: not if a gradient was not finite on any rank. None before it."""
         offload = offload or OffloadConfig()
         self.traffic = plan_traffic(module, traffic or TrafficConfig(), device_type)
         self._state = named_state(optimizer)
@@ -127,20 +130,31 @@ class Engine:
         return {name: named[name] for name in self.names}
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`, this micro-step's part of the global loss."""
-        self.deepspeed.backward(loss * (self.accumulation * dist.get_world_size()))
+        """Add the gradient of `loss`, this micro-step's part of the global loss.
+
+        A loss that is not finite makes the gradient NaN, whatever its derivative: summing the gradients then tells
+        every rank of it, and no rank moves its weights.
+        """
+        scale = float(self.accumulation * dist.get_world_size())
+        self.deepspeed.backward(loss * torch.where(loss.detach().isfinite(), scale, float("nan")))
 
     def step(self, learning_rate: float) -> None:
         """End a micro-step; the last one of a step moves the weights with `learning_rate`."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        moves = self.deepspeed.is_gradient_accumulation_boundary()
-        if moves and self.zero_stage == 0:  # DeepSpeed reports no norm without ZeRO
+        last = self.deepspeed.is_gradient_accumulation_boundary()
+        if last and self.zero_stage == 0:  # DeepSpeed reports no norm without ZeRO
             gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
             self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.moved = math.isfinite(self._grad_norm)
+            if not self.moved:  # ZeRO looks for itself and moves nothing; here the update would make all weights NaN
+                self.deepspeed.zero_grad()
+                self.deepspeed.micro_steps += 1
+                return
         self.deepspeed.step()
-        if moves and self.zero_stage > 0:
-            self._grad_norm = float(self.deepspeed.get_global_grad_norm())
+        if last and self.zero_stage > 0:
+            self.moved = not self.deepspeed.optimizer.overflow
+            self._grad_norm = float(self.deepspeed.get_global_grad_norm()) if self.moved else math.inf
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters, before clipping."""
@@ -166,6 +180,16 @@ class Engine:
         shards = [shard.clone() for shard in self.shards()]
         self.layout.scatter(full, shards)
         return shards
+
+    @torch.no_grad()
+    def load(self, full: dict[str, Tensor]) -> None:
+        """Go on from these full weights by parameter name, float32 masters and what `forward` uses; a collective."""
+        import deepspeed
+
+        self.layout.scatter({name: full[name] for name in self.names}, self.shards())
+        for name, parameter in self.parameters().items():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero_stage == 3):
+                parameter.data.copy_(full[name])
 
     @property
     def state_names(self) -> tuple[str, ...]:

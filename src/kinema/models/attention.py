@@ -30,7 +30,7 @@ class Order(NamedTuple):
 
 
 class Attention(Protocol):
-    """What a block calls. Sequence parallelism replaces it by a function that gathers tokens around it."""
+    """What a block calls."""
 
     def __call__(
         self,

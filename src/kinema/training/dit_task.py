@@ -134,6 +134,7 @@ class DiTTask:
         self.seed = seed
         self.device = device
         self.frozen = frozen
+        self.clip_losses: dict[int, float] = {}
 
     def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
         """One pack's share of the step: forward, backward, and the engine's step. Returns sums, to be reduced."""
@@ -158,7 +159,9 @@ class DiTTask:
             weights = pack.weights.to(self.device)
             loss = (losses * weights).sum() / total_weight
             # Read here, where the lane waits for no other: the phases of a GPU's lanes are then their own.
-            levels = by_noise_level(losses.detach().cpu(), timesteps.cpu(), pack.weights)
+            told = losses.detach().cpu()
+            levels = by_noise_level(told, timesteps.cpu(), pack.weights)
+            self.clip_losses = dict(zip(pack.positions, told.tolist(), strict=True))
         with clock.phase("backward"):
             self.engine.backward(loss)
         with clock.phase("optimizer"):

@@ -21,11 +21,13 @@ from kinema.training.balance import Balance
 from kinema.training.checkpoint import CheckpointConfig
 from kinema.training.dit_task import noise_table
 from kinema.training.ema import EMA
+from kinema.training.guard import Guard, NonFiniteLoss
 from kinema.training.journal import KeyJournal
 from kinema.training.metrics import Clock, LoggingConfig
 from kinema.training.outputs import Outputs
 from kinema.training.progress import Progress
 from kinema.training.saving import Saver
+from kinema.training.skips import write_skips
 from kinema.training.task import Task
 
 EXIT_PREEMPTED = 75
@@ -36,10 +38,6 @@ EXIT_FAILED_CHECK = 1
 
 LANE_PHASES = ("encode", "forward")
 """What a lane does without waiting for another, by phases of the clock; the backward of the last one waits."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became infinite or not a number; nothing of that step was saved."""
 
 
 @dataclass
@@ -77,6 +75,7 @@ class Trainer:
     outputs: Outputs
     quarantine: Quarantine
     progress: Progress
+    guard: Guard
     sample_every_steps: int
     make_samples: SampleMaker | None
     unread_keys: Callable[[], str | None]
@@ -111,11 +110,15 @@ class Trainer:
         packs_of_steps = self.load(self.step, self.steps - self.step)
         while self.step < self.steps:
             with clock.phase("data"):
-                packs = next(packs_of_steps)
+                packs = self.guard.admit(next(packs_of_steps), self.index)
             totals = self._train_step(packs, clock)
+            if totals is None:
+                packs_of_steps = self.load(self.step, self.steps - self.step)  # from here again
+                bar.update(self.step - bar.n)
+                continue
             window.add(totals)
             bar.update()
-            bar.set_postfix_str(f"loss {totals['loss']:.4f}", refresh=False)
+            bar.set_postfix_str(f"loss {totals.get('loss', math.nan):.4f}", refresh=False)
             first = window.first_of_run
             if first:
                 self._check_configuration()
@@ -125,7 +128,10 @@ class Trainer:
                 self._validate(validation)
             if self.make_samples and due(self.step, self.sample_every_steps, self.steps):
                 self._sample()
-            if self._stop or due(self.step, self.checkpoint.every_steps, self.steps):
+            if self._stop or (
+                due(self.step, self.checkpoint.every_steps, self.steps)
+                and (not self.guard.troubled or self.step == self.steps)
+            ):
                 self.saver.save(must=self.step == self.steps or self._stop is not None)
             if self._stop:
                 bar.close()
@@ -149,11 +155,16 @@ class Trainer:
             self.outputs.event(self.step, "check", verdict)
         return from_main(passed)
 
-    def _train_step(self, packs: list[Pack], clock: Clock) -> dict[str, float]:
-        """One optimiser step: this rank's packs, then weights, then the average. Returns totals over all ranks."""
+    def _train_step(self, packs: list[Pack], clock: Clock) -> dict[str, float] | None:
+        """One optimiser step: this rank's packs, then weights, then the average. Returns totals over all ranks.
+
+        None if numbers were not sound: the run then stands where it is to go on from.
+        """
         counted = packs if self.process.mesh.counts else []  # what ranks with the same packs see is counted once
         # The weight of the whole step must be known before the first backward: failed clips count 0 everywhere.
-        total_weight = all_sum([sum(float(pack.weights.sum()) for pack in counted)])[0]
+        total_weight, left_out = all_sum([sum(float(pack.weights.sum()) for pack in counted), self.guard.left_out])
+        if total_weight == 0 and left_out:
+            return self._pass_over(counted)
         if total_weight == 0:
             raise ValueError(
                 f"no clip of step {self.step} can be shown: {(packs[0].failures + packs[0].withdrawn)[:3]}. If "
@@ -166,27 +177,26 @@ class Trainer:
             before = clock.spent(*LANE_PHASES)
             for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
                 sums[key] = sums.get(key, 0.0) + value
+            self.guard.hear(pack, self.task.clip_losses)
             balance.add(pack, clock.spent(*LANE_PHASES) - before)
             for key, value in pack.storage.items():
                 sums[key] = sums.get(key, 0.0) + value
             for number in pack.entries if self.index.parts else ():
-                sums[f"data_sets/{self.index.part_of(number)}"] += 1
-        for pack in counted:
-            self.progress.ledger.record(pack, self.index)
-            self.progress.sightings.add_shown(pack)
-        with clock.phase("optimizer"):
-            self.ema.update(self.step + 1)
+                sums[f"data_sets/{self.index.place(number)[0]}"] += 1
+        engines = self.task.engines()
+        sums["withheld"] = float(any(engine.moved is False for engine in engines.values()))
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
         over_ranks = all_sum([float(self._stop_signal is not None), *self._once([*sums.values(), *balance.values()])])
         stop_signals, over_ranks = over_ranks[0], over_ranks[1:]
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
-        if not math.isfinite(totals["loss"]):
-            keys = [key for everyone in gather_objects([k for p in counted for k in p.keys]) for key in everyone]
-            raise NonFiniteLoss(
-                f"the loss of step {self.step} is {totals['loss']}. Clips: {keys}. The last checkpoint is intact."
-            )
-        self.progress.step += 1
+        if totals.pop("withheld") or not math.isfinite(totals["loss"]):
+            self._go_back(totals["loss"])
+            return None
+        with clock.phase("optimizer"):
+            self.ema.update(self.step + 1)
+        self.guard.has_moved(self.step)
+        self.progress.add(counted)
         if self.logging.keys:
             self._journal.write(self.step, counted)
         if totals.pop("failures"):
@@ -196,8 +206,27 @@ class Trainer:
         self._stop = next(filter(None, gather_objects(self._stop_signal))) if stop_signals else None
         totals["lanes/padding"] = totals.pop("padding_tokens") / totals["tokens"]
         totals["lr"] = learning_rate
-        totals["grad_norm"] = self.task.engines()["model"].grad_norm()
+        totals["grad_norm"] = engines["model"].grad_norm()
         return totals
+
+    def _pass_over(self, packs: list[Pack]) -> dict[str, float]:
+        """A step that is left out: its clips count as failed, and nothing moves."""
+        self.progress.add(packs)
+        self._quarantine([failure for pack in packs for failure in pack.failures])
+        return {}
+
+    def _go_back(self, loss: float) -> None:
+        """After numbers that were not sound: leave out what is to blame, and stand where the state is good."""
+        suspects = [suspect for rank in gather_objects(self.guard.suspects) for suspect in rank]
+        incident = self.guard.condemn(self.step, suspects, loss)
+        if self.process.is_main:
+            write_skips(self.outputs.run_dir, incident.left_out)
+        where = "nothing has moved, and the step is done again without"
+        if incident.repeated or any(engine.moved for engine in self.task.engines().values()):
+            if not self.saver.resume(self.steps, self._journal, weights=True):
+                raise NonFiniteLoss(f"{incident.what}, and there is no checkpoint to go back to. Start again.")
+            where = "back at the newest checkpoint, and on without"
+        self.outputs.event(self.step, "withheld", f"{incident.what}: {where} {incident.told}")
 
     def _once(self, values: Iterable[float]) -> list[float]:
         """What this rank adds to sums over all ranks: nothing, where another rank of its sequence group does."""
@@ -206,6 +235,8 @@ class Trainer:
     # What happens between steps
 
     def _log(self, window: "Window", clock: Clock) -> None:
+        if not window.steps:
+            return
         record = window.close()
         record.update(kind="train", step=self.step, seconds=clock.read(record.pop("steps")))
         self.outputs.write(record)
@@ -281,20 +312,20 @@ class Window:
         self.first_of_run = False
         self._started = False
         self._totals: dict[str, float] = {}
-        self._steps = 0
+        self.steps = 0
 
     def add(self, totals: dict[str, float]) -> None:
-        """Add one step."""
+        """Add one step; one that was passed over has no totals, and counts nowhere."""
         self.first_of_run = not self._started
         self._started = True
-        self._steps += 1
+        self.steps += bool(totals)
         for key, value in totals.items():
             self._totals[key] = self._totals.get(key, 0.0) + value
 
     def close(self) -> dict[str, Any]:
         """A `train` record without its times; starts over. Clips and tokens are a step's, as are losses."""
-        totals, steps = self._totals, self._steps
-        self._totals, self._steps = {}, 0
+        totals, steps = self._totals, self.steps
+        self._totals, self.steps = {}, 0
         record: dict[str, Any] = {"steps": steps}
         if "noise_sum_0" in totals:
             record["loss_by_noise"] = noise_table(totals)

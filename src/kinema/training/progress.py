@@ -1,8 +1,10 @@
 """How far a run is and what it has shown: the part of its state that is not a tensor of the model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kinema.data.ledger import Ledger
+from kinema.data.pack import Pack
 from kinema.data.shards import DatasetIndex
 from kinema.data.sightings import SeenKeys, Sightings
 from kinema.distributed.collectives import all_sum_array, gather_objects
@@ -22,6 +24,13 @@ class Progress:
 
     def __post_init__(self) -> None:
         self.sightings = Sightings(len(self.index.entries))
+
+    def add(self, packs: Sequence[Pack]) -> None:
+        """This rank's packs of a step that is done."""
+        for pack in packs:
+            self.ledger.record(pack, self.index)
+            self.sightings.add_shown(pack)
+        self.step += 1
 
     def whole_ledger(self) -> Ledger:
         """The ledgers of all ranks added up; a collective."""

@@ -115,11 +115,12 @@ class Saver:
                 f"{self.store.steps()}."
             )
 
-    def resume(self, last_step: int, journal: KeyJournal) -> None:
+    def resume(self, last_step: int, journal: KeyJournal, *, weights: bool = False) -> bool:
         """Continue from the newest whole checkpoint, which the main rank chooses for all; a collective.
 
-        What later steps wrote is taken out of metrics and `journal`. ValueError if it lies behind `last_step`, or if
-        the data is not the same.
+        False if there is none. What later steps wrote is taken out of metrics and `journal`. `weights` also brings
+        the weights back, which a starting run has loaded before (`initial_weights`). ValueError if it lies behind
+        `last_step`, or if the data is not the same.
         """
         found: Checkpoint | None = None
         if self.process.is_main:
@@ -128,13 +129,16 @@ class Saver:
                 lines.truncate_after(found.document("training")["step"] if found else 0)
         found = from_main(found)
         if found is None:
-            return
+            return False
         self._check(found, last_step)
+        if weights:
+            self._load_weights(found)
         self._load_tensors(found)
         step = self._saved_step = found.document("training")["step"]
         own, start = seen_by(found) if self.process.is_main else (None, self.progress.start)
         self.progress.go_on(step, own, start)
         self.outputs.event(step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)")
+        return True
 
     def _check(self, found: Checkpoint, last_step: int) -> None:
         """Refuse to go on where another run would come of it."""
@@ -150,6 +154,12 @@ class Saver:
                 f"the data or its plan has changed since the checkpoint: {training['plan']} was saved, {planned} is "
                 "planned now. Give the run another name."
             )
+
+    def _load_weights(self, found: Checkpoint) -> None:
+        for name, engine in self.task.engines().items():
+            tensors = found.tensors("model" if name == "model" else "optimizer")
+            prefix = "" if name == "model" else f"{name}/"
+            engine.load({key: tensors[f"{prefix}{key}"] for key in engine.names})
 
     def _load_tensors(self, found: Checkpoint) -> None:
         """Moments and average; the weights came before the engine was built (`initial_weights`)."""

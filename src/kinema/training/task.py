@@ -12,6 +12,9 @@ from kinema.training.metrics import Clock
 class Task(Protocol):
     """What the loop needs from `task=dit` and `task=vae`."""
 
+    clip_losses: dict[int, float]
+    """Loss of each clip of the last micro-step, by its position."""
+
     def engines(self) -> dict[str, Engine]:
         """Engines by name; the first, `model`, is the one that is averaged and sampled."""
         ...

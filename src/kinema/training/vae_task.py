@@ -64,6 +64,7 @@ class VAETask:
         self.seed = seed
         self.device = device
         self.crop = list(config.crop)
+        self.clip_losses: dict[int, float] = {}
         self.loss = loss.to(device)
         self.discriminator: Engine | None = None
         if self.loss.discriminator is not None:
@@ -82,6 +83,7 @@ class VAETask:
         """One pack's share of the step: forward, backward, and the engines' steps. Returns sums, to be reduced."""
         sums: dict[str, float] = {"clips": float((pack.weights > 0).sum()), "tokens": 0.0, "padding_tokens": 0.0}
         losses, judged = [], []
+        self.clip_losses = {}
         for video, weights, positions in self.batches(pack):
             with clock.phase("forward"):
                 video = self.cropped(video, positions)
@@ -90,6 +92,7 @@ class VAETask:
                 total, terms = self.loss.generator_loss(video, reconstruction, posterior, pack.step)
                 losses.append((total * weights).sum() / total_weight)
                 judged.append((video, reconstruction.detach(), weights))
+                self.clip_losses |= zip(positions, total.tolist(), strict=True)
             for name, term in terms.items():
                 key = f"term_{name}"
                 sums[key] = sums.get(key, 0.0) + float((term * weights).sum()) / total_weight

@@ -13,6 +13,7 @@ from kinema.models.dit.layers import Block
 from kinema.models.dit.model import NO_EXTRAS, DiT
 from kinema.models.dit.segments import Grid
 from kinema.models.dit.timesteps import Timesteps
+from kinema.models.sequence import SequenceGroup
 
 
 class Experts(nn.Module):
@@ -54,6 +55,11 @@ class Experts(nn.Module):
         """As `DiT.replace_attention`, in both."""
         self.high.replace_attention(replace)
         self.low.replace_attention(replace)
+
+    def share_tokens(self, group: SequenceGroup) -> None:
+        """As `DiT.share_tokens`, both."""
+        self.high.share_tokens(group)
+        self.low.share_tokens(group)
 
     def flops(self, grid: Grid, text_tokens: int, image_tokens: int = 0) -> float:
         """As `DiT.flops`: of the one expert that a clip goes to."""

@@ -34,6 +34,7 @@ from kinema.models.dit.segments import (
 )
 from kinema.models.dit.timesteps import Timesteps, first_given, for_rows, of_clips, of_rows, video_rows
 from kinema.models.position import shared_frequencies
+from kinema.models.sequence import ALONE, SequenceGroup, Share
 
 
 class Source(NamedTuple):
@@ -66,6 +67,8 @@ class Front(nn.Module):
     """Everything before the first block; a DiT is a front, blocks and heads."""
 
     config: DiTConfig
+    group: SequenceGroup = ALONE
+    """The ranks that work on each pack together."""
     shared_modulation: ExactLinear | None
     """Made with the blocks, which say how many vectors they share; None where each has a layer of its own."""
     audio_embedding: Linear | None
@@ -120,20 +123,37 @@ class Front(nn.Module):
         if self.caption_condition is not None:
             captions = self.caption_condition(self._inside(of_clips(timesteps)))
             segments["text"] = replace(segments["text"], told=captions)
+        segments, told_tokens = self._spread(segments, {name: source.tokens for name, source in sources.items()})
 
         dtype = condition.embedding.dtype
-        tokens: Tokens = {"video": self._video(latents, grids, extras, dtype)}
-        tokens |= {name: source.tokens for name, source in sources.items()}
+        tokens: Tokens = {"video": self._video(latents, grids, extras, segments["video"].share, dtype), **told_tokens}
         if self.audio_embedding is not None and heard is not None:
-            tokens["audio"] = self.audio_embedding(torch.cat(both_ears(heard.latents))).to(dtype)
+            ears = segments["audio"].share.of(torch.cat(both_ears(heard.latents)))
+            tokens["audio"] = self.audio_embedding(ears).to(dtype)
         return Entered(tokens, segments, condition, grids, of_rows(timesteps), extras.fps, latents[0].dtype)
 
-    def _video(self, latents: Sequence[Tensor], grids: Sequence[Grid], extras: Extras, dtype: torch.dtype) -> Tensor:
-        """(N, D) at their places."""
+    def _spread(self, segments: Segments, told: Tokens) -> tuple[Segments, Tokens]:
+        """Segments, and what is told of whole clips, as this rank holds them: of all that attends to itself its share.
+
+        What cross-attention only reads lies here whole, of the clips whose video this rank has.
+        """
+        if self.config.text is not TextEdge.cross:
+            held = {name: each.spread(self.group) for name, each in segments.items()}
+            return held, {name: held[name].share.of(x) for name, x in told.items()}
+        video = segments["video"].spread(self.group)
+        first, pieces = video.share.pieces(video.lengths)
+        crossed = {name: segments[name].of_clips(first, len(pieces)) for name in told}
+        held = {"video": video, **{name: segment for name, (segment, _) in crossed.items()}}
+        return held, {name: share.of(told[name]) for name, (_, share) in crossed.items()}
+
+    def _video(
+        self, latents: Sequence[Tensor], grids: Sequence[Grid], extras: Extras, share: Share, dtype: torch.dtype
+    ) -> Tensor:
+        """(n, D), this share of them, at their places."""
         given = self._with_given(latents, extras)
-        video = self.patch_embedding(patchify(given, self.config.patch_size)).to(dtype)
+        video = self.patch_embedding(share.of(patchify(given, self.config.patch_size))).to(dtype)
         places = self.places.at_start(grids, video)
-        return video if places is None else video + places
+        return video if places is None else video + share.of(places)
 
     def _with_given(self, latents: Sequence[Tensor], extras: Extras) -> list[Tensor]:
         """Noisy latents with the channels that are given beside them."""
@@ -255,5 +275,6 @@ class Front(nn.Module):
 
     def on_clock(self, stream: Entered, clock: tuple[int, int, float]) -> Segment:
         """The stream's own segment with the time of its tokens, for an exchange with this clock."""
-        times = self.rotary.times(stream.grids, stream.fps, stream.condition.raw, clock)
-        return replace(stream.segments["video"], clock=times)
+        cos, sin = self.rotary.times(stream.grids, stream.fps, stream.condition.raw, clock)
+        segment = stream.segments["video"]
+        return replace(segment, clock=(segment.share.of(cos), segment.share.of(sin)))

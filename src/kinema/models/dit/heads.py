@@ -46,13 +46,15 @@ class Heads(nn.Module):
         grids, segments, condition = entered.grids, entered.segments, entered.condition
         linear = self.config.head_modulation is HeadModulation.linear
         modulation = self.head_modulation(condition.embedding if linear else condition)
-        rows = clip_rows(grids, len(condition.raw)) if self.config.first_frame_given else segments["video"].rows
+        seen = segments["video"]
+        rows = clip_rows(grids, len(condition.raw)).held(seen.share) if self.config.first_frame_given else seen.rows
         patches = self._signed(self.head(self._last(tokens["video"], rows, modulation))).to(entered.dtype)
-        video = unpatchify(patches, grids, self.config.patch_size)
+        video = unpatchify(seen.group.gather(patches, seen.count), grids, self.config.patch_size)
         if self.audio_head is None or "audio" not in tokens:
             return Predictions(video, None)
         heard = segments["audio"]
         ears = self._signed(self.audio_head(self._last(tokens["audio"], heard.rows, modulation))).to(entered.dtype)
+        ears = heard.group.gather(ears, heard.count)
         return Predictions(video, [clip.unflatten(0, (-1, EARS)).movedim(-1, 0) for clip in ears.split(heard.lengths)])
 
     def _last(self, tokens: Tensor, rows: Rows, modulation: Tensor) -> Tensor:

@@ -228,8 +228,19 @@ class SegmentAttention(nn.Module):
         return mixed * gates.to(mixed.dtype).unsqueeze(-1)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, answers: str, segments: Segments) -> Tensor:
-        q_cut, k_cut = segments[self.asks].cuts[self.span], segments[answers].cuts[self.span]
-        return self.attention(q.to(v.dtype), k.to(v.dtype), v, q_cut.lengths, k_cut.lengths, order=q_cut.order)
+        asks, asking, answering = self.asks, segments[self.asks], segments[answers]
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if asking.group is not answering.group:  # whoever shares the tokens that ask has all that answer them
+            _, held = asking.share.pieces(asking.lengths)
+            return self.attention(q, k, v, held, answering.lengths)
+        q_cut, k_cut = asking.cuts[self.span], answering.cuts[self.span]
+
+        def mix(q: Tokens, k: Tokens, v: Tokens) -> Tokens:
+            lengths = q_cut.lengths, k_cut.lengths
+            return {asks: self.attention(q[asks], k[answers], v[answers], *lengths, order=q_cut.order)}
+
+        counts = {asks: asking.count, answers: answering.count}
+        return asking.group.attend(mix, {asks: q}, {answers: k}, {answers: v}, counts)[asks]
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip."""
@@ -365,25 +376,36 @@ Triples = Mapping[str, tuple[Tensor | None, Tensor, Tensor]]
 
 
 def attend_jointly(triples: Triples, segments: Segments, attention: Attention, span: Span = Span.clip) -> Tokens:
-    """One softmax for each clip over all these segments -> mixed (N, D) of those that ask.
+    """One softmax for each clip over all these segments -> mixed (N, D) of those that ask."""
 
-    Packed segments lie one after the other; here the segments of each clip lie together.
-    """
-    if span is not Span.clip:
-        return _attend_by_span(triples, segments, attention, span)
+    def mix(q: Tokens, k: Tokens, v: Tokens) -> Tokens:
+        whole = {name: (q.get(name), k[name], v[name]) for name in k}
+        return _attend_by_span(whole, segments, attention, span)
+
+    q = {name: query for name, (query, _, _) in triples.items() if query is not None}
+    k, v = ({name: triple[part] for name, triple in triples.items()} for part in (1, 2))
+    counts = {name: segments[name].count for name in triples}
+    mixed = segments["video"].group.attend(mix, q, k, v, counts)
+    return {name: x.flatten(1) for name, x in mixed.items()}
+
+
+def _attend_over_clips(triples: Triples, segments: Segments, attention: Attention) -> Tokens:
+    """Packed segments lie one after the other; here the segments of each clip lie together. -> (N, h, d)"""
     asking = {name: q for name, (q, _, _) in triples.items() if q is not None}
     q_lengths = [segments[name].lengths for name in asking]
     k_lengths = [segments[name].lengths for name in triples]
     q = joined(list(asking.values()), q_lengths)
     k = joined([key for _, key, _ in triples.values()], k_lengths)
     v = joined([value for _, _, value in triples.values()], k_lengths)
-    mixed = attention(q, k, v, totals(q_lengths), totals(k_lengths)).flatten(1)
+    mixed = attention(q, k, v, totals(q_lengths), totals(k_lengths))
     pieces = mixed.split([length for clip in zip(*q_lengths, strict=True) for length in clip])
     return {name: torch.cat(pieces[place :: len(asking)]) for place, name in enumerate(asking)}
 
 
 def _attend_by_span(triples: Triples, segments: Segments, attention: Attention, span: Span) -> Tokens:
     """The video asks its own span and the other segments, which ask the whole clip: no answer of theirs is averaged."""
+    if span is Span.clip:
+        return _attend_over_clips(triples, segments, attention)
     query, key, value = triples["video"]
     video, others = segments["video"], {name: triple for name, triple in triples.items() if name != "video"}
     copies = video.pieces(span)
@@ -393,9 +415,9 @@ def _attend_by_span(triples: Triples, segments: Segments, attention: Attention, 
         lengths = segments[name].lengths
         pieces[name] = clip_segment(repeated(lengths, copies))
         answers[name] = (None, _repeat(k, lengths, copies), _repeat(v, lengths, copies))
-    mixed = attend_jointly(answers, pieces, attention)
+    mixed = _attend_over_clips(answers, pieces, attention)
     if any(q is not None for q, _, _ in others.values()):
-        mixed |= attend_jointly({"video": (None, key, value), **others}, segments, attention)
+        mixed |= _attend_over_clips({"video": (None, key, value), **others}, segments, attention)
     return mixed
 
 

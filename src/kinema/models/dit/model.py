@@ -27,6 +27,7 @@ from kinema.models.dit.layers import Block, JointAttention, Linear, SegmentAtten
 from kinema.models.dit.patches import patchify
 from kinema.models.dit.segments import Grid, Rows, Tokens
 from kinema.models.dit.timesteps import Timesteps
+from kinema.models.sequence import SequenceGroup
 
 NO_EXTRAS = Extras()
 
@@ -147,7 +148,7 @@ class DiT(Front, Heads):
         """What the control tower adds to the video after some blocks: layer -> (N, D)."""
         if self.control is None or extras.control is None:
             return {}
-        patches = patchify(extras.control, self.config.patch_size)
+        patches = entered.segments["video"].share.of(patchify(extras.control, self.config.patch_size))
         hints = self.control(patches, entered.tokens, entered.segments, entered.condition)
         return dict(zip(self.control.layers, hints, strict=True))
 
@@ -159,7 +160,9 @@ class DiT(Front, Heads):
         times = {"video": video.timesteps, "audio": audio.timesteps}
         if self.config.audio is not None and self.config.audio.crossed:
             times = {"video": audio.clip_timesteps, "audio": video.clip_timesteps}
-            segments = {name: replace(each, rows=Rows(each.lengths)) for name, each in segments.items()}
+            segments = {
+                name: replace(each, rows=Rows(each.lengths).held(each.share)) for name, each in segments.items()
+            }
         shared = {name: self.exchange_conditions[name](rows) for name, rows in times.items()}
         seen, heard = video.tokens, audio.tokens
         for block, other, exchange in zip(self.blocks, self.audio.blocks, self.exchanges, strict=True):
@@ -196,10 +199,16 @@ class DiT(Front, Heads):
         return [module for module in self.modules() if isinstance(module, Block)]
 
     def replace_attention(self, replace: Callable[[Attention], Attention]) -> None:
-        """Put `replace(present)` behind the door of every attention; sequence parallelism wraps it so."""
+        """Put `replace(present)` behind the door of every attention."""
         for module in self.modules():
             if isinstance(module, SegmentAttention | JointAttention | SingleStream):
                 module.attention = replace(module.attention)
+
+    def share_tokens(self, group: SequenceGroup) -> None:
+        """Work on every pack together with the other ranks of a group, which have the same weights and packs."""
+        self.group = group
+        if self.audio is not None:
+            self.audio.share_tokens(group)
 
     def flops(
         self,

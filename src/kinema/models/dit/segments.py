@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kinema.models.attention import Lengths, Order
+from kinema.models.sequence import ALONE, SequenceGroup, Share
 
 Grid = tuple[int, int, int]
 """Tokens of a clip along time, height and width."""
@@ -60,12 +61,18 @@ class Rows(NamedTuple):
         count = len(self.lengths)
         return vectors if len(vectors) == count else vectors[self.first : self.first + count]
 
+    def held(self, share: Share) -> "Rows":
+        """Those of a share of the tokens."""
+        skipped, lengths = share.pieces(self.lengths)
+        return Rows(lengths, self.first + skipped)
+
 
 @dataclass(frozen=True)
 class Segment:
     """One modality of a pack: where its clips begin and end, its cuts, and its rotary table."""
 
     lengths: Lengths
+    """Of whole clips, as are the cuts; everything else is of the tokens that lie here."""
     rows: Rows
     """One a clip, or one a frame of tokens."""
     cuts: dict[Span, Cut]
@@ -77,6 +84,34 @@ class Segment:
     """Where a token lies in time alone, for a stream that another one looks at."""
     told: Tensor | None = None
     """(B, 2, D), of each clip the shift and scale behind which all blocks read its tokens."""
+    group: SequenceGroup = ALONE
+    """The ranks that share its tokens."""
+
+    @property
+    def count(self) -> int:
+        """Tokens of all clips, wherever they lie."""
+        return sum(self.lengths)
+
+    @property
+    def share(self) -> Share:
+        """Which of them lie here."""
+        return Share(*self.group.share(self.count))
+
+    def spread(self, group: SequenceGroup) -> "Segment":
+        """The same, of which this rank of the group holds its share."""
+        made = replace(self, group=group)
+        share = made.share
+        rope = None if self.rope is None else (share.of(self.rope[0]), share.of(self.rope[1]))
+        places = None if self.places is None else share.of(self.places)
+        return replace(made, rows=self.rows.held(share), rope=rope, places=places)
+
+    def of_clips(self, first: int, count: int) -> "tuple[Segment, Share]":
+        """The same of some clips alone, for a segment without a grid, and where their tokens lie."""
+        part = slice(first, first + count)
+        told = None if self.told is None else self.told[part]
+        start, tokens = sum(self.lengths[:first]), sum(self.lengths[part])
+        segment = replace(clip_segment(self.lengths[part], self.rows.first + first), told=told)
+        return segment, Share(start, start + tokens)
 
     def pieces(self, span: Span) -> list[int]:
         """Number of pieces that a span cuts each clip into."""

@@ -1,0 +1,1 @@
+"""What can be known of a machine and a job before the job's first step: `kinema doctor`."""

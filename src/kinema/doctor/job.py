@@ -1,0 +1,126 @@
+"""Checks of one job: its configuration, its data, the models that it reads, and the memory that its state takes."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from kinema.conditioning.text import CombinedText, HashText, PretrainedText, TextCache, build_text_encoder
+from kinema.config import Config, compose_training
+from kinema.data.planning import open_index
+from kinema.distributed.engine import ParallelConfig
+from kinema.doctor.finding import Check, Finding, Level, graded
+from kinema.models.dit import make_denoiser
+from kinema.models.vae import CausalVAE
+from kinema.training.dit_task import DiTTaskConfig
+from kinema.training.run_folder import checkpoint_of, load_vae
+
+GIB = 2**30
+CROWDED = 0.6
+"""Share of a device's memory above which state leaves little for activations."""
+
+
+def job_checks(words: list[str], world_size: int) -> Finding | tuple[str, list[Check]]:
+    """The folder of the runs and the checks of the job that these words of `train.py` start, or why there is none."""
+    try:
+        config = compose_training(words)
+    except ValueError as error:
+        return Finding("config", Level.FAIL, " ".join(words), str(error))
+    checks: list[Check] = [("data set", lambda: check_data(config))]
+    if isinstance(config.task, DiTTaskConfig):
+        checks += [("VAE", lambda: check_vae(config)), ("text encoder", lambda: check_text(config))]
+    return config.run_root, [*checks, ("memory", lambda: check_memory(config, world_size))]
+
+
+def check_data(config: Config) -> Finding:
+    """Manifest, indexes and shards, as the run itself opens them."""
+    index = open_index(config.data, config.data.train_split)
+    found = f"{len(index.entries):,} training clips in {index.folder}, hash {index.hash[:12]}"
+    return graded("data set", found, fail="" if len(index.entries) else "There is no training clip: data.train_split.")
+
+
+def check_vae(config: Config) -> Finding:
+    """The VAE's checkpoint, whole and of the weights that its manifest names."""
+    _, identity = load_vae(checkpoint_of(config.vae.path, "vae.path"), config.vae.weights)
+    return graded("VAE", f"{config.vae.path}, hash {identity['hash'][:12]}")
+
+
+def check_text(config: Config) -> Finding:
+    """The cache of embeddings, or the encoder's files with the headers of its weights."""
+    if config.data.text is not None:
+        TextCache(config.data.text).check(config.text)
+        return graded("text encoder", f"embeddings in {config.data.text}")
+    parts = list(config.text.parts().values()) if isinstance(config.text, CombinedText) else [config.text]
+    told = [_encoder_files(part) for part in parts if isinstance(part, PretrainedText)]
+    missing = " ".join(advice for _, advice in told if advice)
+    return graded("text encoder", "; ".join(found for found, _ in told) or "hash, needs no files", warn=missing)
+
+
+def _encoder_files(config: PretrainedText) -> tuple[str, str]:
+    """What was found of an encoder, and advice if it is not on this disk; raises ValueError for damaged weights."""
+    folder = Path(config.path)
+    if not folder.is_dir():
+        return config.path, f"text.path={config.path} is no folder: it will be asked for on the hub."
+    weights = sorted(folder.glob("**/*.safetensors"))
+    if not weights:
+        raise ValueError(f"text.path={folder} holds no safetensors weights.")
+    for path in weights:
+        try:
+            with safe_open(path, "pt") as file:
+                file.keys()
+        except Exception as error:
+            raise ValueError(f"text.path: {path} is damaged ({error}). Copy it again.") from error
+    return f"{folder}, {sum(path.stat().st_size for path in weights) / GIB:.2f} GiB of weights", ""
+
+
+def check_memory(config: Config, world_size: int) -> Finding:
+    """What weights, gradients, Adam's moments and the EMA take on a rank, against what there is; no activations."""
+    count = count_parameters(config)
+    needed = state_bytes(count, config.parallel, world_size) / GIB
+    room, where = _room()
+    told = f"{count / 1e6:,.1f} M parameters, state {needed:.2f} of {room:.0f} GiB a rank on {where}, no activations"
+    advice = "Type parallel.zero_stage=3 with more ranks, or parallel.offload.optimizer=cpu."
+    return graded("memory", told, fail=advice if needed > room else "", warn=advice if needed > CROWDED * room else "")
+
+
+def count_parameters(config: Config) -> int:
+    """Of the model that is trained, without making it."""
+    with torch.device("meta"):
+        if not isinstance(config.task, DiTTaskConfig):
+            model: torch.nn.Module = CausalVAE(config.vae)
+        else:
+            manifest = checkpoint_of(config.vae.path, "vae.path").document("manifest")
+            channels = manifest["vae"]["config"]["latent_channels"]
+            model = make_denoiser(config.model, channels, text_width(config))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def text_width(config: Config) -> int:
+    """Width of the embeddings; raises ValueError where only the loaded encoder tells it."""
+    if isinstance(config.text, HashText):
+        with torch.device("cpu"):
+            return build_text_encoder(config.text).width
+    if isinstance(config.text, PretrainedText):
+        from transformers import AutoConfig
+
+        told = AutoConfig.from_pretrained(config.text.path)
+        return int(getattr(told, "text_config", told).hidden_size)
+    raise ValueError("several text encoders at once: their width is known when they are loaded, at the start.")
+
+
+def state_bytes(count: int, parallel: ParallelConfig, world_size: int) -> float:
+    """Bytes of float32 state a rank: weights, gradients, two moments and the EMA, sharded as the ZeRO stage says."""
+    stage, shards = parallel.zero_stage, world_size
+    weights = count / (shards if stage == 3 else 1) + (count / shards if stage in (1, 2, 3) else 0)  # and masters
+    gradients = count / (shards if stage >= 2 else 1)
+    optimizer_and_average = 3 * count / (shards if stage >= 1 else 1)
+    return 4 * (weights + gradients + optimizer_and_average)
+
+
+def _room() -> tuple[float, str]:
+    """GiB of the device of a rank."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / GIB, "the GPU"
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return available * 1024 / GIB, "this machine"
