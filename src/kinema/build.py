@@ -117,7 +117,7 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
     if problem := from_main(problem):
         raise ValueError(problem)
     try:
-        yield Run(outputs, CheckpointStore(run_dir, config.checkpoint.keep), config_yaml)
+        yield Run(outputs, CheckpointStore(run_dir, config.checkpoint.keep, config.checkpoint.keep_every), config_yaml)
     except ValueError:
         if lock:
             remove_refused(run_dir)

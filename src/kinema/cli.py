@@ -18,6 +18,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "data ledger": ("kinema.training.seen_table", "say which checkpoints of a run saw a source, licence or clip"),
     "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),
     "data encode-text": ("kinema.encode_text", "encode captions with a text encoder into a text cache"),
+    "checkpoint ls": ("kinema.training.verbs.ls", "list the checkpoints of a run"),
+    "checkpoint verify": ("kinema.training.verbs.verify", "read every byte of a run's checkpoints and check it"),
+    "checkpoint convert": ("kinema.training.verbs.convert", "rewrite a checkpoint for so many ranks, or its weights"),
+    "checkpoint average": ("kinema.training.verbs.average", "average the weights of several checkpoints"),
     "import": ("kinema.interop.importing", "make a Kinema checkpoint of published weights"),
     "export": ("kinema.interop.exporting", "write weights as diffusers or ComfyUI load them, and compare them there"),
     "report": ("kinema.report.page", "write the report page of a run"),
@@ -38,8 +42,10 @@ def main() -> None:
         parts = verb.split()
         if words[: len(parts)] == parts:
             sys.exit(run_verb(verb, module, summary, words[len(parts) :]))
-    print(overview(), file=sys.stdout if words in ([], ["--help"], ["-h"]) else sys.stderr)
-    sys.exit(0 if words in ([], ["--help"], ["-h"]) else 64)
+    group = next((word for word in words[:1] if any(verb.startswith(f"{word} ") for verb in VERBS)), "")
+    asked = words[bool(group) :] in ([], ["--help"], ["-h"])
+    print(overview(group), file=sys.stdout if asked else sys.stderr)
+    sys.exit(0 if asked else 64)
 
 
 def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int:
@@ -63,9 +69,9 @@ def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int
         return EXIT_CONFIG
 
 
-def overview() -> str:
-    """What the command offers."""
-    lines = [f"  kinema {verb:<16} {summary}" for verb, (_, summary) in VERBS.items()]
+def overview(group: str = "") -> str:
+    """What the command offers, all of it or the verbs that begin with one word."""
+    lines = [f"  kinema {verb:<18} {summary}" for verb, (_, summary) in VERBS.items() if verb.startswith(group)]
     return "\n".join(["usage: kinema VERB [options]      (kinema VERB --help for the options)", "", *lines])
 
 

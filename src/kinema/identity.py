@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
+from zlib_ng import zlib_ng
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -32,6 +33,24 @@ def from_plain(plain: dict[str, Any], *choices: type) -> Any:
 def digest(value: Any) -> str:
     """A short, stable hash of JSON-ready values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprint_of_checksums(checksums: dict[str, tuple[tuple[int, ...], str, int]]) -> str:
+    """As `fingerprint`, of (shape, number format, CRC-32 of the bytes) by name: ranks make it of their parts."""
+    lines = [f"{name} {shape} {dtype} {crc32}\n" for name, (shape, dtype, crc32) in sorted(checksums.items())]
+    return f"crc32-{hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]}"
+
+
+def fingerprint_like(mark: str, tensors: dict[str, Tensor]) -> str:
+    """The fingerprint of `tensors` of the kind that `mark` is: the same text if they are what it was made of."""
+    if not mark.startswith("crc32-"):
+        return fingerprint(tensors)
+    return fingerprint_of_checksums({name: _checksum(tensor) for name, tensor in tensors.items()})
+
+
+def _checksum(tensor: Tensor) -> tuple[tuple[int, ...], str, int]:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return tuple(tensor.shape), str(tensor.dtype), zlib_ng.crc32(content)
 
 
 def _plain(value: Any) -> Any:

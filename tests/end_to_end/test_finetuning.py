@@ -9,7 +9,6 @@ import time
 
 import diffusers
 import pytest
-import safetensors.torch
 import torch
 
 import kinema
@@ -17,7 +16,7 @@ from kinema.interop.adapters import DIFFUSERS_FILE
 from kinema.interop.comparing import Sample, relative, wan
 from kinema.interop.importing import import_model
 from kinema.interop.loading import held_of
-from kinema.training.checkpoint import CheckpointStore, json_writer, tensor_writer
+from kinema.training.checkpoint import Checkpoint, CheckpointStore, json_writer, tensor_writer
 from kinema.training.run_folder import Weights
 from tests.end_to_end.commands import ROOT, checkpoint, dit_command, environment, run, torchrun, train_vae
 from tests.end_to_end.test_imported import VAE, WAN, randomise
@@ -29,7 +28,7 @@ PARTS = ["finetune=parts", "finetune.train=[blocks.*.sublayers.1.*,head.*]", "sc
 
 
 def tensors(path, name="model"):
-    return safetensors.torch.load_file(path / f"{name}.safetensors")
+    return Checkpoint(path).tensors(name)
 
 
 @pytest.fixture(scope="module")

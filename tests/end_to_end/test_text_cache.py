@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import safetensors.torch
 import torch
 
+from kinema.training.checkpoint import Checkpoint
 from tests.end_to_end.commands import checkpoint, dit_command, losses, records, run, torchrun
 from tests.parity.tiny_texts import clip, llama
 
@@ -44,7 +44,7 @@ def test_the_same_losses_samples_and_manifest_on_one_rank_and_on_two(folder, tex
     validated = [records(folder, name, "validation") for name in ("cached", "encoding")]
     assert validated[0][STEPS]["loss"] == validated[1][STEPS]["loss"]
     one, other = (checkpoint(folder, name, STEPS) for name in ("cached", "encoding"))
-    ours, theirs = (safetensors.torch.load_file(path / "model.safetensors") for path in (one, other))
+    ours, theirs = (Checkpoint(path).tensors("model") for path in (one, other))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     sample = f"samples/step-{STEPS:08d}/00.mp4"
     assert frames(folder / "runs/cached" / sample).equal(frames(folder / "runs/encoding" / sample))

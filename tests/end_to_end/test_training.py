@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
-import safetensors.torch
 import torch
 
+from kinema.training.checkpoint import Checkpoint
 from tests.end_to_end.commands import (
     ROOT,
     checkpoint,
@@ -38,7 +38,7 @@ def whole(folder):
 
 def same_checkpoint(a, b) -> bool:
     for name in ("model", "ema", "optimizer"):
-        one, other = (safetensors.torch.load_file(path / f"{name}.safetensors") for path in (a, b))
+        one, other = (Checkpoint(path).tensors(name) for path in (a, b))
         if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
             return False
     return True
@@ -76,9 +76,7 @@ def test_two_ranks_then_one_then_two_follow_the_same_trajectory(whole):
     )
     expected = losses(whole, "whole")
     assert losses(whole, name) == pytest.approx(expected, rel=1e-4)
-    ours, theirs = (
-        safetensors.torch.load_file(checkpoint(whole, n, STEPS) / "ema.safetensors") for n in (name, "whole")
-    )
+    ours, theirs = (Checkpoint(checkpoint(whole, n, STEPS)).tensors("ema") for n in (name, "whole"))
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=2e-5)
     # 24 clips, 6 steps of 4: each clip was seen exactly once, whoever decoded it.
@@ -177,7 +175,7 @@ def test_a_changed_configuration_is_refused_by_name(whole):
 def test_the_vae_run_has_statistics_pictures_and_every_term(folder):
     manifest = json_of(checkpoint(folder, "vae", 4) / "manifest.json")
     assert manifest["task"] == "vae"
-    weights = safetensors.torch.load_file(checkpoint(folder, "vae", 4) / "ema.safetensors")
+    weights = Checkpoint(checkpoint(folder, "vae", 4)).tensors("ema")
     assert not torch.equal(weights["latent_std"], torch.ones_like(weights["latent_std"]))
     train = records(folder, "vae", "train")
     assert set(train[4]["terms"]) == {"squared", "kl"}

@@ -122,7 +122,7 @@ def publish_until_killed(run: Path, point: int) -> None:
 
         return wrapped
 
-    for name in ("_fsync", "write_json", "crc32", "replace_text"):
+    for name in ("fsync", "write_json", "crc32", "replace_text"):
         setattr(checkpoint, name, killing(getattr(checkpoint, name)))
     checkpoint.os.rename, checkpoint.os.replace = killing(os.rename), killing(os.replace)
     checkpoint.shutil.rmtree = killing(shutil.rmtree)

@@ -33,6 +33,13 @@ def gather_objects(value: Any) -> list[Any]:
     return everyone
 
 
+def gather_to_main(value: Any) -> list[Any] | None:
+    """The plain value of every rank, in rank order, on the main rank; None elsewhere."""
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, everyone, dst=0)
+    return everyone
+
+
 def from_main(value: Any) -> Any:
     """The main rank's value, on every rank."""
     box = [value]

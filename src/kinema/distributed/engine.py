@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kinema.distributed.activations import ActivationCheckpointing
 from kinema.distributed.deepspeed_config import OffloadConfig, TrafficConfig, deepspeed_config, plan_traffic
 from kinema.distributed.halo import SlabAxis
-from kinema.distributed.layout import layout_of
+from kinema.distributed.layout import Fill, layout_of
 from kinema.distributed.optimizer_state import Placed, named_state, state_files
 
 
@@ -209,8 +209,12 @@ class Engine:
 
     def load_state(self, name: str, full: dict[str, Tensor]) -> None:
         """Continue from the state tensors that `gather_state` gave, on this or any other layout."""
+        self.fill_state(name, lambda fragment, part: part.copy_(fragment.of_full(full[fragment.name].contiguous())))
+
+    def fill_state(self, name: str, fill: Fill) -> None:
+        """Continue from a state tensor of which `fill` gives this rank what it owns, part by part. No collective."""
         shards = [shard.clone() if shard is not None else torch.empty(0) for shard in self.state(name)]
-        self.layout.scatter({key: full[key] for key in self.parameters_with(name)}, shards)
+        self.layout.fill(shards, self.parameters_with(name), fill)
         for moved, group, value in zip(self._moved(), self._groups(), shards, strict=True):
             if name in self._state.state_names(group):
                 self._state.write_state(moved, name, value)

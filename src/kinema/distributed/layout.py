@@ -1,6 +1,6 @@
 """Where each parameter lies in this rank's shards, and the way between shards and full tensors by name."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,10 @@ class Fragment:
     def of_full(self, full: Tensor) -> Tensor:
         """The fragment's elements (size,) in a full, contiguous tensor, as a view."""
         return full.view(-1)[self.start : self.start + self.size]
+
+
+Fill = Callable[[Fragment, Tensor], object]
+"""Writes the elements of a fragment into the tensor (size,) that it is given."""
 
 
 class Layout:
@@ -70,9 +74,13 @@ class Layout:
 
     def scatter(self, full: dict[str, Tensor], shards: Sequence[Tensor]) -> None:
         """Fill shard-shaped tensors from full ones by parameter name, where `full` has them. No collective."""
-        for name, value in full.items():
+        self.fill(shards, full, lambda fragment, part: part.copy_(fragment.of_full(full[fragment.name].contiguous())))
+
+    def fill(self, shards: Sequence[Tensor], names: Iterable[str], fill: Fill) -> None:
+        """Let `fill` write this rank's elements of parameters `names` into shard-shaped tensors. No collective."""
+        for name in names:
             if fragment := self.fragments.get(name):
-                fragment.of_shard(shards[fragment.shard]).copy_(fragment.of_full(value.contiguous()))
+                fill(fragment, fragment.of_shard(shards[fragment.shard]))
 
 
 def layout_of(parameters: dict[str, nn.Parameter], group_of: dict[str, int], optimizer: Any, zero_stage: int) -> Layout:

@@ -2,31 +2,40 @@
 
 Layout of `checkpoints/step-00000200/`:
 
-    model.safetensors, ema.safetensors, optimizer.safetensors   float32 tensors by parameter name
+    model.safetensors, ema.safetensors, optimizer.safetensors   float32 tensors by parameter name; of several ranks
+                     each writes its part: model-00001-of-00004.safetensors, ...
     training.json    step, plan position, ledger: what the loop continues from
     seen.safetensors how often each clip was shown
     manifest.json    what the weights are: the sampler and the exporter obey it
     config.yaml      the resolved configuration
     seal.json        size and CRC-32 of every other file; written last, so a folder without it is no checkpoint
 
-Nothing in it is a pickle, and nothing depends on the number of ranks or the ZeRO stage.
+Nothing in it is a pickle. Any number of ranks, under any ZeRO stage, reads what any other wrote.
 """
 
+import itertools
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
+from zlib_ng import zlib_ng
 
-FORMAT_VERSION = 1
+from kinema.training.pieces import StoredTensors
+
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""In version 1 every tensor was whole."""
 SEAL = "seal.json"
+ASIDE = ".writing-"
 
 
 @dataclass
@@ -37,6 +46,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step and a stop signal always write one."""
     keep: int = 3
     """How many of the newest stay; older ones are deleted after a newer one is published."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides stay for ever; 0 lets none."""
     max_failed_saves: int = 3
     """Saves in a row that may fail (full disk) before the run stops."""
 
@@ -44,6 +55,8 @@ class CheckpointConfig:
         for name in ("every_steps", "keep", "max_failed_saves"):
             if getattr(self, name) < 1:
                 raise ValueError(f"checkpoint.{name}={getattr(self, name)} must be at least 1.")
+        if self.keep_every < 0:
+            raise ValueError(f"checkpoint.keep_every={self.keep_every} must be at least 0.")
 
 
 class CheckpointError(ValueError):
@@ -62,8 +75,21 @@ class Checkpoint:
         return int(self.folder.name.removeprefix("step-"))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of `model`, `ema` or `optimizer`."""
-        return safetensors.torch.load_file(self.folder / f"{name}.safetensors")
+        """The tensors of `model`, `ema` or `optimizer`, whole."""
+        with self.stored(name) as stored:
+            return {key: stored.full(key) for key in stored.shapes}
+
+    def stored(self, name: str) -> StoredTensors:
+        """The same, to be read tensor by tensor or in parts; for a `with` block."""
+        return StoredTensors(self.files(name))
+
+    def files(self, name: str) -> list[Path]:
+        """The files that hold the tensors of `model`, `ema` or `optimizer`; CheckpointError if there are none."""
+        own = re.compile(rf"{name}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+        found = sorted(file for file in read_seal(self.folder)["files"] if own.fullmatch(file))
+        if not found:
+            raise CheckpointError(f"{self.folder} holds no {name}.safetensors.")
+        return [self.folder / file for file in found]
 
     def document(self, name: str) -> dict[str, Any]:
         """A JSON document: `training` or `manifest`."""
@@ -73,42 +99,72 @@ class Checkpoint:
 Writer = Callable[[Path], object]
 
 
+class FileSum(NamedTuple):
+    """Size and CRC-32 of a file."""
+
+    num_bytes: int
+    crc32: int
+
+
 class CheckpointStore:
     """The checkpoints of one run folder. Only the main rank writes."""
 
-    def __init__(self, run_dir: Path, keep: int = 3) -> None:
+    def __init__(self, run_dir: Path, keep: int = 3, keep_every: int = 0) -> None:
         self.folder = run_dir / "checkpoints"
         self.keep = keep
+        self.keep_every = keep_every
 
     def publish(self, step: int, writers: dict[str, Writer]) -> Checkpoint:
         """Write each file with its writer, seal, and publish; on failure nothing changes but an OSError.
 
         Order: every file is fsynced, then the seal, then the rename, then the folder, then `latest`.
         """
-        target = self.folder / folder_name(step)
-        aside = self.folder / f".writing-{target.name}"
+        aside = self.aside(step)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
-            seal: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "files": {}}
-            for name, write in writers.items():
-                write(aside / name)
-                _fsync(aside / name)
-                seal["files"][name] = {"bytes": (aside / name).stat().st_size, "crc32": crc32(aside / name)}
-            seal["crc32"] = zlib.crc32(json.dumps(seal).encode())
-            write_json(aside / SEAL, seal)
-            _fsync(aside / SEAL)
-            _fsync(aside)
-            if target.exists():  # a damaged one of the same step: resuming fell back behind it
-                shutil.rmtree(target)
-            os.rename(aside, target)
-            _fsync(self.folder)
+            files = {name: write_synced(aside / name, write) for name, write in writers.items()}
+            self.seal(aside, step, files)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        replace_text(self.folder / "latest", target.name + "\n")
-        self._rotate()
-        return Checkpoint(target)
+        return self.announce(step)
+
+    def aside(self, step: int, token: str = "") -> Path:
+        """Where the files of a save are written before it is published; `token` tells attempts apart."""
+        return self.folder / f"{ASIDE}{folder_name(step)}{token and f'-{token}'}"
+
+    def clear_asides(self) -> None:
+        """Delete what saves left behind that were killed or failed; nobody may be saving meanwhile."""
+        for path in self.folder.glob(f"{ASIDE}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def seal(self, aside: Path, step: int, files: dict[str, FileSum]) -> None:
+        """Write down what the folder must hold, and publish it by one rename; every file is synced already."""
+        seal: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "files": {name: {"bytes": found.num_bytes, "crc32": found.crc32} for name, found in files.items()},
+        }
+        seal["crc32"] = zlib.crc32(json.dumps(seal).encode())
+        write_json(aside / SEAL, seal)
+        fsync(aside / SEAL)
+        fsync(aside)
+        target = self.folder / folder_name(step)
+        if target.exists():  # a damaged one of the same step: resuming fell back behind it
+            shutil.rmtree(target)
+        os.rename(aside, target)
+        fsync(self.folder)
+
+    def announce(self, step: int, report: Callable[[str], object] = print) -> Checkpoint:
+        """Point to a checkpoint that has just been published, and delete old ones; trouble with these is reported."""
+        replace_text(self.folder / "latest", folder_name(step) + "\n")
+        self._rotate(report)
+        return self.at(step)
+
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of `step`, not verified."""
+        return Checkpoint(self.folder / folder_name(step))
 
     def steps(self) -> list[int]:
         """Steps of all published folders, oldest first."""
@@ -141,27 +197,28 @@ class CheckpointStore:
             raise CheckpointError("every checkpoint of this run is damaged:\n  " + "\n  ".join(damages))
         return None
 
-    def _rotate(self) -> None:
-        """Delete all but the newest `keep`; called only after a newer one has been published."""
-        for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / folder_name(step))
+    def _rotate(self, report: Callable[[str], object]) -> None:
+        """Delete all but the newest `keep` and every `keep_every`-th, once a newer one has been read back whole."""
+        steps = self.steps()
+        old = [step for step in steps[: -self.keep] if not (self.keep_every and step % self.keep_every == 0)]
+        if not old:
+            return
+        newer = [step for step in reversed(steps) if step > old[-1]]
+        damages = list(itertools.takewhile(bool, (verify(self.at(step).folder) for step in newer)))
+        if len(damages) == len(newer):
+            report(f"nothing was deleted: no checkpoint after step {old[-1]} is whole ({damages[0]})")
+            return
+        for step in old:
+            shutil.rmtree(self.at(step).folder)
 
 
 def verify(folder: Path, only: Collection[str] | None = None) -> str | None:
     """What is wrong with a checkpoint folder, or with some of its files; None when every byte is as it was written."""
     try:
-        seal = json.loads((folder / SEAL).read_text())
-        own = seal.pop("crc32")
-        version, step, files = seal["format_version"], seal["step"], seal["files"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{SEAL} cannot be read ({error})"
-    if zlib.crc32(json.dumps(seal).encode()) != own:
-        return f"{SEAL} has changed since it was written (CRC-32)"
-    if version != FORMAT_VERSION:
-        return f"it has format version {version}; this Kinema reads {FORMAT_VERSION}"
-    if folder.name != folder_name(step):
-        return f"it was written at step {step} and has been renamed"
-    for name, expected in files.items():
+        seal = read_seal(folder)
+    except CheckpointError as error:
+        return str(error)
+    for name, expected in seal["files"].items():
         if only is not None and name not in only:
             continue
         path = folder / name
@@ -174,6 +231,33 @@ def verify(folder: Path, only: Collection[str] | None = None) -> str | None:
     return None
 
 
+def read_seal(folder: Path) -> dict[str, Any]:
+    """What the folder must hold; CheckpointError if it does not say so in a way that can be trusted."""
+    try:
+        seal = json.loads((folder / SEAL).read_text())
+        own = seal.pop("crc32")
+        version, step, files = seal["format_version"], seal["step"], seal["files"]
+        strange = [name for name in files if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{SEAL} cannot be read ({error})") from error
+    if zlib.crc32(json.dumps(seal).encode()) != own:
+        raise CheckpointError(f"{SEAL} has changed since it was written (CRC-32)")
+    if version not in READABLE_VERSIONS:
+        raise CheckpointError(f"it has format version {version}; this Kinema reads {READABLE_VERSIONS}")
+    if folder.name != folder_name(step):
+        raise CheckpointError(f"it was written at step {step} and has been renamed")
+    if strange:
+        raise CheckpointError(f"{SEAL} names files outside of the folder: {strange[:3]}")
+    return seal
+
+
+def write_synced(path: Path, write: Writer) -> FileSum:
+    """Write a file, and see it safely on the disk."""
+    write(path)
+    fsync(path)
+    return FileSum(path.stat().st_size, crc32(path))
+
+
 def folder_name(step: int) -> str:
     """The folder of the checkpoint of a step, inside `checkpoints/`."""
     return f"step-{step:08d}"
@@ -184,7 +268,7 @@ def crc32(path: Path) -> int:
     value = 0
     with path.open("rb") as handle:
         while piece := handle.read(1 << 24):
-            value = zlib.crc32(piece, value)
+            value = zlib_ng.crc32(piece, value)
     return value
 
 
@@ -231,11 +315,12 @@ def replace_text(path: Path, text: str) -> None:
     """Replace a small file in one step: readers see the old text or the new, never half."""
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text(text)
-    _fsync(aside)
+    fsync(aside)
     os.replace(aside, path)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """See a file or a folder's entries safely on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

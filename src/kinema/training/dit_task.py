@@ -255,6 +255,10 @@ class DiTTask:
         """The engines whose state a checkpoint holds; the first is the model's."""
         return {"model": self.engine}
 
+    def beside(self, gather: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The weights that are not trained."""
+        return self.frozen
+
     def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Full weights as they go into a checkpoint: the trained ones, and the others as they always were."""
         return {**self.frozen, **weights}

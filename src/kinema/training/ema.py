@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kinema.distributed.engine import Engine
+from kinema.distributed.layout import Fill
 
 
 @dataclass
@@ -46,3 +47,7 @@ class EMA:
     def load(self, full: dict[str, Tensor]) -> None:
         """Continue from averaged weights by name; a collective."""
         self.shards = self.engine.scatter(full)
+
+    def fill(self, fill: Fill) -> None:
+        """Continue from averaged weights of which `fill` gives this rank what it owns, part by part."""
+        self.engine.layout.fill(self.shards, self.engine.names, fill)

@@ -126,13 +126,14 @@ class Trainer:
                 self._log(window, clock)
             if validation and due(self.step, self.validation.every_steps, self.steps):
                 self._validate(validation)
-            if self.make_samples and due(self.step, self.sample_every_steps, self.steps):
+            if due(self.step, self.sample_every_steps, self.steps):  # a collective, whoever makes the pictures
                 self._sample()
             if self._stop or (
                 due(self.step, self.checkpoint.every_steps, self.steps)
                 and (not self.guard.troubled or self.step == self.steps)
             ):
-                self.saver.save(must=self.step == self.steps or self._stop is not None)
+                with clock.phase("checkpoint"):
+                    self.saver.save(must=self.step == self.steps or self._stop is not None)
             if self._stop:
                 bar.close()
                 self._finish(f"stopped by {self._stop} at step {self.step}; the same command continues")
@@ -187,8 +188,9 @@ class Trainer:
         sums["withheld"] = float(any(engine.moved is False for engine in engines.values()))
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
-        over_ranks = all_sum([float(self._stop_signal is not None), *self._once([*sums.values(), *balance.values()])])
-        stop_signals, over_ranks = over_ranks[0], over_ranks[1:]
+        votes = [float(self._stop_signal is not None), self.saver.vote()]
+        over_ranks = all_sum([*votes, *self._once([*sums.values(), *balance.values()])])
+        (stop_signals, saved), over_ranks = over_ranks[:2], over_ranks[2:]
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
         if totals.pop("withheld") or not math.isfinite(totals["loss"]):
             self._go_back(totals["loss"])
@@ -197,6 +199,9 @@ class Trainer:
             self.ema.update(self.step + 1)
         self.guard.has_moved(self.step)
         self.progress.add(counted)
+        if saved == self.process.world_size:
+            with clock.phase("checkpoint"):
+                self.saver.advance()
         if self.logging.keys:
             self._journal.write(self.step, counted)
         if totals.pop("failures"):

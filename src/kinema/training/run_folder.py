@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import torch
 
 from kinema.data.rights import RightsPolicy
-from kinema.identity import digest, fingerprint, from_plain
+from kinema.identity import digest, fingerprint, fingerprint_like, from_plain
 from kinema.models.vae import CausalVAE, VAEConfig
 from kinema.training.checkpoint import (
     Checkpoint,
@@ -106,7 +106,7 @@ def load_vae(checkpoint: Checkpoint, weights: Weights) -> tuple[CausalVAE, dict[
         raise ValueError(f"vae.path: {checkpoint.folder} holds a {manifest['task']}, not a VAE.")
     vae = CausalVAE(from_plain(manifest["vae"]["config"], VAEConfig))
     tensors = checkpoint.tensors("model" if weights is Weights.raw else "ema")
-    if fingerprint(tensors) != manifest["fingerprints"][weights.value]:
+    if fingerprint_like(mark := manifest["fingerprints"][weights.value], tensors) != mark:
         raise ValueError(f"{checkpoint.folder}: the weights are not those that its manifest names.")
     vae.load_state_dict(tensors)
     identity = {
@@ -138,8 +138,8 @@ def carry_base(run_dir: Path, init_from: str) -> None:
     if store.steps():
         return
     source = unadapted(init_from)
-    link = link_writer(source.folder / "ema.safetensors")
-    store.publish(source.step, {"ema.safetensors": link, "manifest.json": json_writer(source.document("manifest"))})
+    links = {path.name: link_writer(path) for path in source.files("ema")}
+    store.publish(source.step, {**links, "manifest.json": json_writer(source.document("manifest"))})
 
 
 def unadapted(init_from: str) -> Checkpoint:
@@ -169,7 +169,7 @@ def is_adapted(manifest: dict[str, Any]) -> bool:
 def load_base(module: torch.nn.Module, checkpoint: Checkpoint, manifest: dict[str, Any]) -> None:
     """Give `module` the base of a checkpoint of adapters, and empty adapters; ValueError for another base."""
     base = open_base(checkpoint.folder.parent.parent)
-    if (found := load_weights(module, base, Weights.ema)) != manifest["base"]:
+    if (found := load_weights(module, base, Weights.ema, manifest["base"])) != manifest["base"]:
         raise ValueError(
             f"the base in {base.folder} (fingerprint {found}) is not the one that the adapters of {checkpoint.folder} "
             f"were trained on ({manifest['base']})."
@@ -177,8 +177,10 @@ def load_base(module: torch.nn.Module, checkpoint: Checkpoint, manifest: dict[st
     from_plain(manifest["finetune"], LoRA).prepare(module)
 
 
-def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, weights: Weights) -> str:
+def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, weights: Weights, expected: str | None = None) -> str:
     """Give `module` a checkpoint's weights, all of them and no others; returns their fingerprint.
+
+    It is of the kind of the `expected` one, by default the manifest's.
 
     Of a checkpoint of adapters: first their base, out of the same run, then the adapters, which stay beside it.
     """
@@ -195,4 +197,4 @@ def load_weights(module: torch.nn.Module, checkpoint: Checkpoint, weights: Weigh
             f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}."
         )
     assign(module, tensors)
-    return fingerprint(tensors)
+    return fingerprint_like(expected or manifest["fingerprints"][weights.value], tensors)

@@ -1,30 +1,30 @@
 """Saving a run and going on from what was saved: all that the loop knows of checkpoints."""
 
-from dataclasses import dataclass
+import itertools
+import secrets
+import shutil
+import time
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kinema.data.plan import Plan
-from kinema.distributed.collectives import from_main
+from kinema.distributed.collectives import from_main, gather_objects, gather_to_main
+from kinema.distributed.layout import Fill, Fragment
 from kinema.distributed.process import Process
-from kinema.identity import fingerprint
-from kinema.training.checkpoint import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointError,
-    CheckpointStore,
-    json_writer,
-    tensor_writer,
-    text_writer,
-    write_json,
-)
+from kinema.training.checkpoint import Checkpoint, CheckpointConfig, CheckpointError, CheckpointStore
 from kinema.training.ema import EMA
 from kinema.training.journal import KeyJournal
 from kinema.training.outputs import Outputs
+from kinema.training.pieces import Piece, PieceError, StoredTensors, share, whole
 from kinema.training.progress import Progress
-from kinema.training.seen import KEYS, data_seen, keys_writer, seen_by
+from kinema.training.save import Documents, Save, part_name, problem_of, write_part
+from kinema.training.seen import data_seen, seen_by
+from kinema.training.snapshot import HostMemory, owned
 from kinema.training.start import check_same_data
 from kinema.training.task import Task
 
@@ -44,68 +44,115 @@ class Saver:
     config_yaml: str
     progress: Progress
     """Where the run is; `resume` moves it."""
+    _memory: HostMemory = field(default_factory=HostMemory)
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "saving"))
+    _save: "Save | None" = None
+    """The one save that is not published yet."""
     _failed_saves: int = 0
     _saved_step: int = -1
 
-    def save(self, *, must: bool) -> None:
-        """Publish the state after the step that the run is at; a collective. Nothing happens if it is saved already.
+    # Saving. The step waits for a copy of what this rank owns. A thread writes it; when every rank has told that its
+    # files are on the disk (`vote`, which travels with the step's sums), a thread of the main rank seals and publishes.
 
-        A failed save is counted and limited; one that `must` succeed (nothing comes after it) ends the run.
+    def save(self, *, must: bool) -> None:
+        """Begin to save the state after the step that the run is at; a collective. Nothing if it is saved already.
+
+        A save still under way is waited for. One that `must` succeed (nothing comes after it) is waited for, too, and
+        if it fails the run ends; other failures are counted and limited.
         """
-        step = self.progress.step
-        if step == self._saved_step:
-            return
-        engines = self.task.engines()
-        model = self.task.finished_weights(dict(engines["model"].gather()))
-        average = self.task.finished_weights(self.ema.full())
-        optimizer: dict[str, Tensor] = {}
-        extra: dict[str, Tensor] = {}
+        step, called = self.progress.step, time.perf_counter()
+        if step != self._saved_step:
+            self.settle(must=False)
+            waited = time.perf_counter() - called
+            self._saved_step = step
+            self._save = self._begin(step)
+            self._save.waited_seconds = waited
+            self._save.stall_seconds = time.perf_counter() - called
+        if must:
+            self.settle(must=True)
+
+    def vote(self) -> float:
+        """1 if a save is under way and this rank waits for nobody but the others."""
+        return float(self._save is not None and self._save.work.done())
+
+    def settle(self, *, must: bool) -> None:
+        """Wait until the save under way is published or has failed; a collective."""
+        while self._save is not None:
+            futures.wait([self._save.work])
+            self.advance(must=must)
+
+    def advance(self, *, must: bool = False) -> None:
+        """Once every rank has voted: publish what all have written, or tell how publishing went. A collective."""
+        save = self._save
+        assert save is not None, "nobody votes without a save"
+        problems = [found for found in gather_objects(problem_of(save.work)) if found]
+        if problems:
+            self._save = None
+            if self.process.is_main:
+                shutil.rmtree(save.aside, ignore_errors=True)
+            self._count_failure(save.step, problems[0], must)
+        elif not save.is_written:
+            save.is_written = True
+            written = gather_to_main(save.work.result())
+            if written is not None:
+                save.work = self._thread.submit(save.publish, self.store, written, self.outputs.run_dir)
+        else:
+            self._save = None
+            self._failed_saves = 0
+            self._tell(save)
+
+    def _begin(self, step: int) -> "Save":
+        """Copy what this rank owns, and what the main rank says of it, and let a thread write it."""
+        token = from_main(secrets.token_hex(4))
+        files = self._memory.copy(self._pieces())
+        rank, ranks = self.process.rank, self.process.world_size
+        aside = self.store.aside(step, token)
+        parts = {part_name(name, rank, ranks): pieces for name, pieces in files.items()}
+        return Save(step, aside, self._documents(step), self._thread.submit(write_part, aside, parts))
+
+    def _pieces(self) -> dict[str, list[Piece]]:
+        """What this rank writes, by file."""
+        engines, (rank, ranks) = self.task.engines(), (self.process.rank, self.process.world_size)
+        model = engines["model"]
+        optimizer: list[Piece] = []
+        weights = {"model": model.shards(), "ema": self.ema.shards}
+        files: dict[str, list[Piece]] = {}
+        for name, shards in weights.items():
+            beside = self.task.beside(lambda shards=shards: dict(model.gather(shards)))  # type: ignore[misc]
+            extra = share(itertools.starmap(whole, beside.items()), rank, ranks)
+            files[name] = [*owned(model.layout, shards, model.names, rank, ranks), *extra]
         for name, engine in engines.items():
             for state in engine.state_names:
-                optimizer.update({f"{name}/{state}/{k}": v for k, v in engine.gather_state(state)})
+                names, prefix = engine.parameters_with(state), f"{name}/{state}/"
+                optimizer += owned(engine.layout, engine.state(state), names, rank, ranks, prefix)
             if name != "model":
-                extra.update({f"{name}/{k}": v for k, v in engine.gather()})
+                optimizer += owned(engine.layout, engine.shards(), engine.names, rank, ranks, f"{name}/")
+        return {**files, "optimizer": optimizer}
+
+    def _documents(self, step: int) -> Documents:
+        """What stands beside the tensors; a collective."""
         seen = self.progress.enter_distinct(self.process.is_main)
         training: dict[str, Any] = {
             "step": step,
             "plan": self.plan.state(step),
-            "optimizer_steps": {name: engine.optimizer_step() for name, engine in engines.items()},
+            "optimizer_steps": {name: engine.optimizer_step() for name, engine in self.task.engines().items()},
             "ledger": self.progress.whole_ledger().to_dict(),
             "start": self.progress.start.to_dict(),
         }
-        problem = None
-        if self.process.is_main:
-            manifest = {
-                **self.manifest,
-                "data": {**self.manifest["data"], **data_seen(training["ledger"], self.progress.start)},
-                "step": step,
-                "fingerprints": {"raw": fingerprint(model), "ema": fingerprint(average)},
-            }
-            try:
-                self.store.publish(
-                    step,
-                    {
-                        "model.safetensors": tensor_writer(model),
-                        "ema.safetensors": tensor_writer(average),
-                        "optimizer.safetensors": tensor_writer({**optimizer, **extra}),
-                        KEYS: keys_writer(seen, self.progress.start.seen.keys),
-                        "training.json": json_writer(training),
-                        "manifest.json": json_writer(manifest),
-                        "config.yaml": text_writer(self.config_yaml),
-                    },
-                )
-                write_json(self.outputs.run_dir / "ledger.json", training["ledger"])
-            except OSError as error:
-                problem = f"{type(error).__name__}: {error}"
-        self._after_save(from_main(problem), must)
+        data = {**self.manifest["data"], **data_seen(training["ledger"], self.progress.start)}
+        manifest = {**self.manifest, "data": data, "step": step}
+        return Documents(training, manifest, seen, self.progress.start, self.config_yaml)
 
-    def _after_save(self, problem: str | None, must: bool) -> None:
-        step = self.progress.step
-        if problem is None:
-            self._failed_saves = 0
-            self._saved_step = step
-            self.outputs.event(step, "checkpoint", "published")
-            return
+    def _tell(self, save: "Save") -> None:
+        """How long a save took, in the metrics and on the console."""
+        record = save.record()
+        self.outputs.write(record)
+        for warning in save.warnings:
+            self.outputs.event(save.step, "checkpoint", warning)
+        waited = f"training waited {record['stall_seconds']:.2f} s of {record['seconds']:.2f} s"
+        self.outputs.event(save.step, "checkpoint", f"published, {record['mib']:.1f} MiB; {waited}")
+
+    def _count_failure(self, step: int, problem: str, must: bool) -> None:
         self._failed_saves += 1
         limit = self.config.max_failed_saves
         self.outputs.event(step, "checkpoint failed", f"{problem} ({self._failed_saves} of {limit} in a row)")
@@ -122,8 +169,10 @@ class Saver:
         the weights back, which a starting run has loaded before (`initial_weights`). ValueError if it lies behind
         `last_step`, or if the data is not the same.
         """
+        self.settle(must=False)
         found: Checkpoint | None = None
         if self.process.is_main:
+            self.store.clear_asides()
             found = self.store.newest(report=lambda line: self.outputs.event(0, "resume", line))
             for lines in (self.outputs, journal):
                 lines.truncate_after(found.document("training")["step"] if found else 0)
@@ -163,12 +212,25 @@ class Saver:
 
     def _load_tensors(self, found: Checkpoint) -> None:
         """Moments and average; the weights came before the engine was built (`initial_weights`)."""
-        training, tensors = found.document("training"), found.tensors("optimizer")
-        for name, engine in self.task.engines().items():
-            for state in engine.state_names:
-                engine.load_state(state, {k: tensors[f"{name}/{state}/{k}"] for k in engine.parameters_with(state)})
-            engine.set_optimizer_step(training["optimizer_steps"][name])
-        self.ema.load(found.tensors("ema"))
+        steps = found.document("training")["optimizer_steps"]
+        with found.stored("optimizer") as stored:
+            for name, engine in self.task.engines().items():
+                for state in engine.state_names:
+                    engine.fill_state(state, reader(stored, f"{name}/{state}/"))
+                engine.set_optimizer_step(steps[name])
+        with found.stored("ema") as stored:
+            self.ema.fill(reader(stored))
+
+
+def reader(stored: StoredTensors, prefix: str = "") -> Fill:
+    """Gives an engine's fragments their elements; PieceError for numbers that are not finite."""
+
+    def fill(fragment: Fragment, target: Tensor) -> None:
+        stored.read(target, f"{prefix}{fragment.name}", fragment.start)
+        if not target.isfinite().all():
+            raise PieceError(f"{prefix}{fragment.name} holds a number that is not finite: delete this checkpoint")
+
+    return fill
 
 
 def initial_weights(store: CheckpointStore, process: Process, module: torch.nn.Module, name: str = "model") -> None:
@@ -179,19 +241,17 @@ def initial_weights(store: CheckpointStore, process: Process, module: torch.nn.M
     found = from_main(store.newest(report=lambda line: None) if process.is_main else None)
     if found is None:
         return
-    tensors = found.tensors("model" if name == "model" else "optimizer")
     prefix = "" if name == "model" else f"{name}/"
     own = {f"{prefix}{key}": parameter for key, parameter in module.named_parameters()}
-    if missing := sorted(key for key, parameter in own.items() if parameter.requires_grad and key not in tensors):
-        raise ValueError(
-            f"{found.folder} lacks weights of this {name}, for example {missing[:3]}: it is another model's."
-        )
-    with torch.no_grad():
-        for key in sorted(own.keys() & tensors.keys()):  # adapters come without their base
-            parameter = own[key]
-            if parameter.shape != tensors[key].shape:
+    with found.stored("model" if name == "model" else "optimizer") as stored, torch.no_grad():
+        if missing := sorted(key for key, parameter in own.items() if parameter.requires_grad and key not in stored):
+            raise ValueError(
+                f"{found.folder} lacks weights of this {name}, for example {missing[:3]}: it is another model's."
+            )
+        for key in sorted(own.keys() & stored.shapes.keys()):  # adapters come without their base
+            if own[key].shape != stored.shapes[key]:
                 raise ValueError(
-                    f"{found.folder} holds {key} of shape {list(tensors[key].shape)}, this configuration makes "
-                    f"{list(parameter.shape)}: it is another model's. Give the run another name."
+                    f"{found.folder} holds {key} of shape {list(stored.shapes[key])}, this configuration makes "
+                    f"{list(own[key].shape)}: it is another model's. Give the run another name."
                 )
-            parameter.copy_(tensors[key])
+            own[key].copy_(stored.full(key))

@@ -1,5 +1,6 @@
 """What the loop trains: the contract of `task=dit` and `task=vae`."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -27,6 +28,13 @@ class Task(Protocol):
         """Sums over held-out packs: `loss`, `weight` and more."""
         ...
 
+    def beside(self, gather: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that a checkpoint holds beside the trained weights, the same on every rank; a collective.
+
+        `gather` gives the full weights, for those that are measured under them (the VAE's latent statistics).
+        """
+        ...
+
     def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Full weights of the model as a checkpoint holds them (the VAE adds its latent statistics)."""
+        """Full weights of the model as a checkpoint holds them, on the main rank; elsewhere as given."""
         ...

@@ -1,5 +1,6 @@
 """Training the VAE: reconstruction, KL, perceptual and adversarial terms, and its latent statistics."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from kinema.data.keyed import keyed_seed
 from kinema.data.pack import Pack
 from kinema.data.pixels import to_model_range
+from kinema.distributed.collectives import from_main
 from kinema.distributed.engine import Engine, ParallelConfig, Precision
 from kinema.models.vae import CausalVAE, LatentStatistics
 from kinema.models.vae.losses import VAELoss, VAELossConfig, psnr
@@ -145,6 +147,11 @@ class VAETask:
     def engines(self) -> dict[str, Engine]:
         """The engines whose state a checkpoint holds; the first is the model's."""
         return {"model": self.engine} | ({"discriminator": self.discriminator} if self.discriminator else {})
+
+    def beside(self, gather: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The latent statistics under these weights, measured by the main rank."""
+        weights = gather()
+        return from_main({k: v for k, v in self.finished_weights(weights).items() if k not in weights})
 
     @torch.no_grad()
     def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from tests.warm import Job, Warm
 
 STEPS = 8
 EVERY = 2
+MOST_LOST = 2 * EVERY
+"""Steps since the last published checkpoint: training goes on while the next is written, until one more is due."""
 KILLED = "(the shell says) Killed"
 STATE = ("model", "ema", "optimizer")
 

@@ -1,0 +1,1 @@
+"""`kinema checkpoint ...`: what people do with the checkpoints of a run."""

@@ -1,0 +1,53 @@
+"""`kinema checkpoint verify`: read every byte of a run's checkpoints, and say whether they are as they were written."""
+
+import argparse
+import time
+
+from kinema.training.checkpoint import Checkpoint, CheckpointError, read_seal, verify
+from kinema.training.pieces import PieceError
+from kinema.training.verbs.found import add_path, found
+
+EXIT_DAMAGED = 66
+"""That of a run which finds no checkpoint to go on from, too."""
+FILES = ("model", "ema", "optimizer")
+
+
+def problem_in(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint: a changed byte, a missing piece, a number that is not finite."""
+    if damage := verify(checkpoint.folder):
+        return damage
+    for name in FILES:
+        try:
+            paths = checkpoint.files(name)
+        except CheckpointError:
+            continue  # weights alone, or adapters
+        try:
+            with checkpoint.stored(name) as stored:
+                for key in stored.shapes:
+                    tensor = stored.full(key)
+                    if tensor.is_floating_point() and not tensor.isfinite().all():
+                        return f"{key} in {paths[0].name} holds a number that is not finite"
+        except PieceError as error:
+            return str(error)
+    return None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    add_path(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """One line a checkpoint; PASS if all are whole."""
+    checkpoints, damaged = found(arguments.path), 0
+    for checkpoint in checkpoints:
+        began = time.perf_counter()
+        if problem := problem_in(checkpoint):
+            damaged += 1
+            print(f"{checkpoint.folder.name}: DAMAGED: {problem}")
+            continue
+        files = read_seal(checkpoint.folder)["files"].values()
+        mib, seconds = sum(entry["bytes"] for entry in files) / 2**20, time.perf_counter() - began
+        print(f"{checkpoint.folder.name}: whole, {len(files)} files, {mib:.1f} MiB, {mib / seconds:.0f} MiB/s")
+    print(f"{'FAIL' if damaged else 'PASS'}: {len(checkpoints) - damaged} of {len(checkpoints)} are whole")
+    return EXIT_DAMAGED if damaged else 0
