@@ -75,6 +75,7 @@ from kinema.training.run_folder import (
 )
 from kinema.training.saving import Saver, initial_weights
 from kinema.training.seen import Start
+from kinema.training.signals import Signals
 from kinema.training.skips import Skips
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
@@ -539,6 +540,7 @@ def assemble(
         sample_every_steps=sample_every_steps,
         make_samples=make_samples,
         guard=Guard(config.guard, from_main(Skips.read(run.folder) if process.is_main else Skips())),
+        signals=Signals(config.signals),
         unread_keys=unread_keys,
     )
 

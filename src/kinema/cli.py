@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "checkpoint verify": ("kinema.training.verbs.verify", "read every byte of a run's checkpoints and check it"),
     "checkpoint convert": ("kinema.training.verbs.convert", "rewrite a checkpoint for so many ranks, or its weights"),
     "checkpoint average": ("kinema.training.verbs.average", "average the weights of several checkpoints"),
+    "torchrun": ("kinema.launching", "start ranks as torchrun does, and end with the exit status of the run"),
     "import": ("kinema.interop.importing", "make a Kinema checkpoint of published weights"),
     "export": ("kinema.interop.exporting", "write weights as diffusers or ComfyUI load them, and compare them there"),
     "report": ("kinema.report.page", "write the report page of a run"),
@@ -50,8 +51,8 @@ def main() -> None:
 
 def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int:
     """Run one verb; an error that a user can cause becomes one line."""
-    from kinema.console import EXIT_CONFIG, EXIT_STORE
     from kinema.data.store import StoreDown
+    from kinema.exits import Exit
 
     module = import_module(module_name)
     parser = argparse.ArgumentParser(prog=f"kinema {verb}", description=f"{summary[0].upper()}{summary[1:]}.")
@@ -61,12 +62,12 @@ def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int
         return int(module.run(parser.parse_args(words)))
     except StoreDown as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_STORE
+        return Exit.unavailable
     except ValueError as error:
         if "KINEMA_TRACEBACK" in os.environ:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return Exit.configuration
 
 
 def overview(group: str = "") -> str:

@@ -34,6 +34,7 @@ from kinema.training.metrics import LoggingConfig
 from kinema.training.optim import AdamW, AdamW8bit, MuonAdamW
 from kinema.training.run_folder import VAECheckpoint
 from kinema.training.schedule import Constant, Cosine
+from kinema.training.signals import SignalsConfig
 from kinema.training.vae_task import VAETaskConfig
 
 
@@ -87,6 +88,8 @@ class Config:
     """Held-out loss."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """What is done about numbers that are not sound."""
+    signals: SignalsConfig = field(default_factory=SignalsConfig)
+    """How the run meets the end of its time."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -119,7 +122,7 @@ FREE_TO_CHANGE = (
     "parallel.zero_stage", "parallel.sequence_degree", "parallel.vae_axis", "parallel.timeout_seconds",
     "parallel.offload.", "parallel.traffic.",
     "parallel.activation_checkpointing", "parallel.checkpointed_every",
-    "logging.", "checkpoint.", "validation.", "guard.", "task.samples.",
+    "logging.", "checkpoint.", "validation.", "guard.", "signals.", "task.samples.",
     "data.num_workers", "data.prefetch", "data.timeout_seconds", "data.storage.", "data.cache_folder", "data.text",
     "run_root", "allow_config_change",
 )  # fmt: skip

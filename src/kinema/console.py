@@ -10,11 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-EXIT_CONFIG = 64
-EXIT_DATA = 65
-EXIT_CHECKPOINT = 66
-EXIT_STORE = 69
-EXIT_NON_FINITE = 70
+from kinema.exits import Exit
+from kinema.launching import FOLDER, final_status, leave_status
 
 
 def run_script(main: Callable[[], Any], config_name: str, configs: Path | None = None) -> None:
@@ -30,7 +27,7 @@ def run_script(main: Callable[[], Any], config_name: str, configs: Path | None =
         main()
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises plain ValueErrors too
         told = missing_key(error) or f"{first_cause(error)} {_suggestions(config_name, configs)}".strip()
-        fail(told, EXIT_CONFIG)
+        fail(told, Exit.configuration)
     except KeyboardInterrupt:
         fail("interrupted", 130)
 
@@ -43,10 +40,12 @@ def leave_with_status(script: Callable[[], None]) -> None:
     then reports a rank that had finished as failed. What Python itself has to do is done: tracebacks, functions
     registered with `atexit` (Weights & Biases, worker processes, logging), and the streams.
     """
-    if not _several_ranks():
+    if not _several_ranks() and FOLDER not in os.environ:
         script()
         return
-    status = _status(script)
+    before = final_status()
+    status = _status(script) if before is None else before
+    leave_status(status)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -75,25 +74,43 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
     def explained(*arguments: Any) -> None:
         from kinema.data.ledger import DataBudgetError
         from kinema.data.store import StoreDown
-        from kinema.training.checkpoint import CheckpointError
+        from kinema.training.checkpoint import CheckpointError, NotSavedError
         from kinema.training.guard import NonFiniteLoss
 
         try:
             sys.exit(main(*arguments) or 0)
         except DataBudgetError as error:
-            fail(str(error), EXIT_DATA)
+            fail(str(error), Exit.data)
         except StoreDown as error:
-            fail(str(error).rpartition("StoreDown: ")[2].strip(), EXIT_STORE)  # a worker adds its traceback
+            fail(str(error).rpartition("StoreDown: ")[2].strip(), Exit.unavailable)  # a worker adds its traceback
+        except NotSavedError as error:
+            fail(str(error), Exit.io)
         except CheckpointError as error:
-            fail(str(error), EXIT_CHECKPOINT)
+            fail(str(error), Exit.checkpoint)
         except NonFiniteLoss as error:
-            fail(str(error), EXIT_NON_FINITE)
+            fail(str(error), Exit.unsound)
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            fail(f"another rank has ended or does not answer: {first_line(error)}", Exit.unavailable)
         except ValueError as error:
             if "KINEMA_TRACEBACK" in os.environ:
                 raise
-            fail(str(error), EXIT_CONFIG)
+            fail(str(error), Exit.configuration)
 
     return explained
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another rank or the network, as gloo, NCCL and the store word it."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo/", "[Rank", "NCCL"))
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the stack that some libraries add."""
+    return str(error).strip().partition("\n")[0]
 
 
 def fail(message: str, status: int) -> None:

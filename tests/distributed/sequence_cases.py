@@ -85,6 +85,11 @@ class Inputs:
             audio=self.sound(config),
         )
 
+    def with_gradients(self) -> "Inputs":
+        for x in (*self.latents, *self.text):
+            x.requires_grad_()
+        return self
+
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kinema.console import EXIT_CONFIG
 from kinema.distributed.process import free_port
+from kinema.exits import Exit
 
 pytestmark = pytest.mark.distributed
 
@@ -18,7 +18,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from kinema.console import EXIT_CONFIG, fail, leave_with_status
+from kinema.console import fail, leave_with_status
+from kinema.exits import Exit
 
 library = ctypes.CDLL(None)  # one that aborts when it is taken down, as one does whose thread nobody joined
 library.__cxa_atexit(ctypes.cast(library.abort, ctypes.c_void_p), None, None)
@@ -31,7 +32,7 @@ def main():
         dist.barrier()
         match sys.argv[1]:
             case "refused":
-                fail("model.width=3 is odd", EXIT_CONFIG)
+                fail("model.width=3 is odd", Exit.configuration)
             case "broken":
                 raise RuntimeError("a bug")
             case "stopped":
@@ -70,7 +71,7 @@ def leave(folder: Path, *ways: str) -> list[tuple[int, str, str]]:
 def test_a_rank_that_finishes_is_not_aborted_and_one_that_is_refused_says_so(tmp_path):
     finished, refused = leave(tmp_path, "finished", "refused")
     assert finished[:2] == (0, "python's own")
-    assert refused[:2] == (EXIT_CONFIG, "python's own")
+    assert refused[:2] == (Exit.configuration, "python's own")
     assert refused[2].endswith("error (rank 1): model.width=3 is odd\n")
 
 

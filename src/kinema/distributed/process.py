@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from kinema.distributed.mesh import Mesh, make_mesh
+from kinema.distributed.parent import end_with_launcher
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def start_process(timeout_seconds: float, sequence_degree: int = 1) -> Process:
 
     So many ranks next to each other work on each pack together.
     """
+    end_with_launcher()
     if not torch.cuda.is_available():  # DeepSpeed would find the same, with a warning above every message of ours
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

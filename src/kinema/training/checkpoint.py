@@ -63,6 +63,10 @@ class CheckpointError(ValueError):
     """No checkpoint that is whole; the message lists each with its damage."""
 
 
+class NotSavedError(CheckpointError):
+    """A checkpoint could not be written; earlier ones are intact."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One published checkpoint, verified when it was opened."""

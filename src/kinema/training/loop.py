@@ -1,10 +1,8 @@
 """The training loop: steps, checkpoints, validation, samples. What a pack costs is the task's business."""
 
 import math
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +15,7 @@ from kinema.data.quarantine import write_failures
 from kinema.data.shards import DatasetIndex
 from kinema.distributed.collectives import all_sum, from_main, gather_objects
 from kinema.distributed.process import Process
+from kinema.exits import Exit
 from kinema.training.balance import Balance
 from kinema.training.checkpoint import CheckpointConfig
 from kinema.training.dit_task import noise_table
@@ -26,15 +25,11 @@ from kinema.training.journal import KeyJournal
 from kinema.training.metrics import Clock, LoggingConfig
 from kinema.training.outputs import Outputs
 from kinema.training.progress import Progress
+from kinema.training.restarts import NoProgress, count_restart
 from kinema.training.saving import Saver
+from kinema.training.signals import Signals
 from kinema.training.skips import write_skips
 from kinema.training.task import Task
-
-EXIT_PREEMPTED = 75
-"""Exit status of a run that a signal stopped after its checkpoint was written."""
-EXIT_FAILED_CHECK = 1
-"""Exit status of a run whose final check says FAIL."""
-
 
 LANE_PHASES = ("encode", "forward")
 """What a lane does without waiting for another, by phases of the clock; the backward of the last one waits."""
@@ -76,6 +71,7 @@ class Trainer:
     quarantine: Quarantine
     progress: Progress
     guard: Guard
+    signals: Signals
     sample_every_steps: int
     make_samples: SampleMaker | None
     unread_keys: Callable[[], str | None]
@@ -83,8 +79,8 @@ class Trainer:
 
     final_check: Callable[[dict[str, Tensor]], tuple[bool, str]] | None = None
     """EMA weights -> passed, verdict; runs on the main rank after the last step."""
-    _stop_signal: str | None = None
     _stop: str | None = None
+    _save_now: bool = False
 
     def __post_init__(self) -> None:
         self._journal = KeyJournal(self.outputs.run_dir, self.process.rank)
@@ -99,7 +95,8 @@ class Trainer:
     def fit(self) -> int:
         """Train to the last step; the exit status: 0, or 75 when a signal stopped the run after a checkpoint."""
         self.saver.resume(self.steps, self._journal)
-        self._catch_signals()
+        self.signals.catch()
+        self._count_restart()
         validation = self.load_validation() if self.load_validation and self.validation.every_steps else None
         self._tell_heldout_failures(validation or [])
         clock, window = Clock(), Window()
@@ -128,20 +125,34 @@ class Trainer:
                 self._validate(validation)
             if due(self.step, self.sample_every_steps, self.steps):  # a collective, whoever makes the pictures
                 self._sample()
-            if self._stop or (
-                due(self.step, self.checkpoint.every_steps, self.steps)
-                and (not self.guard.troubled or self.step == self.steps)
-            ):
+            if self._is_to_save():
                 with clock.phase("checkpoint"):
                     self.saver.save(must=self.step == self.steps or self._stop is not None)
             if self._stop:
                 bar.close()
+                if self.process.is_main and (line := self.signals.requeue()):
+                    self.outputs.event(self.step, "requeue", line)
                 self._finish(f"stopped by {self._stop} at step {self.step}; the same command continues")
-                return EXIT_PREEMPTED
+                return Exit.preempted
         bar.close()
         passed = self._final_check()
         self._finish("finished")
-        return 0 if passed else EXIT_FAILED_CHECK
+        return Exit.done if passed else Exit.failed_check
+
+    def _is_to_save(self) -> bool:
+        if self._stop or self._save_now or self.step == self.steps:
+            return True
+        return due(self.step, self.checkpoint.every_steps, self.steps) and not self.guard.troubled
+
+    def _count_restart(self) -> None:
+        problem = None
+        if self.process.is_main:
+            try:
+                count_restart(self.outputs.run_dir, self.step, self.signals.config.restarts_without_progress)
+            except NoProgress as error:
+                problem = str(error)
+        if problem := from_main(problem):
+            raise NoProgress(problem)
 
     def _check_configuration(self) -> None:
         """Stop all ranks if a key was set that nothing has read by now."""
@@ -188,9 +199,9 @@ class Trainer:
         sums["withheld"] = float(any(engine.moved is False for engine in engines.values()))
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
-        votes = [float(self._stop_signal is not None), self.saver.vote()]
-        over_ranks = all_sum([*votes, *self._once([*sums.values(), *balance.values()])])
-        (stop_signals, saved), over_ranks = over_ranks[:2], over_ranks[2:]
+        wishes = [float(self.signals.asked_to_stop is not None), float(self.signals.asked_to_save)]
+        over_ranks = all_sum([*wishes, self.saver.vote(), *self._once([*sums.values(), *balance.values()])])
+        (stop, save, saved), over_ranks = over_ranks[:3], over_ranks[3:]
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
         if totals.pop("withheld") or not math.isfinite(totals["loss"]):
             self._go_back(totals["loss"])
@@ -198,6 +209,7 @@ class Trainer:
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
         self.guard.has_moved(self.step)
+        self.signals.look_at_clock()
         self.progress.add(counted)
         if saved == self.process.world_size:
             with clock.phase("checkpoint"):
@@ -208,7 +220,10 @@ class Trainer:
             self._quarantine([failure for pack in counted for failure in pack.failures])
         if totals.pop("fallbacks"):
             self._tell_fallbacks([fallback for pack in counted for fallback in pack.fallbacks])
-        self._stop = next(filter(None, gather_objects(self._stop_signal))) if stop_signals else None
+        self._stop = next(filter(None, gather_objects(self.signals.asked_to_stop))) if stop else None
+        self._save_now = save > 0
+        if save:
+            self.signals.asked_to_save = False
         totals["lanes/padding"] = totals.pop("padding_tokens") / totals["tokens"]
         totals["lr"] = learning_rate
         totals["grad_norm"] = engines["model"].grad_norm()
@@ -245,6 +260,8 @@ class Trainer:
         record = window.close()
         record.update(kind="train", step=self.step, seconds=clock.read(record.pop("steps")))
         self.outputs.write(record)
+        if line := self.signals.took(sum(record["seconds"].values()), self.saver.seconds):
+            self.outputs.event(self.step, "grace", line)
 
     def _validate(self, validation: list[list[Pack]]) -> None:
         totals: dict[str, float] = {}
@@ -291,15 +308,6 @@ class Trainer:
         for cause, keys in causes.items():
             self.outputs.event(self.step, "fallback", f"{len(keys)} clip(s), {cause} ({', '.join(keys[:5])})")
         self.quarantine.check(self.progress.whole_ledger())
-
-    # Signals
-
-    def _catch_signals(self) -> None:
-        def remember(number: int, frame: FrameType | None) -> None:
-            self._stop_signal = signal.Signals(number).name
-
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, remember)
 
     def _finish(self, how: str) -> None:
         self.outputs.event(self.step, "end", how)

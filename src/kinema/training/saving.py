@@ -16,7 +16,7 @@ from kinema.data.plan import Plan
 from kinema.distributed.collectives import from_main, gather_objects, gather_to_main
 from kinema.distributed.layout import Fill, Fragment
 from kinema.distributed.process import Process
-from kinema.training.checkpoint import Checkpoint, CheckpointConfig, CheckpointError, CheckpointStore
+from kinema.training.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore, NotSavedError
 from kinema.training.ema import EMA
 from kinema.training.journal import KeyJournal
 from kinema.training.outputs import Outputs
@@ -48,6 +48,8 @@ class Saver:
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "saving"))
     _save: "Save | None" = None
     """The one save that is not published yet."""
+    seconds: float = 0.0
+    """What the last save took, from its beginning to its publication."""
     _failed_saves: int = 0
     _saved_step: int = -1
 
@@ -146,6 +148,7 @@ class Saver:
     def _tell(self, save: "Save") -> None:
         """How long a save took, in the metrics and on the console."""
         record = save.record()
+        self.seconds = record["seconds"]
         self.outputs.write(record)
         for warning in save.warnings:
             self.outputs.event(save.step, "checkpoint", warning)
@@ -157,7 +160,7 @@ class Saver:
         limit = self.config.max_failed_saves
         self.outputs.event(step, "checkpoint failed", f"{problem} ({self._failed_saves} of {limit} in a row)")
         if self._failed_saves >= limit or must:
-            raise CheckpointError(
+            raise NotSavedError(
                 f"the checkpoint of step {step} could not be written: {problem}. Earlier ones are intact: "
                 f"{self.store.steps()}."
             )

@@ -129,9 +129,9 @@ def test_a_full_disk_costs_a_save_and_nothing_else(scene, show):
 def test_a_disk_that_stays_full_ends_the_run_with_what_was_saved(scene, show):
     name = "full-for-good"
     job = scene.start(name, harm=Harm("os:fsync", "disk full", times=10_000, after=8))
-    scene.finish(job, 66)
+    scene.finish(job, 74)
     recovery, lost = scene.continues(name)
-    show("B10", "the disk stays full", Shown(said(job, "could not be written"), "66", recovery, lost))
+    show("B10", "the disk stays full", Shown(said(job, "could not be written"), "74", recovery, lost))
 
 
 def test_an_error_of_the_disk_publishes_nothing(scene, show):
@@ -167,11 +167,11 @@ def test_a_small_file_system_fills_up(scene, show, tmp_path):
     place.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(place)], check=True)
     try:
-        job = scene.finish(scene.start(name), 66)
+        job = scene.finish(scene.start(name), 74)
         assert scene.store(name).newest().step == 2
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
-    show("B10", "a file system too small for a second checkpoint", Shown(said(job, "checkpoint failed.*1 of 3"), "66"))
+    show("B10", "a file system too small for a second checkpoint", Shown(said(job, "checkpoint failed.*1 of 3"), "74"))
 
 
 def test_another_model_is_refused_by_name_of_the_tensor(scene, show):
