@@ -301,15 +301,6 @@ def context_parallel(
     return context
 
 
-def check_alone(sequence_degree: int) -> None:
-    """Refuse groups of ranks that would each work on the whole of a pack, which would count its gradient twice."""
-    if sequence_degree > 1:
-        raise ValueError(
-            f"parallel.sequence_degree={sequence_degree}: task=vae does not spread a pack over ranks yet. Type "
-            "parallel.sequence_degree=1."
-        )
-
-
 @dataclass(frozen=True)
 class Data:
     """The planned data set of a run, as one rank sees it."""
