@@ -17,13 +17,13 @@ def test_a_vae_on_two_ranks_of_one_group_follows_one_rank(folder):
     """Losses, gradient norms and weights, with every term of the loss, the discriminator's weights too."""
     model = [*VAE, *LOSSES, "vae.norm=group", "vae.norm_groups=4", "vae.mid_attention=true", "data.num_workers=0"]
     with warm_process() as warm:
-        for name, ranks, extra in (("alone", 1, []), ("together", 2, ["sequence_degree=2", "zero_stage=2"])):
+        for name, ranks, extra in (("vae_alone", 1, []), ("vae_together", 2, ["sequence_degree=2", "zero_stage=2"])):
             command = ["train.py", *common(folder, name, STEPS), *model, *[f"parallel.{key}" for key in extra]]
             job = warm.start(command, folder / f"{name}.log", ranks)
             assert job.wait() == [0] * ranks, job.output[-3000:]
     assert "a clip of 9x32x32 is cut along height 2 + 2 latents" in job.output
     for kind in ("train", "validation"):
-        one, two = records(folder, "alone", kind), records(folder, "together", kind)
+        one, two = records(folder, "vae_alone", kind), records(folder, "vae_together", kind)
         assert one.keys() == two.keys() != set()
         compared = {"loss", "grad_norm", "psnr", "tokens", "term_adversarial", "term_discriminator"} & one[STEPS].keys()
         assert compared
@@ -32,7 +32,9 @@ def test_a_vae_on_two_ranks_of_one_group_follows_one_rank(folder):
                 {key: record[key] for key in compared}, rel=1e-4
             )
     for part in ("model", "ema", "optimizer"):  # the last holds the discriminator too
-        ours, theirs = (Checkpoint(checkpoint(folder, name, STEPS)).tensors(part) for name in ("together", "alone"))
+        ours, theirs = (
+            Checkpoint(checkpoint(folder, name, STEPS)).tensors(part) for name in ("vae_together", "vae_alone")
+        )
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
