@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from kinema.exits import Exit
 from kinema.launching import FOLDER, final_status, leave_status
 
@@ -74,8 +76,10 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
     def explained(*arguments: Any) -> None:
         from kinema.data.ledger import DataBudgetError
         from kinema.data.store import StoreDown
+        from kinema.distributed.process import RanksMissing
         from kinema.training.checkpoint import CheckpointError, NotSavedError
         from kinema.training.guard import NonFiniteLoss
+        from kinema.training.preflight import PreflightFailed
 
         try:
             sys.exit(main(*arguments) or 0)
@@ -83,12 +87,16 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
             fail(str(error), Exit.data)
         except StoreDown as error:
             fail(str(error).rpartition("StoreDown: ")[2].strip(), Exit.unavailable)  # a worker adds its traceback
+        except RanksMissing as error:
+            fail(str(error), Exit.unavailable)
         except NotSavedError as error:
             fail(str(error), Exit.io)
         except CheckpointError as error:
             fail(str(error), Exit.checkpoint)
         except NonFiniteLoss as error:
             fail(str(error), Exit.unsound)
+        except PreflightFailed as error:
+            fail(f"preflight: {error} preflight.steps=0 trains unchecked.", Exit.preflight)
         except RuntimeError as error:
             if not is_lost_rank(error):
                 raise
@@ -116,7 +124,8 @@ def first_line(error: Exception) -> str:
 def fail(message: str, status: int) -> None:
     """One line on stderr, with the rank where there are several, and out."""
     rank = f" (rank {os.environ['RANK']})" if _several_ranks() else ""
-    print(f"error{rank}: {message}", file=sys.stderr, flush=True)
+    tqdm.write(f"error{rank}: {message}", file=sys.stderr)  # not behind a progress bar
+    sys.stderr.flush()
     sys.exit(status)
 
 
@@ -149,10 +158,15 @@ def missing_key(error: BaseException) -> str:
 
 
 def first_cause(error: BaseException) -> str:
-    """The message of the innermost exception: the one that names the key."""
+    """The message of the innermost exception, in one line that names the key."""
+    from omegaconf.errors import OmegaConfBaseException
+
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip()
+    message = str(error).strip()
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {message.splitlines()[0]}."
+    return message
 
 
 def _suggestions(config_name: str, configs: Path | None) -> str:

@@ -9,11 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kinema.data.geometry import ClipShape
+from kinema.data.pack import Pack
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.engine import Engine, Precision
 from kinema.distributed.mesh import Mesh, make_mesh
+from kinema.distributed.process import Process
 from kinema.distributed.sequence import Ulysses
 from kinema.models.dit import DiTConfig
+from kinema.training.shared_packs import read_once
 from tests.distributed.sequence_cases import GRIDS, WORDS, Inputs, configs, model
 from tests.ranks import run_ranks
 
@@ -60,6 +64,11 @@ def test_training_is_the_same_at_every_zero_stage(found, stage):
         assert moves < 5e-3  # of float32 against float64
 
 
+def test_the_first_rank_reads_for_its_group_and_its_errors_are_everybodys(found):
+    for rank in found:
+        assert rank["read"] == (True, "the disk is gone")
+
+
 def test_the_degree_must_divide_the_ranks(found):
     for rank in found:
         assert f"parallel.sequence_degree=3 must divide the number of ranks, {len(found)}" in rank["refused"]
@@ -77,8 +86,35 @@ def everything(cases: dict[str, DiTConfig]) -> dict[str, Any]:
         "recomputed": [name for name in (JOINT, CROSS) if changed_when_recomputed(cases[name], group)],
         "bytes": {name: traffic(cases[name], group) for name in (JOINT, CROSS)},
         "refused": str(refused.value),
+        "read": read_together(),
         "engine": training(cases[JOINT], make_mesh(2)),
     }
+
+
+def pack(lane: int) -> Pack:
+    generator = torch.Generator().manual_seed(lane)
+    frames = [torch.randint(256, (5, side, 4, 3), dtype=torch.uint8, generator=generator) for side in (4, 6)]
+    shapes = [ClipShape(5, side, 4) for side in (4, 6)]
+    return Pack(7, lane, ["a", "b"], ["", "c"], shapes, frames, None, torch.ones(2), 1.0, [3, 4], [0, 0], [], 8.0, 0.1)
+
+
+def read_together() -> tuple[bool, str]:
+    """Whether every rank got the packs of the first one of its group, and the error that it then had."""
+    rank, mesh = dist.get_rank(), make_mesh(2)
+
+    def read() -> Iterator[list[Pack]]:
+        assert mesh.sequence_rank == 0
+        yield [pack(lane) for lane in (0, 1)]
+        raise ValueError("the disk is gone")
+
+    packs = read_once(Process(rank, rank, dist.get_world_size(), torch.device("cpu"), mesh), read)
+    same = True
+    for ours, theirs in zip(next(packs), [pack(0), pack(1)], strict=True):
+        same &= (ours.lane, ours.keys, ours.shapes) == (theirs.lane, theirs.keys, theirs.shapes)
+        same &= all(torch.equal(a, b) for a, b in zip(ours.frames, theirs.frames, strict=True))
+    with pytest.raises(ValueError, match="disk") as error:
+        next(packs)
+    return same, str(error.value)
 
 
 def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:

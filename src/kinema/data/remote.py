@@ -269,7 +269,7 @@ class _Lines:
 
     def __init__(self, address: Address, settings: StorageConfig) -> None:
         self.pid = os.getpid()
-        self.filesystem = _open_filesystem(address, settings)
+        self.filesystem = open_filesystem(address, settings)
         self.timeout_seconds = settings.connect_timeout_seconds + settings.timeout_seconds
         self.pool = ThreadPoolExecutor(settings.concurrent_reads, thread_name_prefix="range-reads")
         self.expected: dict[tuple[str, Member], Future[bytes]] = {}
@@ -293,8 +293,10 @@ class _Lines:
         return {f"storage_{name}": float(taken[name]) for name in COUNTED}
 
 
-def _open_filesystem(address: Address, settings: StorageConfig) -> Any:
-    """fsspec's file system of the scheme, without retries of its own: those would not be counted."""
+def open_filesystem(address: Address, settings: StorageConfig, key: str = "data.path") -> Any:
+    """fsspec's file system of the scheme, without retries of its own: those would not be counted. `key` names the
+    option in errors.
+    """
     import aiohttp
     import fsspec
 
@@ -314,7 +316,7 @@ def _open_filesystem(address: Address, settings: StorageConfig) -> Any:
     try:
         filesystem = fsspec.filesystem(address.scheme, **options)
     except ImportError as error:
-        raise ValueError(f"data.path={address} needs another package: {error}.") from error
+        raise ValueError(f"{key}={address} needs another package: {error}.") from error
     if address.scheme == "s3":
         filesystem.retries = 1
     return filesystem

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
 
 def all_sum(values: list[float]) -> list[float]:
@@ -45,6 +46,19 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """The value of the first rank of a group, on all its ranks."""
+    box = [value]
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]
+
+
+def tensor_from_first(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """x, filled with what it holds on the first rank of a group; on a device that the group's backend reaches."""
+    dist.broadcast(x, group=group, group_src=0)
+    return x
 
 
 def barrier() -> None:

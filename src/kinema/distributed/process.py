@@ -21,6 +21,10 @@ from kinema.distributed.mesh import Mesh, make_mesh
 from kinema.distributed.parent import end_with_launcher
 
 
+class RanksMissing(RuntimeError):
+    """The ranks of this job did not find each other."""
+
+
 @dataclass(frozen=True)
 class Process:
     """One rank of the job: who it is and which device it computes on."""
@@ -73,14 +77,32 @@ def start_process(timeout_seconds: float, sequence_degree: int = 1) -> Process:
     else:
         device = torch.device("cpu")
         load_cpu_communication_op()
-    with redirect_stdout(io.StringIO()):  # it prints that its op was built, which is no news to anybody
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
-            verbose=False,
-            auto_mpi_discovery=False,
-        )
+    try:
+        with redirect_stdout(io.StringIO()):  # it prints that its op was built, which is no news to anybody
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo",
+                timeout=timedelta(seconds=timeout_seconds),
+                verbose=False,
+                auto_mpi_discovery=False,
+            )
+    except dist.DistError as error:
+        raise RanksMissing(_why_missing(str(error).splitlines()[0], timeout_seconds)) from error
     return Process(dist.get_rank(), local_rank, dist.get_world_size(), device, make_mesh(sequence_degree))
+
+
+def _why_missing(reason: str, timeout_seconds: float) -> str:
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in reason:
+        return (
+            f"MASTER_PORT={port} is taken on {address}: another job listens there, or one that was killed has left "
+            "processes behind. End it, or choose another port."
+        )
+    return (
+        f"rank {rank} of {size} met no other at MASTER_ADDR={address}, MASTER_PORT={port} within "
+        f"parallel.timeout_seconds={timeout_seconds:g} ({reason}). Start all {size} ranks, and let their hosts reach "
+        "that address."
+    )
 
 
 def stop_process() -> None:

@@ -48,6 +48,8 @@ class CheckpointConfig:
     """How many of the newest stay; older ones are deleted after a newer one is published."""
     keep_every: int = 0
     """Checkpoints of steps that this divides stay for ever; 0 lets none."""
+    remote: str | None = None
+    """Folder at an address, for example s3://BUCKET/FOLDER, where each published checkpoint is copied to, too."""
     max_failed_saves: int = 3
     """Saves in a row that may fail (full disk) before the run stops."""
 
@@ -152,6 +154,25 @@ class CheckpointStore:
         }
         seal["crc32"] = zlib.crc32(json.dumps(seal).encode())
         write_json(aside / SEAL, seal)
+        self._publish(aside, step)
+
+    def adopt(self, aside: Path, step: int, bring: Callable[[str], object]) -> None:
+        """Publish what another place holds: `bring` puts each file that the seal in `aside` names beside it.
+
+        CheckpointError if it is not what the seal says; nothing is left of it then.
+        """
+        try:
+            for name, expected in read_seal(aside, step)["files"].items():
+                bring(name)
+                if found := damage_of(aside / name, expected):
+                    raise CheckpointError(found)
+                fsync(aside / name)
+            self._publish(aside, step)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _publish(self, aside: Path, step: int) -> None:
         fsync(aside / SEAL)
         fsync(aside)
         target = self.folder / folder_name(step)
@@ -225,18 +246,27 @@ def verify(folder: Path, only: Collection[str] | None = None) -> str | None:
     for name, expected in seal["files"].items():
         if only is not None and name not in only:
             continue
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if crc32(path) != expected["crc32"]:
-            return f"{name} has changed since it was written (CRC-32)"
+        if damage := damage_of(folder / name, expected):
+            return damage
     return None
 
 
-def read_seal(folder: Path) -> dict[str, Any]:
-    """What the folder must hold; CheckpointError if it does not say so in a way that can be trusted."""
+def damage_of(path: Path, expected: dict[str, int]) -> str | None:
+    """What is wrong with a file, of which a seal says `expected`."""
+    if not path.exists():
+        return f"{path.name} is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+    if crc32(path) != expected["crc32"]:
+        return f"{path.name} has changed since it was written (CRC-32)"
+    return None
+
+
+def read_seal(folder: Path, expected_step: int | None = None) -> dict[str, Any]:
+    """What the folder must hold; CheckpointError if it does not say so in a way that can be trusted.
+
+    It must be of `expected_step`, by default the one that the folder is named after.
+    """
     try:
         seal = json.loads((folder / SEAL).read_text())
         own = seal.pop("crc32")
@@ -248,7 +278,7 @@ def read_seal(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{SEAL} has changed since it was written (CRC-32)")
     if version not in READABLE_VERSIONS:
         raise CheckpointError(f"it has format version {version}; this Kinema reads {READABLE_VERSIONS}")
-    if folder.name != folder_name(step):
+    if (folder.name if expected_step is None else folder_name(expected_step)) != folder_name(step):
         raise CheckpointError(f"it was written at step {step} and has been renamed")
     if strange:
         raise CheckpointError(f"{SEAL} names files outside of the folder: {strange[:3]}")

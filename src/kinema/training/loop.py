@@ -24,6 +24,7 @@ from kinema.training.guard import Guard, NonFiniteLoss
 from kinema.training.journal import KeyJournal
 from kinema.training.metrics import Clock, LoggingConfig
 from kinema.training.outputs import Outputs
+from kinema.training.preflight import Preflight
 from kinema.training.progress import Progress
 from kinema.training.restarts import NoProgress, count_restart
 from kinema.training.saving import Saver
@@ -31,6 +32,8 @@ from kinema.training.signals import Signals
 from kinema.training.skips import write_skips
 from kinema.training.task import Task
 
+UPLOADS_SECONDS, UPLOADS_WHEN_STOPPED_SECONDS = 600.0, 5.0
+"""How long the end of a run waits for checkpoints that are on their way to `checkpoint.remote`."""
 LANE_PHASES = ("encode", "forward")
 """What a lane does without waiting for another, by phases of the clock; the backward of the last one waits."""
 
@@ -71,6 +74,7 @@ class Trainer:
     quarantine: Quarantine
     progress: Progress
     guard: Guard
+    preflight: Preflight
     signals: Signals
     sample_every_steps: int
     make_samples: SampleMaker | None
@@ -130,12 +134,14 @@ class Trainer:
                     self.saver.save(must=self.step == self.steps or self._stop is not None)
             if self._stop:
                 bar.close()
+                self.saver.tell_uploads(UPLOADS_WHEN_STOPPED_SECONDS)
                 if self.process.is_main and (line := self.signals.requeue()):
                     self.outputs.event(self.step, "requeue", line)
                 self._finish(f"stopped by {self._stop} at step {self.step}; the same command continues")
                 return Exit.preempted
         bar.close()
         passed = self._final_check()
+        self.saver.tell_uploads(UPLOADS_SECONDS)
         self._finish("finished")
         return Exit.done if passed else Exit.failed_check
 
@@ -183,6 +189,7 @@ class Trainer:
                 "data.rights withdrew them, start a new run from the last checkpoint: another name, and init_from."
             )
         learning_rate = self.learning_rate(self.step)
+        self.preflight.begin(packs)
         sums = {f"data_sets/{name}": 0.0 for name in self.index.parts}  # on every rank, whatever it reads
         balance = Balance(self.plan.lanes, self.plan.balanced_lanes)
         for pack in packs:
@@ -190,6 +197,7 @@ class Trainer:
             for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
                 sums[key] = sums.get(key, 0.0) + value
             self.guard.hear(pack, self.task.clip_losses)
+            self.preflight.hear()
             balance.add(pack, clock.spent(*LANE_PHASES) - before)
             for key, value in pack.storage.items():
                 sums[key] = sums.get(key, 0.0) + value
@@ -208,6 +216,7 @@ class Trainer:
             return None
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
+        self.preflight.end()
         self.guard.has_moved(self.step)
         self.signals.look_at_clock()
         self.progress.add(counted)

@@ -101,6 +101,9 @@ class WandbTracker:
         if self._enabled:
             self.write_end()
             self._thread.join(timeout_seconds)
+            if self._thread.is_alive():
+                self.problem = f"Weights & Biases has not taken everything in the last {timeout_seconds:g} s"
+                self.dropped += self._records.qsize()
 
     def write_end(self) -> None:
         """Tell the thread that nothing more comes."""

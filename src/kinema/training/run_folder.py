@@ -46,8 +46,14 @@ class VAECheckpoint:
 
 def open_run_folder(run_dir: Path) -> TextIO:
     """Create the folder and lock it for this job; a second job on the same folder is refused."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (run_dir / ".lock").open("w")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"run_root={run_dir.parent}: no run can be written there ({error}). Type a folder that this user may "
+            "write to."
+        ) from None
     try:
         # A POSIX lock dies with this process; flock would live on in data workers that outlast a killed parent.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,6 +19,7 @@ from kinema.distributed.process import Process
 from kinema.training.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore, NotSavedError
 from kinema.training.ema import EMA
 from kinema.training.journal import KeyJournal
+from kinema.training.mirror import Uploads
 from kinema.training.outputs import Outputs
 from kinema.training.pieces import Piece, PieceError, StoredTensors, share, whole
 from kinema.training.progress import Progress
@@ -44,12 +45,16 @@ class Saver:
     config_yaml: str
     progress: Progress
     """Where the run is; `resume` moves it."""
+    uploads: Uploads | None = None
+    """Of the main rank, where checkpoints are kept at an address, too."""
     _memory: HostMemory = field(default_factory=HostMemory)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "saving"))
     _save: "Save | None" = None
     """The one save that is not published yet."""
     seconds: float = 0.0
     """What the last save took, from its beginning to its publication."""
+    _token: str = ""
+    """Tells the files of this start from those that an earlier one, or a rank of it that lives on, leaves behind."""
     _failed_saves: int = 0
     _saved_step: int = -1
 
@@ -63,6 +68,7 @@ class Saver:
         if it fails the run ends; other failures are counted and limited.
         """
         step, called = self.progress.step, time.perf_counter()
+        self.tell_uploads()
         if step != self._saved_step:
             self.settle(must=False)
             waited = time.perf_counter() - called
@@ -103,12 +109,21 @@ class Saver:
             self._failed_saves = 0
             self._tell(save)
 
+    def tell_uploads(self, wait_seconds: float = 0.0) -> None:
+        """Tell what became of uploads; those under way are waited for, but not longer than this."""
+        if self.uploads is None:
+            return
+        if wait_seconds:
+            self.uploads.finish(wait_seconds)
+        for event in self.uploads.take_events():
+            self.outputs.event(**event)
+
     def _begin(self, step: int) -> "Save":
         """Copy what this rank owns, and what the main rank says of it, and let a thread write it."""
-        token = from_main(secrets.token_hex(4))
+        self._token = self._token or from_main(secrets.token_hex(4))
         files = self._memory.copy(self._pieces())
         rank, ranks = self.process.rank, self.process.world_size
-        aside = self.store.aside(step, token)
+        aside = self.store.aside(step, self._token)
         parts = {part_name(name, rank, ranks): pieces for name, pieces in files.items()}
         return Save(step, aside, self._documents(step), self._thread.submit(write_part, aside, parts))
 
@@ -150,6 +165,8 @@ class Saver:
         record = save.record()
         self.seconds = record["seconds"]
         self.outputs.write(record)
+        if self.uploads:
+            self.uploads.offer(self.store.at(save.step))
         for warning in save.warnings:
             self.outputs.event(save.step, "checkpoint", warning)
         waited = f"training waited {record['stall_seconds']:.2f} s of {record['seconds']:.2f} s"
@@ -189,6 +206,8 @@ class Saver:
         step = self._saved_step = found.document("training")["step"]
         own, start = seen_by(found) if self.process.is_main else (None, self.progress.start)
         self.progress.go_on(step, own, start)
+        if self.uploads:
+            self.uploads.offer(found)
         self.outputs.event(step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)")
         return True
 

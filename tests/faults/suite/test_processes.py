@@ -111,7 +111,7 @@ def test_a_run_that_is_started_twice_is_refused_once(scene, show):
 
 def test_ranks_and_workers_may_change_between_starts(scene, show):
     name, allow = "changing", "allow_config_change=true"
-    job = scene.start(name, allow, ranks=2, harm=Harm(f"{ENGINE}.step", "kill", 4))
+    job = scene.start(name, allow, ranks=2, harm=Harm(f"{ENGINE}.step", "kill", 6))
     job.wait()
     job = scene.start(name, allow, "data.num_workers=0", harm=Harm(f"{ENGINE}.step", "kill", 5))
     job.wait()
