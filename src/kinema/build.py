@@ -81,6 +81,7 @@ from kinema.training.signals import Signals
 from kinema.training.skips import Skips
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
+from kinema.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -547,6 +548,7 @@ def assemble(
         make_samples=make_samples,
         guard=Guard(config.guard, from_main(Skips.read(run.folder) if process.is_main else Skips())),
         signals=Signals(config.signals),
+        watchdog=Watchdog(config.watchdog, process.rank),
         unread_keys=unread_keys,
     )
 

@@ -37,6 +37,7 @@ from kinema.training.run_folder import VAECheckpoint
 from kinema.training.schedule import Constant, Cosine
 from kinema.training.signals import SignalsConfig
 from kinema.training.vae_task import VAETaskConfig
+from kinema.training.watchdog import WatchdogConfig
 
 
 @dataclass
@@ -93,6 +94,8 @@ class Config:
     """What is done about numbers that are not sound."""
     signals: SignalsConfig = field(default_factory=SignalsConfig)
     """How the run meets the end of its time."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    """How long a rank may stay in one phase of a step."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -125,7 +128,7 @@ FREE_TO_CHANGE = (
     "parallel.zero_stage", "parallel.sequence_degree", "parallel.vae_axis", "parallel.timeout_seconds",
     "parallel.offload.", "parallel.traffic.",
     "parallel.activation_checkpointing", "parallel.checkpointed_every",
-    "logging.", "checkpoint.", "validation.", "preflight.", "guard.", "signals.", "task.samples.",
+    "logging.", "checkpoint.", "validation.", "preflight.", "guard.", "signals.", "watchdog.", "task.samples.",
     "data.num_workers", "data.prefetch", "data.timeout_seconds", "data.storage.", "data.cache_folder", "data.text",
     "run_root", "allow_config_change",
 )  # fmt: skip

@@ -153,6 +153,7 @@ class Saver:
             "step": step,
             "plan": self.plan.state(step),
             "optimizer_steps": {name: engine.optimizer_step() for name, engine in self.task.engines().items()},
+            "loss_scales": {name: e.loss_scale.state() for name, e in self.task.engines().items() if e.loss_scale},
             "ledger": self.progress.whole_ledger().to_dict(),
             "start": self.progress.start.to_dict(),
         }
@@ -234,12 +235,14 @@ class Saver:
 
     def _load_tensors(self, found: Checkpoint) -> None:
         """Moments and average; the weights came before the engine was built (`initial_weights`)."""
-        steps = found.document("training")["optimizer_steps"]
+        training = found.document("training")
         with found.stored("optimizer") as stored:
             for name, engine in self.task.engines().items():
                 for state in engine.state_names:
                     engine.fill_state(state, reader(stored, f"{name}/{state}/"))
-                engine.set_optimizer_step(steps[name])
+                engine.set_optimizer_step(training["optimizer_steps"][name])
+                if engine.loss_scale is not None and name in training.get("loss_scales", {}):
+                    engine.loss_scale.load(training["loss_scales"][name])
         with found.stored("ema") as stored:
             self.ema.fill(reader(stored))
 

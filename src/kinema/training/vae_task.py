@@ -72,6 +72,11 @@ class VAETask:
         self.loss = loss.to(device)
         self.discriminator: Engine | None = None
         if self.loss.discriminator is not None:
+            if parallel.precision is Precision.float16:
+                raise ValueError(
+                    "parallel.precision=float16 with a discriminator: a step that overflows is done again, and the "
+                    "discriminator would move twice. Type parallel.precision=bfloat16, or leave the discriminator out."
+                )
             # Replicated at any ZeRO stage: it is small, and the VAE's loss runs through its weights as they are.
             self.discriminator = Engine(
                 self.loss.discriminator,
