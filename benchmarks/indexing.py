@@ -19,6 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from kinema.data.candidates import Candidates, plan_clips
+from kinema.data.geometry import ClipShape, Geometry
+from kinema.data.refusals import Refusals, change_of_rights
+from kinema.data.rights import RightsPolicy, idle_words
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import FORMAT_VERSION, DatasetIndex, index_name
 from kinema.data.store import MANIFEST
@@ -112,6 +116,40 @@ def use(folder: Path) -> None:
           f"{private_mib():.0f} MiB of its own, peak {peak_mib():.0f} MiB with mapped pages")  # fmt: skip
 
 
+def start(folder: Path) -> None:
+    """What a run asks of all its clips before its first step."""
+    index, absent = DatasetIndex.load(folder, "train"), frozenset[Any]()
+    policy, before = (
+        RightsPolicy(excluded_sources=("source-7",), excluded_keys=("none", "clip-000000008")),
+        private_mib(),
+    )
+
+    def plan() -> Candidates:
+        return plan_clips(index, [ClipShape(17, 256, 448)], 8.0, Geometry(4, 8, (1, 2, 2)))[0]
+
+    planned = plan()
+    sources, licenses = index.columns.source.names, index.columns.license.names
+    questions: dict[str, Callable[[], Any]] = {
+        "plan_clips": plan,
+        "data.rights, with a key": lambda: Refusals(policy, index),
+        "its change": lambda: change_of_rights(index, planned.entry_index, RightsPolicy(), policy),
+        "its idle words": lambda: idle_words(
+            RightsPolicy(excluded_keys=("none",)), licenses, sources, index.clip_keys()
+        ),
+        "captions in a text cache": lambda: sum(
+            hashlib.sha256(caption.encode()).hexdigest() in absent for caption in index.table.texts("caption")
+        ),
+        "clips in a latent cache": lambda: sum(
+            (index.text("key", clip.entry_index), clip.shape) in absent for clip in planned
+        ),
+    }
+    for what, ask in questions.items():
+        began = time.process_time()
+        ask()
+        cpu, mib = time.process_time() - began, private_mib() - before
+        print(f"{what}: {len(index.entries)} clips, {cpu:.1f} s of CPU, {mib:.0f} MiB of its own", flush=True)
+
+
 def main() -> None:
     """Measure and print one line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -128,6 +166,7 @@ def main() -> None:
         columns = sum(path.stat().st_size for path in folder.glob(".columns-*/*/*"))
         print(f"columns on disk, {arguments.times} times over: {columns / 2**20:.0f} MiB")
         in_a_fresh_process(use, folder)
+        in_a_fresh_process(start, folder)
 
 
 if __name__ == "__main__":

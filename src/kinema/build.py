@@ -20,11 +20,10 @@ from tqdm import tqdm
 from kinema.conditioning.text import CachedTextEncoder, TextEncoder, build_text_encoder
 from kinema.config import Config, changed_keys
 from kinema.data.address import redacted
-from kinema.data.cached_clips import CachedClips
+from kinema.data.cached_clips import CachedClips, open_caches
 from kinema.data.candidates import KeepReport
 from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.latents import MANIFEST as LATENTS
 from kinema.data.latents import LatentCache
 from kinema.data.ledger import Quarantine
 from kinema.data.loading import make_loader
@@ -35,10 +34,9 @@ from kinema.data.quarantine import condemned_clips
 from kinema.data.refusals import change_of_rights
 from kinema.data.rights import RightsPolicy, idle_words
 from kinema.data.shards import DatasetIndex
-from kinema.data.storage import resolve_cache
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
-from kinema.distributed.engine import Engine
+from kinema.distributed.engine import Engine, Precision
 from kinema.distributed.process import Process, seed_everything
 from kinema.distributed.sequence import Ulysses
 from kinema.identity import digest, to_plain
@@ -59,6 +57,7 @@ from kinema.training.metrics import WandbTracker
 from kinema.training.mirror import Mirror, Uploads
 from kinema.training.outputs import Outputs
 from kinema.training.pictures import OverfitCheck, SampleMaker, StripMaker, save_timesteps
+from kinema.training.preflight import SAME_LOSS, SAME_LOSS_BFLOAT16, Preflight
 from kinema.training.progress import Progress
 from kinema.training.run_folder import (
     Weights,
@@ -81,6 +80,7 @@ from kinema.training.signals import Signals
 from kinema.training.skips import Skips
 from kinema.training.start import check_same_vae
 from kinema.training.vae_task import VAETask
+from kinema.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,8 @@ class Data:
     heldout_plan: Plan | None
     lanes: list[int]
     shapes: list[ClipShape]
-    cache: LatentCache | None
+    caches: dict[str, LatentCache]
+    """Of each member of the index, its cached latents; empty where videos are read."""
     seed: int
     kept: KeepReport
     rights: RightsPolicy
@@ -347,7 +348,7 @@ class Data:
             num_workers=self.config.num_workers if workers is None else workers,
             prefetch=self.config.prefetch,
             timeout_seconds=self.config.timeout_seconds,
-            latents=None if heldout else self.cache,
+            latents=None if heldout else self.caches or None,
             rights=self.rights,
             condemned=self.condemned,
         )
@@ -385,15 +386,9 @@ def build_data(
     if line := change_of_rights(index, plan.clips.entry_index, planned, rights):
         run.outputs.event(0, "rights", line)
     heldout_plan = planner.heldout(heldout)
-    cache = None
-    if data.latents is not None:
-        if vae_hash is None:
-            raise ValueError(f"data.latents={data.latents}: a VAE trains on frames. Type data.latents=null.")
-        cache = LatentCache.load(
-            resolve_cache(data.latents, LATENTS, data.cache_folder, data.storage),
-            vae_hash=vae_hash, data_hash=index.hash, shapes=shapes, fps=data.fps, decoder=data.decoder,
-        )  # fmt: skip
-        CachedClips(index, {"": cache}, data.window, config.seed).check_covers(plan)
+    caches = open_caches(data, index, vae_hash)
+    if caches:
+        CachedClips(index, caches, data.window, config.seed).check_covers(plan)
     if process.is_main:
         name = ", ".join(redacted(source.path) for source in data.mixture.values()) or redacted(data.path)
         tqdm.write(f"data {name}: {kept.line()}")
@@ -405,7 +400,7 @@ def build_data(
             )
     return Data(
         data, index, heldout, plan, heldout_plan,
-        lanes_of(process.mesh.data_rank, process.mesh.data_size, data.lanes), shapes, cache, config.seed, kept, rights,
+        lanes_of(process.mesh.data_rank, process.mesh.data_size, data.lanes), shapes, caches, config.seed, kept, rights,
         from_main(condemned_clips(run.folder) if process.is_main else {}),
     )  # fmt: skip
 
@@ -428,8 +423,10 @@ def text_encoder_of(config: Config) -> TextEncoder:
 def check_captions(encoder: TextEncoder, config: Config, data: Data) -> None:
     """Refuse a text cache that lacks a caption of the run, before its first step."""
     if isinstance(encoder, CachedTextEncoder):
-        captions = [entry.record.caption for entry in (*data.index.entries, *data.heldout.entries)]
-        encoder.check_covers(captions, config.task.samples.captions(), str(data.index.folder))
+        parts = [part for index in (data.index, data.heldout) for part in index.members.values()]
+        captions = (caption for part in parts for caption in part.table.texts("caption"))
+        folders = dict.fromkeys(str(part.folder) for part in parts)
+        encoder.check_covers(captions, config.task.samples.captions(), list(folders))
 
 
 def start_weights(config: Config, model: nn.Module, run: Run, process: Process) -> tuple[str, str | None]:
@@ -524,6 +521,14 @@ def assemble(
             uploads=Uploads(Mirror(remote, run.folder)) if remote is not None and process.is_main else None,
         ),
         progress=progress,
+        preflight=Preflight(
+            config.preflight,
+            process.mesh,
+            task,
+            ema,
+            lambda verdict: run.outputs.event(progress.step + 1, "preflight", verdict),
+            SAME_LOSS if config.parallel.precision is Precision.float32 else SAME_LOSS_BFLOAT16,
+        ),
         checkpoint=config.checkpoint,
         validation=config.validation,
         logging=config.logging,
@@ -535,6 +540,7 @@ def assemble(
         make_samples=make_samples,
         guard=Guard(config.guard, from_main(Skips.read(run.folder) if process.is_main else Skips())),
         signals=Signals(config.signals),
+        watchdog=Watchdog(config.watchdog, process.rank),
         unread_keys=unread_keys,
     )
 

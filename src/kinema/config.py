@@ -32,10 +32,12 @@ from kinema.training.guard import GuardConfig
 from kinema.training.loop import ValidationConfig
 from kinema.training.metrics import LoggingConfig
 from kinema.training.optim import AdamW, AdamW8bit, MuonAdamW
+from kinema.training.preflight import PreflightConfig
 from kinema.training.run_folder import VAECheckpoint
 from kinema.training.schedule import Constant, Cosine
 from kinema.training.signals import SignalsConfig
 from kinema.training.vae_task import VAETaskConfig
+from kinema.training.watchdog import WatchdogConfig
 
 
 @dataclass
@@ -86,10 +88,14 @@ class Config:
     """Average of the weights."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Held-out loss."""
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    """Checks of the first steps."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """What is done about numbers that are not sound."""
     signals: SignalsConfig = field(default_factory=SignalsConfig)
     """How the run meets the end of its time."""
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    """How long a rank may stay in one phase of a step."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -122,7 +128,7 @@ FREE_TO_CHANGE = (
     "parallel.zero_stage", "parallel.sequence_degree", "parallel.timeout_seconds",
     "parallel.offload.", "parallel.traffic.",
     "parallel.activation_checkpointing", "parallel.checkpointed_every",
-    "logging.", "checkpoint.", "validation.", "guard.", "signals.", "task.samples.",
+    "logging.", "checkpoint.", "validation.", "preflight.", "guard.", "signals.", "watchdog.", "task.samples.",
     "data.num_workers", "data.prefetch", "data.timeout_seconds", "data.storage.", "data.cache_folder", "data.text",
     "run_root", "allow_config_change",
 )  # fmt: skip

@@ -79,6 +79,7 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
         from kinema.distributed.process import RanksMissing
         from kinema.training.checkpoint import CheckpointError, NotSavedError
         from kinema.training.guard import NonFiniteLoss
+        from kinema.training.preflight import PreflightFailed
 
         try:
             sys.exit(main(*arguments) or 0)
@@ -94,6 +95,8 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
             fail(str(error), Exit.checkpoint)
         except NonFiniteLoss as error:
             fail(str(error), Exit.unsound)
+        except PreflightFailed as error:
+            fail(f"preflight: {error} preflight.steps=0 trains unchecked.", Exit.preflight)
         except RuntimeError as error:
             if not is_lost_rank(error):
                 raise

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Encode what is not there yet, with a progress bar; the verdict says how many captions there are."""
     config, policy, prompts = chosen_encoder(arguments)
     index = DatasetIndex.load(arguments.data)
-    captions = [NULL_CAPTION, *(entry.record.caption for entry in index.entries), *prompts, *arguments.prompt]
+    captions = [NULL_CAPTION, *index.table.texts("caption"), *prompts, *arguments.prompt]
     if TextCache.exists(arguments.out):
         TextCache(arguments.out).check(config)
     encode_captions(arguments.out, config, policy, list(dict.fromkeys(captions)))

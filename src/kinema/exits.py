@@ -21,6 +21,8 @@ class Exit(enum.IntEnum):
     """Numbers stayed infinite or not numbers, or the loss went away."""
     hang = 71
     """A rank did not move for longer than its phase may take."""
+    preflight = 72
+    """A check of the first steps failed: data, noise, losses or weights of the ranks are not what they must be."""
     io = 74
     """Something could not be written."""
     preempted = 75

@@ -50,6 +50,21 @@ def dit_command(folder: Path, name: str, steps: int, *extra: str) -> list[str]:
     return ["train.py", *common(folder, name, steps), *DIT, f"vae.path={folder}/runs/vae", *extra]
 
 
+def other_data_set(folder: Path) -> Path:
+    """A smaller one than `folder/toy`, of other clips."""
+    path = folder / "other"
+    if not path.exists():
+        run("data_prep/toy.py", "--out", f"{path}", "--clips", "10", "--heldout", "2", "--sizes", "64x64,64x48",
+            "--seed", "1")  # fmt: skip
+    return path
+
+
+def mixture(command: list[str], **members: str) -> list[str]:
+    """The command with several data sets: of each, by name, what its place in `data.mixture` holds."""
+    named = ",".join(f"{name}:{{{member}}}" for name, member in members.items())
+    return [*(word for word in command if not word.startswith("data.path=")), f"+data.mixture={{{named}}}"]
+
+
 def torchrun(ranks: int) -> list[str]:
     return [
         "-m",

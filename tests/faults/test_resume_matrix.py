@@ -4,6 +4,7 @@ Every start is real ranks of `train.py`. A start goes on from what the kill befo
 """
 
 import json
+import shutil
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +31,7 @@ SAVE = [  # the nth call within the second save of a start; nobody has published
     ),
     *(Harm("kinema.training.save:write_pieces", "kill", 3 + n, rank=rank) for rank in SYNCS for n in (1, 2, 3)),
     *(Harm("kinema.training.save:write_synced", "kill", 4 + n) for n in (1, 2, 3, 4)),
-    Harm("kinema.training.save:write_part", "kill", 2, rank=1),
+    Harm("kinema.training.saving:write_part", "kill", 2, rank=1),
     Harm("kinema.training.checkpoint:CheckpointStore.seal", "kill", 2),
     Harm("kinema.training.checkpoint:CheckpointStore.announce", "kill", 2),
     Harm("os:rename", "kill", 2, after=2),
@@ -132,6 +133,17 @@ def across_layouts(matrix: Matrix, layouts: list, name: str) -> float:
 def test_kills_inside_a_save_of_two_ranks_change_nothing(matrix):
     harms = [harm for harm in SAVE if harm in (SAVE[4], SAVE[13]) or harm.where == "os:rename"]
     assert matrix.killed_and_resumed(1, harms) == 3
+
+
+def test_a_run_whose_disk_is_lost_goes_on_from_an_address(matrix, tmp_path):
+    options = ["parallel.zero_stage=1", f"checkpoint.remote=file://{tmp_path}/far", "allow_config_change=true"]
+    matrix.train("far", 4, *options)
+    shutil.rmtree(matrix.folder / "runs/far")
+    matrix.train("far", 6, *options)
+    assert "resume: step-00000004 was fetched from file://" in (matrix.folder / "log").read_text()
+    matrix.train("near", 6, "parallel.zero_stage=1")
+    assert same_state(matrix.store("far").open(6), matrix.store("near").open(6))
+    assert (tmp_path / "far/far/step-00000006/seal.json").exists()
 
 
 @pytest.mark.soak

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import zlib
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,25 @@ def test_rotation_keeps_the_newest(tmp_path):
     for step in (1, 2, 3, 4):
         save(store, step)
     assert store.steps() == [3, 4]
+
+
+def as_format(folder: Path, version: int) -> None:
+    """The same files under a seal of another version."""
+    content = json.loads((folder / "seal.json").read_text())
+    del content["crc32"]
+    content["format_version"] = version
+    content["crc32"] = zlib.crc32(json.dumps(content).encode())
+    (folder / "seal.json").write_text(json.dumps(content))
+
+
+def test_version_1_is_read_and_a_later_one_refused_by_its_number(tmp_path):
+    folder = save(CheckpointStore(tmp_path), 1)
+    as_format(folder, 1)
+    found = CheckpointStore(tmp_path).newest()
+    assert found is not None
+    assert torch.equal(found.tensors("model")["weight"], torch.full((64,), 1.0))
+    as_format(folder, 3)
+    assert "format version 3" in (verify(folder) or "")
 
 
 TENSORS = {"w": torch.full((1000,), 2.0)}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from kinema.data.cached_clips import CachedClips
 from kinema.data.candidates import plan_clips
 from kinema.data.config import Crop, Window
 from kinema.data.decoding import Decoder, decode_clip
@@ -156,8 +157,9 @@ def test_a_cache_without_some_clips_is_refused(index, tmp_path):
     with LatentWriter(tmp_path / "cache", **{**IDENTITY, "data_hash": index.hash}) as writer:
         writer.write("clip-000", SHAPES[0], 0.0, torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4))
     cache = LatentCache.load(tmp_path / "cache", **{**IDENTITY, "data_hash": index.hash})
+    plan = make_plan(index, clips_per_step=4)
     with pytest.raises(ValueError, match=r"lacks 11 of 12 clips, e\.g\. clip-001"):
-        rows(index, cache)
+        CachedClips(index, {"": cache}, Window.start, 0).check_covers(plan)
 
 
 def test_random_crops_are_refused_because_the_cache_holds_the_centre(index, cache):

@@ -1,18 +1,24 @@
 """Several data sets in one run, and what is different in its first steps."""
 
+import itertools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from kinema.data.cached_clips import open_caches
+from kinema.data.candidates import plan_clips
 from kinema.data.clip_decoder import DecodingRules
 from kinema.data.config import DataConfig
+from kinema.data.decoders.video import Decoder
+from kinema.data.latents import write_latents
 from kinema.data.loading import make_loader
 from kinema.data.mixture import SourceConfig, StageConfig
 from kinema.data.planning import Planner, open_index
 from kinema.data.rights import RightsPolicy
-from kinema.data.shards import read_member
+from kinema.data.shards import DatasetIndex, read_member
 from tests.unit.clips import GEOMETRY, build
 
 ALL = RightsPolicy()
@@ -169,3 +175,52 @@ def test_a_data_set_of_a_mixture_may_lie_at_an_address(folders, tmp_path):
     read = sum(pack.storage["storage_cache_misses"] + pack.storage["storage_cache_hits"] for pack in loaded[1])
     assert read == sum(key.startswith("film/") for pack in loaded[0] for key in pack.keys)
     assert loaded[0][0].storage == {}
+
+
+def cached(folders, root):
+    """Latents of each data set, and the config that names them; every latent is the mean colour of a clip's frames."""
+
+    def encode(frames):
+        mean = frames.float().mean(dim=(0, 1, 2)).view(3, 1, 1, 1)
+        return mean, -mean
+
+    data = config(folders)
+    for name, folder in folders.items():
+        index = DatasetIndex.load(folder, "train")
+        clips, _ = plan_clips(index, data.clip_shapes, 8.0, GEOMETRY)
+        write_latents(root / name, index, clips, encode, vae_hash="abc", shapes=data.clip_shapes, fps=8.0)
+        data.mixture[name].latents = str(root / name)
+    return data, encode
+
+
+def test_each_data_set_of_a_mixture_has_its_own_cached_latents(folders, tmp_path):
+    data, encode = cached(folders, tmp_path)
+    index, plan, _ = planned(data)
+    caches = open_caches(data, index, "abc")
+    options = {"fps": 8, "seed": 0, "rights": ALL}
+    frames = make_loader(index, plan, range(2), 3, 9, **options)
+    latents = make_loader(index, plan, range(2), 3, 9, **options, latents=caches, num_workers=2)
+    for one, other in zip(itertools.chain(*frames), itertools.chain(*latents), strict=True):
+        assert one.keys == other.keys
+        assert one.captions == other.captions
+        torch.testing.assert_close(other.latents, [encode(clip) for clip in one.frames])
+
+
+def test_every_cache_of_a_mixture_is_checked_by_name(folders, tmp_path):
+    data, _ = cached(folders, tmp_path)
+    index, _, _ = planned(data)
+    for name, value in {"fps": 12.0, "decoder": Decoder.pyav, "shapes": [[9, 32, 32]]}.items():
+        with pytest.raises(ValueError, match=rf"^data\.mixture\.toy\.latents=.* was made with {name}="):
+            open_caches(replace(data, **{name: value}), index, "abc")
+    with pytest.raises(ValueError, match=r"^data\.mixture\.toy\.latents=.* was made with vae_hash=abc"):
+        open_caches(data, index, "another")
+    with pytest.raises(ValueError, match="a VAE trains on frames"):
+        open_caches(data, index, None)
+    data.mixture["film"].latents = data.mixture["toy"].latents
+    with pytest.raises(ValueError, match=r"^data\.mixture\.film\.latents=.* was made with data_hash="):
+        open_caches(data, index, "abc")
+    data.mixture["film"].latents = None
+    with pytest.raises(ValueError, match=r"data\.mixture\.film\.latents=null, but other"):
+        replace(data)
+    with pytest.raises(ValueError, match=r"type data\.latents=null, and data\.mixture\.toy\.latents=FOLDER"):
+        replace(config(folders), latents=str(tmp_path / "toy"))

@@ -7,8 +7,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from kinema.distributed.layout import Fragment
 from kinema.identity import fingerprint_like, fingerprint_of_checksums
 from kinema.training.pieces import Piece, PieceError, StoredTensors, share, whole, whole_sums, write_pieces
+from kinema.training.saving import reader
 
 
 def tensors():
@@ -86,6 +88,16 @@ def test_what_is_no_file_of_tensors_is_refused(tmp_path):
 def test_numbers_that_are_not_finite_are_never_written(tmp_path, number):
     with pytest.raises(PieceError, match="weight holds a number that is not finite"):
         write_pieces(tmp_path / "x", [whole("weight", torch.tensor([1.0, number]))])
+
+
+def test_a_run_never_goes_on_from_a_number_that_is_not_finite(tmp_path):
+    safetensors.torch.save_file({"w": torch.tensor([1.0, 2.0, float("nan")])}, tmp_path / "x")
+    with StoredTensors([tmp_path / "x"]) as stored:
+        fill, target = reader(stored), torch.zeros(2)
+        fill(Fragment("w", torch.Size([3]), 0, 2, 0, 0), target)
+        assert target.tolist() == [1.0, 2.0]
+        with pytest.raises(PieceError, match="w holds a number that is not finite"):
+            fill(Fragment("w", torch.Size([3]), 1, 2, 0, 0), target)
 
 
 def test_writing_and_reading_a_part_need_no_second_copy(tmp_path):

@@ -243,12 +243,12 @@ def test_an_interrupted_cache_is_completed_and_a_prompt_added(data, umt5_text, t
     assert f"{len(wanted) + 1} captions, {len(wanted) - 1} of them new READY" in capsys.readouterr().out
 
     stand_in = CachedTextEncoder.load(out, config)
-    stand_in.check_covers(wanted, ["a cat"], str(data.folder))
+    stand_in.check_covers(wanted, ["a cat"], [str(data.folder)])
     with pytest.raises(ValueError, match=r"lacks 1 captions .*Type: ") as refused:
-        stand_in.check_covers(wanted, ["a dog's tail"], str(data.folder))
+        stand_in.check_covers(wanted, ["a dog's tail"], [str(data.folder)])
     typed = str(refused.value).split("Type: kinema data encode-text ")[1]
     kinema(monkeypatch, *shlex.split(typed))  # what the refusal says is what helps
-    CachedTextEncoder.load(out, config).check_covers(wanted, ["a dog's tail"], str(data.folder))
+    CachedTextEncoder.load(out, config).check_covers(wanted, ["a dog's tail"], [str(data.folder)])
     monkeypatch.setattr("kinema.encode_text.build_text_encoder", lambda config: pytest.fail("nothing lacks"))
     kinema(monkeypatch, data.folder, "--out", out)
     with pytest.raises(ValueError, match="was made with"):

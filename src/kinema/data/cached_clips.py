@@ -5,16 +5,39 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kinema.data.config import Window
+from kinema.data.config import DataConfig, Window
 from kinema.data.geometry import ClipShape
 from kinema.data.keyed import keyed_seed
-from kinema.data.latents import LatentCache, Place
+from kinema.data.latents import MANIFEST, LatentCache, Place
 from kinema.data.pack import Fallback
 from kinema.data.plan import Plan, Slot
 from kinema.data.shards import DatasetIndex
+from kinema.data.storage import resolve_cache
 from kinema.data.store import add_counts
 
 Found = tuple[LatentCache, Place]
+
+
+def open_caches(data: DataConfig, index: DatasetIndex, vae_hash: str | None) -> dict[str, LatentCache]:
+    """The cache of each member of the index, checked against what the run would encode; none where videos are read.
+
+    ValueError names the key of the configuration and the field in which a cache differs.
+    """
+    if data.latent_folders and vae_hash is None:
+        cached, none = ", ".join(data.latent_folders), " ".join(f"{key}=null" for key in data.latent_folders)
+        raise ValueError(f"{cached}: a VAE trains on frames. Type {none}.")
+    return {
+        name: LatentCache.load(
+            resolve_cache(folder, MANIFEST, data.cache_folder, data.storage),
+            vae_hash=str(vae_hash),
+            data_hash=part.hash,
+            shapes=data.all_shapes,
+            fps=data.fps,
+            decoder=data.decoder,
+            named=key,
+        )
+        for (name, part), (key, folder) in zip(index.members.items(), data.latent_folders.items(), strict=False)
+    }
 
 
 class CachedClips:
@@ -29,12 +52,12 @@ class CachedClips:
     def check_covers(self, plan: Plan) -> None:
         """Raise ValueError unless every clip of a plan is cached in its shape, or noted as failed."""
         for stage in plan.stages:
-            wanted: dict[str, list[tuple[str, ClipShape]]] = {name: [] for name in self.caches}
-            for clip in stage.clips:
-                name, _ = self.index.place(clip.entry_index)
-                wanted[name].append((self.index.text("key", clip.entry_index), clip.shape))
             for name, cache in self.caches.items():
-                cache.check_covers(wanted[name])
+                cache.check_covers(
+                    (self.index.text("key", clip.entry_index), clip.shape)
+                    for clip in stage.clips
+                    if self.index.place(clip.entry_index)[0] == name
+                )
 
     def expect(self, slots: Sequence[Slot]) -> list[Found]:
         """Where the window of each clip lies that its position draws; they are read next, and no others."""

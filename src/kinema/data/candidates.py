@@ -16,6 +16,8 @@ from kinema.data.refusals import refused_rows
 from kinema.data.rights import RightsPolicy
 from kinema.data.shards import DatasetIndex
 
+AT_A_TIME = 65_536
+"""Clips that are made together where all are asked for, one after the other."""
 STILL, TOO_SHORT, TOO_SLOW = "image, and data.shapes has none of one frame", "too short", "frame rate below data.fps"
 """Reasons to leave a clip out that another data.shapes or data.fps may take away."""
 
@@ -139,7 +141,8 @@ class Candidates(Sequence[PlannedClip]):
         return [PlannedClip(entry, *self._kinds[kind]) for entry, kind in zip(entries, kinds, strict=True)]
 
     def __iter__(self) -> Iterator[PlannedClip]:
-        return (self[place] for place in range(len(self)))
+        for first in range(0, len(self), AT_A_TIME):
+            yield from self.take(np.arange(first, min(first + AT_A_TIME, len(self))))
 
     @cached_property
     def _kinds(self) -> list[tuple[ClipShape, int, float]]:

@@ -161,6 +161,28 @@ class DataConfig:
         staged = [ClipShape(*shape) for stage in self.stages for shape in stage.shapes or []]
         return list(dict.fromkeys([*self.clip_shapes, *staged]))
 
+    @property
+    def latent_folders(self) -> dict[str, str]:
+        """Where the cached latents lie, by the key of the config that says so; empty where videos are read."""
+        if not self.mixture:
+            return {} if self.latents is None else {"data.latents": self.latents}
+        folders = {f"data.mixture.{name}.latents": source.latents for name, source in self.mixture.items()}
+        return {key: folder for key, folder in folders.items() if folder is not None}
+
+    def _check_latents(self) -> None:
+        if self.mixture and self.latents is not None:
+            keys = " ".join(f"data.mixture.{name}.latents=FOLDER" for name in self.mixture)
+            raise ValueError(
+                f"data.latents={redacted(self.latents)} belongs to one data set, and data.mixture names "
+                f"{len(self.mixture)}: type data.latents=null, and {keys}, each made of its own data set."
+            )
+        lacking = [name for name, source in self.mixture.items() if source.latents is None]
+        if 0 < len(lacking) < len(self.mixture):
+            raise ValueError(
+                f"data.mixture.{lacking[0]}.latents=null, but other data sets of data.mixture have cached latents, and "
+                "a pack holds either latents or frames. Encode this one too (kinema data encode), or type null for all."
+            )
+
     def _check_mixture(self) -> None:
         for name, source in self.mixture.items():
             if not source.path:
@@ -170,11 +192,7 @@ class DataConfig:
                 f"data.path={redacted(self.path)} and data.mixture are given, and each says where the data lie. "
                 f"Leave data.path out, or name its data set in data.mixture, or type data.mixture={{}}."
             )
-        if self.mixture and self.latents is not None:
-            raise ValueError(
-                f"data.latents={self.latents} belongs to one data set, and data.mixture names {len(self.mixture)}. "
-                "Type data.latents=null."
-            )
+        self._check_latents()
         last = 0
         for number, stage in enumerate(self.stages):
             if stage.until_step <= last:

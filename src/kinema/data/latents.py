@@ -177,8 +177,8 @@ class Place(NamedTuple):
 class LatentCache:
     """Read access to a folder of `LatentWriter`, or to one at an address, through the same door as shards."""
 
-    def __init__(self, folder: Path | StoredFolder, manifest: dict[str, Any], places: "_Places") -> None:
-        self.folder, self.manifest, self._places = folder, manifest, places
+    def __init__(self, folder: Path | StoredFolder, manifest: dict[str, Any], places: "_Places", named: str) -> None:
+        self.folder, self.manifest, self._places, self.named = folder, manifest, places, named
         self._store = store_of(folder)
         self.latent_shapes = {ClipShape(*shape): tuple(latent) for shape, latent in manifest["latent_shapes"]}
         """(C, t, h, w) of the latents of a clip shape."""
@@ -193,26 +193,25 @@ class LatentCache:
         shapes: Sequence[ClipShape],
         fps: float,
         decoder: Decoder = Decoder.decord,
+        named: str = "data.latents",
     ) -> "LatentCache":
         """Open a cache; raises ValueError naming the field in which it differs from what the run would
-        encode.
+        encode. `named` is the key of the configuration that names the folder.
         """
         folder = folder if isinstance(folder, StoredFolder) else Path(folder)
         if not (folder / MANIFEST).is_file():
-            raise ValueError(
-                f"data.latents={folder} has no {MANIFEST}: it is not a whole latent cache. Encode it again."
-            )
+            raise ValueError(f"{named}={folder} has no {MANIFEST}: it is not a whole latent cache. Encode it again.")
         manifest = json.loads((folder / MANIFEST).read_bytes())
         for name, wanted in _identity(vae_hash, data_hash, shapes, fps, decoder).items():
             if manifest.get(name) != wanted:
                 as_made = f"data.{name}={manifest.get(name)}".replace(" ", "")
                 narrow = f"type '{as_made}', " * (name in ("shapes", "fps", "decoder"))
                 raise ValueError(
-                    f"data.latents={folder} was made with {name}={manifest.get(name)}, and this run has "
-                    f"{name}={wanted}. Encode the latents again, {narrow}or type data.latents=null to encode "
-                    "anew in every step."
+                    f"{named}={folder} was made with {name}={manifest.get(name)}, and this run has "
+                    f"{name}={wanted}. Encode the latents again, {narrow}or type {named}=null to encode anew "
+                    "in every step."
                 )
-        return cls(folder, manifest, _load_places(folder, manifest))
+        return cls(folder, manifest, _load_places(folder, manifest, named), named)
 
     @property
     def failures(self) -> dict[str, str]:
@@ -226,13 +225,16 @@ class LatentCache:
         windows = self._places[key, shape]
         return Place(key, *windows[draw % len(windows)])
 
-    def check_covers(self, wanted: Sequence[tuple[str, ClipShape]]) -> None:
+    def check_covers(self, wanted: Iterable[tuple[str, ClipShape]]) -> None:
         """Raise ValueError unless every clip, in its shape, is cached or noted as failed."""
-        lacking = [key for key, shape in wanted if (key, shape) not in self._places]
-        lacking = [key for key in lacking if key not in self.failures]
+        total, lacking = 0, list[str]()
+        for key, shape in wanted:
+            total += 1
+            if (key, shape) not in self._places and key not in self.failures:
+                lacking.append(key)
         if lacking:
             raise ValueError(
-                f"data.latents={self.folder} lacks {len(lacking)} of {len(wanted)} clips, e.g. {lacking[0]}. "
+                f"{self.named}={self.folder} lacks {len(lacking)} of {total} clips, e.g. {lacking[0]}. "
                 "Encode the latents again with the same data selection."
             )
 
@@ -303,16 +305,16 @@ def _identity(
     }
 
 
-def _load_places(folder: Path | StoredFolder, manifest: dict[str, Any]) -> _Places:
+def _load_places(folder: Path | StoredFolder, manifest: dict[str, Any], named: str) -> _Places:
     found: dict[tuple[str, ClipShape], dict[float, tuple[str, Member]]] = {}
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         size = path.stat().st_size if path.is_file() else 0
         if isinstance(folder, Path) and size != shard["bytes"]:  # elsewhere, `resolve_folder` looked
-            raise ValueError(f"data.latents: {path} has {size} bytes, not {shard['bytes']}. Encode the latents again.")
+            raise ValueError(f"{named}: {path} has {size} bytes, not {shard['bytes']}. Encode the latents again.")
         content = path.with_name(index_name(path.name)).read_bytes()
         if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
-            raise ValueError(f"data.latents: the index of {path} was changed. Encode the latents again.")
+            raise ValueError(f"{named}: the index of {path} was changed. Encode the latents again.")
         for sample in json.loads(content)["samples"]:
             windows = found.setdefault((sample["key"], ClipShape(*sample["shape"])), {})
             windows[sample["start_seconds"]] = (shard["file"], Member(**sample["member"]))

@@ -51,7 +51,6 @@ def make_loader(
         raise ValueError(f"data.crop={crop.name} cannot be used with data.latents, which cache the centre crop.")
     else:
         contents = CachedClips(index, {"": latents} if isinstance(latents, LatentCache) else latents, window, seed)
-        contents.check_covers(plan)
     dataset = ClipReader(index, plan, contents, fps=fps, rights=rights, condemned=condemned)
     wanted = StepsAndLanes(range(start_step, start_step + num_steps), list(lanes))
     return _read(dataset, wanted, num_workers, prefetch, timeout_seconds)

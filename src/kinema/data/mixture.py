@@ -23,6 +23,8 @@ class SourceConfig:
     """As `data.path`."""
     weight: float = 1.0
     """Share of the clips (or of the tokens) of every step; the weights need not add up to 1."""
+    latents: str | None = None
+    """As `data.latents`, of this data set; either all of a mixture have cached latents or none."""
     require_captions: bool | None = None
     """As in `data`, for this data set; null takes the value there."""
     max_clips: int | None = None

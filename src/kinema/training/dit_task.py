@@ -3,7 +3,7 @@
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from kinema.sampling.conditioner import Conditioner, Numbers, shown_frames
 from kinema.sampling.denoiser import Denoiser
 from kinema.sampling.pipeline import SamplingConfig
 from kinema.training.metrics import Clock
+from kinema.training.task import marks_of_noise
 
 
 class PosteriorDraw(enum.Enum):
@@ -95,6 +96,21 @@ class DiTTaskConfig:
             raise ValueError(f"task.guidance_dropout={self.guidance_dropout} must be in [0, 1), usually 0.1.")
 
 
+class Drawn(NamedTuple):
+    """What the objective is given of a pack: one item a clip."""
+
+    latents: list[Tensor]
+    conditions: list[Condition]
+    timesteps: Tensor
+    """(B,)"""
+    noise: list[Tensor]
+    tokens: list[int]
+    dropped: Sequence[bool]
+    """Captions that were replaced by the null caption."""
+    without: list[bool]
+    """Clips that go without their images."""
+
+
 class DiTTask:
     """What the loop needs to know of the DiT: how a pack becomes a loss."""
 
@@ -131,32 +147,19 @@ class DiTTask:
         self.device = device
         self.frozen = frozen
         self.clip_losses: dict[int, float] = {}
+        self.noise_marks: dict[int, tuple[float, ...]] = {}
 
     def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
         """One pack's share of the step: forward, backward, and the engine's step. Returns sums, to be reduced."""
         with clock.phase("encode"):
-            generators = [self.generator("noise", position) for position in pack.positions]
-            posteriors = self.encode(pack)
-            latents = self.draw(posteriors, generators)
-            words, null = embed(self.text_encoder, pack.captions), null_words(self.text_encoder)
-            words, dropped = drop_text(words, null, self.guidance_dropout, self.seeds("dropout", pack))
-            without = [self.condition.is_dropped(seed) for seed in self.seeds("condition", pack)]
-            conditions = self.conditions(pack, posteriors, words, without)
-            tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]
-            draws = [self.timestep(g, count) for g, count in zip(generators, tokens, strict=True)]
-            timesteps = torch.cat(draws).to(self.device)
-            noise = [
-                torch.randn(clip.shape, generator=generator).to(self.device)
-                for clip, generator in zip(latents, generators, strict=True)
-            ]
-        torch.manual_seed(keyed_seed(self.seed, "adapters", pack.step, pack.lane))  # of their dropout, drawn by torch
+            drawn = self.prepare(pack)
         with clock.phase("forward"):
-            losses = self.loss(latents, conditions, timesteps, noise, tokens)  # (B,)
+            losses = self.loss_of(pack, drawn)  # (B,)
             weights = pack.weights.to(self.device)
             loss = (losses * weights).sum() / total_weight
             # Read here, where the lane waits for no other: the phases of a GPU's lanes are then their own.
             told = losses.detach().cpu()
-            levels = by_noise_level(told, timesteps.cpu(), pack.weights)
+            levels = by_noise_level(told, drawn.timesteps.cpu(), pack.weights)
             self.clip_losses = dict(zip(pack.positions, told.tolist(), strict=True))
         with clock.phase("backward"):
             self.engine.backward(loss)
@@ -165,12 +168,41 @@ class DiTTask:
         return {
             "loss": float(loss.detach()),
             "clips": float((weights > 0).sum()),
-            "tokens": float(sum(tokens)),
-            "padding_tokens": float(sum(n for n, weight in zip(tokens, pack.weights, strict=True) if not weight)),
-            "captions_dropped": float(sum(dropped)),
-            **({"images_dropped": float(sum(without))} if self.condition.num_images() else {}),
+            "tokens": float(sum(drawn.tokens)),
+            "padding_tokens": float(sum(n for n, weight in zip(drawn.tokens, pack.weights, strict=True) if not weight)),
+            "captions_dropped": float(sum(drawn.dropped)),
+            **({"images_dropped": float(sum(drawn.without))} if self.condition.num_images() else {}),
             **levels,
         }
+
+    def prepare(self, pack: Pack) -> "Drawn":
+        """Latents, conditions, timesteps and noise of a pack's clips, keyed by their places in the global batch."""
+        generators = [self.generator("noise", position) for position in pack.positions]
+        posteriors = self.encode(pack)
+        latents = self.draw(posteriors, generators)
+        words, null = embed(self.text_encoder, pack.captions), null_words(self.text_encoder)
+        words, dropped = drop_text(words, null, self.guidance_dropout, self.seeds("dropout", pack))
+        without = [self.condition.is_dropped(seed) for seed in self.seeds("condition", pack)]
+        conditions = self.conditions(pack, posteriors, words, without)
+        tokens = [self.geometry.num_tokens(shape) for shape in pack.shapes]
+        draws = [self.timestep(g, count) for g, count in zip(generators, tokens, strict=True)]
+        noise = [
+            torch.randn(clip.shape, generator=generator) for clip, generator in zip(latents, generators, strict=True)
+        ]
+        self.noise_marks = marks_of_noise(pack.positions, noise)
+        noise = [x.to(self.device) for x in noise]
+        return Drawn(latents, conditions, torch.cat(draws).to(self.device), noise, tokens, dropped, without)
+
+    def loss_of(self, pack: Pack, drawn: "Drawn") -> Tensor:
+        """The losses (B,) of a pack's clips."""
+        # Of the adapters' dropout, drawn by torch.
+        torch.manual_seed(keyed_seed(self.seed, "adapters", pack.step, pack.lane))
+        return self.loss(drawn.latents, drawn.conditions, drawn.timesteps, drawn.noise, drawn.tokens)
+
+    @torch.no_grad()
+    def recompute(self, pack: Pack) -> dict[int, float]:
+        """The losses that `micro_step` would find, by place in the global batch; nothing else happens."""
+        return dict(zip(pack.positions, self.loss_of(pack, self.prepare(pack)).tolist(), strict=True))
 
     def timestep(self, generator: torch.Generator, tokens: int) -> Tensor:
         """The timestep (1,) of a clip: the objective's, drawn again until one falls into the range of the expert."""
@@ -276,17 +308,19 @@ def check_training(condition: FrameCondition, data: DataConfig, vae: VAEConfig) 
                 f"data.shapes has {list(shape)}, of which condition={condition.name} gives every frame: "
                 "nothing is left to learn. Leave that shape out, or type condition=none."
             )
-    if data.latents is None:
+    if not data.latent_folders:
         return
+    cached = " ".join(f"{key}={folder}" for key, folder in data.latent_folders.items())
+    none = " ".join(f"{key}=null" for key in data.latent_folders)
     if condition.reads_pixels():
         raise ValueError(
-            f"data.latents={data.latents}: condition={condition.name} encodes images of its own, which "
-            "cached latents do not hold. Type data.latents=null."
+            f"{cached}: condition={condition.name} encodes images of its own, which cached latents do not hold. "
+            f"Type {none}."
         )
     if condition.num_images() and (reason := vae.encoder_looks_ahead()):
         raise ValueError(
-            f"data.latents={data.latents}: {reason}, so the first latent frame of a clip is not the latent of its "
-            "first image. Type data.latents=null to encode both in every step."
+            f"{cached}: {reason}, so the first latent frame of a clip is not the latent of its first image. "
+            f"Type {none} to encode both in every step."
         )
 
 

@@ -1,6 +1,7 @@
 """The training loop: steps, checkpoints, validation, samples. What a pack costs is the task's business."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,15 @@ from kinema.training.guard import Guard, NonFiniteLoss
 from kinema.training.journal import KeyJournal
 from kinema.training.metrics import Clock, LoggingConfig
 from kinema.training.outputs import Outputs
+from kinema.training.preflight import Preflight
 from kinema.training.progress import Progress
 from kinema.training.restarts import NoProgress, count_restart
 from kinema.training.saving import Saver
 from kinema.training.signals import Signals
 from kinema.training.skips import write_skips
+from kinema.training.stragglers import Stragglers
 from kinema.training.task import Task
+from kinema.training.watchdog import Watchdog
 
 UPLOADS_SECONDS, UPLOADS_WHEN_STOPPED_SECONDS = 600.0, 5.0
 """How long the end of a run waits for checkpoints that are on their way to `checkpoint.remote`."""
@@ -73,7 +77,9 @@ class Trainer:
     quarantine: Quarantine
     progress: Progress
     guard: Guard
+    preflight: Preflight
     signals: Signals
+    watchdog: Watchdog
     sample_every_steps: int
     make_samples: SampleMaker | None
     unread_keys: Callable[[], str | None]
@@ -101,16 +107,21 @@ class Trainer:
         self._count_restart()
         validation = self.load_validation() if self.load_validation and self.validation.every_steps else None
         self._tell_heldout_failures(validation or [])
-        clock, window = Clock(), Window()
+        self.watchdog.start()
+        hosts = gather_objects(os.uname().nodename)
+        stragglers = Stragglers(self.watchdog.config.straggler_ratio, self.process.rank, hosts)
+        clock, window = Clock(self.watchdog.enter), Window()
         bar = tqdm(
             total=self.steps, initial=self.step, desc=self.outputs.run_dir.name, unit="step",
             disable=not self.process.is_main, dynamic_ncols=True, mininterval=0.5,
         )  # fmt: skip
         packs_of_steps = self.load(self.step, self.steps - self.step)
         while self.step < self.steps:
+            self.watchdog.begin_step(self.step)
+            stragglers.begin_step(clock)
             with clock.phase("data"):
                 packs = self.guard.admit(next(packs_of_steps), self.index)
-            totals = self._train_step(packs, clock)
+            totals = self._train_step(packs, clock, stragglers)
             if totals is None:
                 packs_of_steps = self.load(self.step, self.steps - self.step)  # from here again
                 bar.update(self.step - bar.n)
@@ -124,24 +135,32 @@ class Trainer:
             if first or self.step % self.logging.every_steps == 0 or self.step == self.steps:
                 self._log(window, clock)
             if validation and due(self.step, self.validation.every_steps, self.steps):
-                self._validate(validation)
+                with clock.phase("validate"):
+                    self._validate(validation)
             if self.make_samples and due(self.step, self.sample_every_steps, self.steps):
-                self._sample()
+                with clock.phase("sample"):
+                    self._sample()
             if self._is_to_save():
                 with clock.phase("checkpoint"):
                     self.saver.save(must=self.step == self.steps or self._stop is not None)
             if self._stop:
                 bar.close()
-                self.saver.tell_uploads(UPLOADS_WHEN_STOPPED_SECONDS)
-                if self.process.is_main and (line := self.signals.requeue()):
-                    self.outputs.event(self.step, "requeue", line)
-                self._finish(f"stopped by {self._stop} at step {self.step}; the same command continues")
-                return Exit.preempted
+                return self._leave_early(self._stop)
         bar.close()
-        passed = self._final_check()
-        self.saver.tell_uploads(UPLOADS_SECONDS)
+        with clock.phase("sample"):
+            passed = self._final_check()
+        with clock.phase("checkpoint"):
+            self.saver.tell_uploads(UPLOADS_SECONDS)
         self._finish("finished")
         return Exit.done if passed else Exit.failed_check
+
+    def _leave_early(self, why: str) -> Exit:
+        """The end of a run that was asked to stop, and has been saved."""
+        self.saver.tell_uploads(UPLOADS_WHEN_STOPPED_SECONDS)
+        if self.process.is_main and (line := self.signals.requeue()):
+            self.outputs.event(self.step, "requeue", line)
+        self._finish(f"stopped by {why} at step {self.step}; the same command continues")
+        return Exit.preempted
 
     def _is_to_save(self) -> bool:
         if self._stop or self._save_now or self.step == self.steps:
@@ -171,14 +190,16 @@ class Trainer:
             self.outputs.event(self.step, "check", verdict)
         return from_main(passed)
 
-    def _train_step(self, packs: list[Pack], clock: Clock) -> dict[str, float] | None:
+    def _train_step(self, packs: list[Pack], clock: Clock, stragglers: Stragglers) -> dict[str, float] | None:
         """One optimiser step: this rank's packs, then weights, then the average. Returns totals over all ranks.
 
         None if numbers were not sound: the run then stands where it is to go on from.
         """
         counted = packs if self.process.mesh.counts else []  # what ranks with the same packs see is counted once
         # The weight of the whole step must be known before the first backward: failed clips count 0 everywhere.
-        total_weight, left_out = all_sum([sum(float(pack.weights.sum()) for pack in counted), self.guard.left_out])
+        weight = sum(float(pack.weights.sum()) for pack in counted)
+        with clock.phase("sums"):
+            total_weight, left_out = all_sum([weight, self.guard.left_out])
         if total_weight == 0 and left_out:
             return self._pass_over(counted)
         if total_weight == 0:
@@ -187,31 +208,25 @@ class Trainer:
                 "data.rights withdrew them, start a new run from the last checkpoint: another name, and init_from."
             )
         learning_rate = self.learning_rate(self.step)
-        sums = {f"data_sets/{name}": 0.0 for name in self.index.parts}  # on every rank, whatever it reads
-        balance = Balance(self.plan.lanes, self.plan.balanced_lanes)
-        for pack in packs:
-            before = clock.spent(*LANE_PHASES)
-            for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
-                sums[key] = sums.get(key, 0.0) + value
-            self.guard.hear(pack, self.task.clip_losses)
-            balance.add(pack, clock.spent(*LANE_PHASES) - before)
-            for key, value in pack.storage.items():
-                sums[key] = sums.get(key, 0.0) + value
-            for number in pack.entries if self.index.parts else ():
-                sums[f"data_sets/{self.index.place(number)[0]}"] += 1
+        self.preflight.begin(packs)
+        sums, balance = self._run_lanes(packs, total_weight, learning_rate, clock)
         engines = self.task.engines()
         sums["withheld"] = float(any(engine.moved is False for engine in engines.values()))
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
         wishes = [float(self.signals.asked_to_stop is not None), float(self.signals.asked_to_save)]
-        over_ranks = all_sum([*wishes, self.saver.vote(), *self._once([*sums.values(), *balance.values()])])
-        (stop, save, saved), over_ranks = over_ranks[:3], over_ranks[3:]
+        own = [*wishes, self.saver.vote(), *stragglers.own(clock, sum(pack.cost for pack in packs))]
+        with clock.phase("sums"):
+            over_ranks = all_sum([*own, *self._once([*sums.values(), *balance.values()])])
+        (stop, save, saved, *times), over_ranks = over_ranks[: len(own)], over_ranks[len(own) :]
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
         if totals.pop("withheld") or not math.isfinite(totals["loss"]):
             self._go_back(totals["loss"])
             return None
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
+        self.preflight.end()
+        self._tell_stragglers(stragglers.hear(times))
         self.guard.has_moved(self.step)
         self.signals.look_at_clock()
         self.progress.add(counted)
@@ -233,14 +248,44 @@ class Trainer:
         totals["grad_norm"] = engines["model"].grad_norm()
         return totals
 
+    def _run_lanes(
+        self, packs: list[Pack], total_weight: float, learning_rate: float, clock: Clock
+    ) -> tuple[dict[str, float], Balance]:
+        """This rank's packs, one after the other, the last of which moves the weights; what is to be summed of them."""
+        sums = {f"data_sets/{name}": 0.0 for name in self.index.parts}  # on every rank, whatever it reads
+        balance = Balance(self.plan.lanes, self.plan.balanced_lanes)
+        for pack in packs:
+            before = clock.spent(*LANE_PHASES)
+            for key, value in self.task.micro_step(pack, total_weight, learning_rate, clock).items():
+                sums[key] = sums.get(key, 0.0) + value
+            self.guard.hear(pack, self.task.clip_losses)
+            self.preflight.hear()
+            balance.add(pack, clock.spent(*LANE_PHASES) - before)
+            for key, value in pack.storage.items():
+                sums[key] = sums.get(key, 0.0) + value
+            for number in pack.entries if self.index.parts else ():
+                sums[f"data_sets/{self.index.place(number)[0]}"] += 1
+        return sums, balance
+
     def _pass_over(self, packs: list[Pack]) -> dict[str, float]:
         """A step that is left out: its clips count as failed, and nothing moves."""
         self.progress.add(packs)
         self._quarantine([failure for pack in packs for failure in pack.failures])
         return {}
 
+    def _is_rescaled(self, loss: float) -> bool:
+        """Whether a float16 gradient overflowed, and the step is done again with a lower loss scale."""
+        scales = [engine.loss_scale for engine in self.task.engines().values() if engine.loss_scale is not None]
+        if not math.isfinite(loss) or not any(scale.lowered for scale in scales):
+            return False
+        told = f"a float16 gradient overflowed, and the step is done again with a loss scale of {scales[0].value:g}"
+        self.outputs.event(self.step, "loss scale", told)
+        return True
+
     def _go_back(self, loss: float) -> None:
         """After numbers that were not sound: leave out what is to blame, and stand where the state is good."""
+        if self._is_rescaled(loss):
+            return
         suspects = [suspect for rank in gather_objects(self.guard.suspects) for suspect in rank]
         incident = self.guard.condemn(self.step, suspects, loss)
         if self.process.is_main:
@@ -297,6 +342,10 @@ class Trainer:
             self.outputs.event(self.step, "quarantine", f"{failure.key} in {failure.shard}: {failure.reason}")
         self.quarantine.check(self.progress.whole_ledger())
 
+    def _tell_stragglers(self, lines: list[str]) -> None:
+        for line in lines:
+            self.outputs.event(self.step, "straggler", line)
+
     def _tell_heldout_failures(self, validation: list[list[Pack]]) -> None:
         """Held-out clips are read once, before the first step; those that fail are missing from every validation."""
         counted = validation if self.process.mesh.counts else []
@@ -314,6 +363,7 @@ class Trainer:
         self.quarantine.check(self.progress.whole_ledger())
 
     def _finish(self, how: str) -> None:
+        self.watchdog.stop()
         self.outputs.event(self.step, "end", how)
         if tracker := self.outputs.tracker:
             tracker.close()

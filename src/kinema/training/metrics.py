@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,17 +158,21 @@ def _scalars(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 class Clock:
     """Seconds by phase since the last reading; what no phase covers is `other`."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], object] = lambda phase: None) -> None:
+        """`tell` hears each phase as it begins, and `between` when it is over."""
+        self._tell = tell
         self._phases: dict[str, float] = {}
         self._started = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the block's time to `name`."""
+        self._tell(name)
         started = time.perf_counter()
         try:
             yield
         finally:
+            self._tell("between")
             self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - started
 
     def spent(self, *names: str) -> float:
@@ -179,5 +183,5 @@ class Clock:
         """Mean seconds a step by phase; starts over."""
         total = time.perf_counter() - self._started
         phases = {**self._phases, "other": max(0.0, total - sum(self._phases.values()))}
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self._tell)  # type: ignore[misc]
         return {name: seconds / steps for name, seconds in phases.items()}

@@ -53,6 +53,8 @@ class Saver:
     """The one save that is not published yet."""
     seconds: float = 0.0
     """What the last save took, from its beginning to its publication."""
+    _token: str = ""
+    """Tells the files of this start from those that an earlier one, or a rank of it that lives on, leaves behind."""
     _failed_saves: int = 0
     _saved_step: int = -1
 
@@ -118,10 +120,10 @@ class Saver:
 
     def _begin(self, step: int) -> "Save":
         """Copy what this rank owns, and what the main rank says of it, and let a thread write it."""
-        token = from_main(secrets.token_hex(4))
+        self._token = self._token or from_main(secrets.token_hex(4))
         files = self._memory.copy(self._pieces())
         rank, ranks = self.process.rank, self.process.world_size
-        aside = self.store.aside(step, token)
+        aside = self.store.aside(step, self._token)
         parts = {part_name(name, rank, ranks): pieces for name, pieces in files.items()}
         return Save(step, aside, self._documents(step), self._thread.submit(write_part, aside, parts))
 
@@ -151,6 +153,7 @@ class Saver:
             "step": step,
             "plan": self.plan.state(step),
             "optimizer_steps": {name: engine.optimizer_step() for name, engine in self.task.engines().items()},
+            "loss_scales": {name: e.loss_scale.state() for name, e in self.task.engines().items() if e.loss_scale},
             "ledger": self.progress.whole_ledger().to_dict(),
             "start": self.progress.start.to_dict(),
         }
@@ -232,12 +235,14 @@ class Saver:
 
     def _load_tensors(self, found: Checkpoint) -> None:
         """Moments and average; the weights came before the engine was built (`initial_weights`)."""
-        steps = found.document("training")["optimizer_steps"]
+        training = found.document("training")
         with found.stored("optimizer") as stored:
             for name, engine in self.task.engines().items():
                 for state in engine.state_names:
                     engine.fill_state(state, reader(stored, f"{name}/{state}/"))
-                engine.set_optimizer_step(steps[name])
+                engine.set_optimizer_step(training["optimizer_steps"][name])
+                if engine.loss_scale is not None and name in training.get("loss_scales", {}):
+                    engine.loss_scale.load(training["loss_scales"][name])
         with found.stored("ema") as stored:
             self.ema.fill(reader(stored))
 

@@ -1,6 +1,6 @@
 """What the loop trains: the contract of `task=dit` and `task=vae`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -15,6 +15,8 @@ class Task(Protocol):
 
     clip_losses: dict[int, float]
     """Loss of each clip of the last micro-step, by its position."""
+    noise_marks: dict[int, tuple[float, ...]]
+    """First numbers of the noise of each clip of the last micro-step, by its position."""
 
     def engines(self) -> dict[str, Engine]:
         """Engines by name; the first, `model`, is the one that is averaged and sampled."""
@@ -22,6 +24,10 @@ class Task(Protocol):
 
     def micro_step(self, pack: Pack, total_weight: float, learning_rate: float, clock: Clock) -> dict[str, float]:
         """Forward, backward and `engine.step` of one pack; values to be summed over packs and ranks."""
+        ...
+
+    def recompute(self, pack: Pack) -> dict[int, float]:
+        """The clip losses that `micro_step` would find, by forward alone; empty where that cannot be."""
         ...
 
     def validate(self, packs: list[Pack]) -> dict[str, float]:
@@ -38,3 +44,8 @@ class Task(Protocol):
     def finished_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Full weights of the model as a checkpoint holds them, on the main rank; elsewhere as given."""
         ...
+
+
+def marks_of_noise(positions: Sequence[int], noise: Sequence[Tensor]) -> dict[int, tuple[float, ...]]:
+    """The first numbers of each clip's noise, drawn on the CPU, by the clip's position."""
+    return {position: tuple(x.flatten()[:4].tolist()) for position, x in zip(positions, noise, strict=True)}

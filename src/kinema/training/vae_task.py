@@ -15,6 +15,7 @@ from kinema.models.vae import CausalVAE, LatentStatistics
 from kinema.models.vae.losses import VAELoss, VAELossConfig, psnr
 from kinema.training.metrics import Clock
 from kinema.training.optim import AdamW
+from kinema.training.task import marks_of_noise
 
 
 @dataclass
@@ -64,9 +65,15 @@ class VAETask:
         self.device = device
         self.crop = list(config.crop)
         self.clip_losses: dict[int, float] = {}
+        self.noise_marks: dict[int, tuple[float, ...]] = {}
         self.loss = loss.to(device)
         self.discriminator: Engine | None = None
         if self.loss.discriminator is not None:
+            if parallel.precision is Precision.float16:
+                raise ValueError(
+                    "parallel.precision=float16 with a discriminator: a step that overflows is done again, and the "
+                    "discriminator would move twice. Type parallel.precision=bfloat16, or leave the discriminator out."
+                )
             # Replicated at any ZeRO stage: it is small, and the VAE's loss runs through its weights as they are.
             self.discriminator = Engine(
                 self.loss.discriminator,
@@ -82,11 +89,11 @@ class VAETask:
         """One pack's share of the step: forward, backward, and the engines' steps. Returns sums, to be reduced."""
         sums: dict[str, float] = {"clips": float((pack.weights > 0).sum()), "tokens": 0.0, "padding_tokens": 0.0}
         losses, judged = [], []
-        self.clip_losses = {}
+        self.clip_losses, self.noise_marks = {}, {}
         for video, weights, positions in self.batches(pack):
             with clock.phase("forward"):
                 video = self.cropped(video, positions)
-                noise = self.noise(video, [keyed_seed(self.seed, "posterior", p) for p in positions])
+                noise = self.noise(video, positions)
                 reconstruction, posterior = self.engine(video, noise)
                 total, terms = self.loss.generator_loss(video, reconstruction, posterior, pack.step)
                 losses.append((total * weights).sum() / total_weight)
@@ -106,6 +113,19 @@ class VAETask:
         if self.discriminator is not None:
             sums["term_discriminator"] = self._discriminator_step(judged, pack.step, total_weight, learning_rate, clock)
         return {"loss": float(loss.detach()), **sums}
+
+    @torch.no_grad()
+    def recompute(self, pack: Pack) -> dict[int, float]:
+        """The losses that `micro_step` would find; none where a discriminator weighs in, which needs gradients."""
+        losses: dict[int, float] = {}
+        if self.loss.adversarial_runs(pack.step):
+            return losses
+        for video, _, positions in self.batches(pack):
+            video = self.cropped(video, positions)
+            reconstruction, posterior = self.engine(video, self.noise(video, positions))
+            total, _ = self.loss.generator_loss(video, reconstruction, posterior, pack.step)
+            losses |= zip(positions, total.tolist(), strict=True)
+        return losses
 
     def _discriminator_step(
         self,
@@ -195,10 +215,12 @@ class VAETask:
             windows.append(clip[:, t : t + frames, y : y + height, x : x + width])
         return torch.stack(windows)
 
-    def noise(self, video: Tensor, seeds: list[int]) -> Tensor:
-        """Unit noise for the posteriors of `video`, one keyed draw a clip."""
+    def noise(self, video: Tensor, positions: list[int]) -> Tensor:
+        """Unit noise for the posteriors of `video`, one draw a clip, keyed by its place in the global batch."""
         size = self.latent_size(video)[1:]
+        seeds = [keyed_seed(self.seed, "posterior", position) for position in positions]
         draws = [torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.noise_marks |= marks_of_noise(positions, draws)
         return torch.stack(draws).to(self.device)
 
     def latent_size(self, video: Tensor) -> tuple[int, ...]:

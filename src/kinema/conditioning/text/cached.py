@@ -1,6 +1,7 @@
 """Embeddings of captions, encoded once, and read where the encoder would have run."""
 
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -89,8 +90,8 @@ class TextCache:
             )
 
     def lacking(self, captions: Iterable[str]) -> list[str]:
-        """The distinct captions that are not here, in their order."""
-        return [caption for caption in dict.fromkeys(captions) if _key(caption) not in self._places]
+        """The distinct captions that are not here, in their order; millions may be asked for, and are not kept."""
+        return list(dict.fromkeys(caption for caption in captions if _key(caption) not in self._places))
 
     def read(self, caption: str) -> dict[str, Tensor]:
         """The words of a caption on the CPU, by the names of `Condition`; the bits that the encoder gave."""
@@ -175,15 +176,16 @@ class CachedTextEncoder(TextEncoder):
         cache.check(config)
         return cls(cache, config.max_tokens)
 
-    def check_covers(self, captions: Sequence[str], prompts: Sequence[str], data: str) -> None:
-        """Raise ValueError unless the captions of `data`, these prompts and the null caption are cached."""
+    def check_covers(self, captions: Iterable[str], prompts: Sequence[str], data: Sequence[str]) -> None:
+        """Raise ValueError unless the captions of these data sets, these prompts and the null caption are cached."""
         folder = self.cache.folder
-        lacking, typed = self.cache.lacking(["", *captions]), self.cache.lacking(prompts)
+        lacking, typed = self.cache.lacking(itertools.chain([""], captions)), self.cache.lacking(prompts)
         if missing := list(dict.fromkeys([*lacking, *typed])):
             options = "".join(f" --prompt {shlex.quote(prompt)}" for prompt in typed)
+            commands = [f"kinema data encode-text {each} --out {folder}" for each in data]
             raise ValueError(
                 f"data.text={folder} lacks {len(missing)} captions of the data and of task.samples, e.g. "
-                f"{missing[0]!r}. Type: kinema data encode-text {data} --out {folder}{options}"
+                f"{missing[0]!r}. Type: {' && '.join(commands)}{options}"
             )
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
