@@ -137,7 +137,7 @@ class Trainer:
             if validation and due(self.step, self.validation.every_steps, self.steps):
                 with clock.phase("validate"):
                     self._validate(validation)
-            if self.make_samples and due(self.step, self.sample_every_steps, self.steps):
+            if due(self.step, self.sample_every_steps, self.steps):  # a collective, whoever makes the pictures
                 with clock.phase("sample"):
                     self._sample()
             if self._is_to_save():

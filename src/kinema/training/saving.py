@@ -70,7 +70,7 @@ class Saver:
         step, called = self.progress.step, time.perf_counter()
         self.tell_uploads()
         if step != self._saved_step:
-            self.settle(must=False)
+            self.settle(must=False)  # at most one at a time: it would need memory for a second copy
             waited = time.perf_counter() - called
             self._saved_step = step
             self._save = self._begin(step)
@@ -95,7 +95,7 @@ class Saver:
         assert save is not None, "nobody votes without a save"
         problems = [found for found in gather_objects(problem_of(save.work)) if found]
         if problems:
-            self._save = None
+            self._save, self._saved_step = None, -1  # so that a stop signal at this very step tries again
             if self.process.is_main:
                 shutil.rmtree(save.aside, ignore_errors=True)
             self._count_failure(save.step, problems[0], must)
@@ -163,6 +163,7 @@ class Saver:
 
     def _tell(self, save: "Save") -> None:
         """How long a save took, in the metrics and on the console."""
+        save.ended = save.ended or time.perf_counter()  # of ranks that do not publish
         record = save.record()
         self.seconds = record["seconds"]
         self.outputs.write(record)
