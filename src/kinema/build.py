@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -48,6 +48,7 @@ from kinema.sampling.denoiser import check_condition, check_embedded_guidance
 from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import geometry_of, image_encoder_of
 from kinema.training.checkpoint import Checkpoint, CheckpointStore, write_json
+from kinema.training.context_parallel import ContextParallel
 from kinema.training.dit_task import DiTTask, check_sizes, check_training
 from kinema.training.ema import EMA
 from kinema.training.finetune import LoRA, frozen_parameters
@@ -170,6 +171,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     task = DiTTask(
         engine=engine,
         vae=vae.to(process.device),
+        context=context_parallel(config, vae, data, run, process),
         text_encoder=text_encoder.to(process.device),
         objective=config.objective,
         condition=config.condition,
@@ -242,7 +244,6 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
 
 def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=vae`."""
-    check_alone(config.parallel.sequence_degree)
     model = CausalVAE(config.vae)
     geometry = Geometry(*model.geometry_strides, (1, 1, 1))
     data = build_data(config, geometry, process, run, vae_hash=None)
@@ -260,6 +261,7 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         engine=engine,
         loss=loss,
         twin=twin,
+        context=context_parallel(config, twin, data, run, process, config.task.crop),
         statistics_packs=packs,
         optim=config.optim,
         parallel=config.parallel,
@@ -290,13 +292,19 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
     )
 
 
-def check_alone(sequence_degree: int) -> None:
-    """Refuse groups of ranks that would each work on the whole of a pack, which would count its gradient twice."""
-    if sequence_degree > 1:
-        raise ValueError(
-            f"parallel.sequence_degree={sequence_degree}: task=vae does not spread a pack over ranks yet. Type "
-            "parallel.sequence_degree=1."
-        )
+def context_parallel(
+    config: Config, vae: CausalVAE, data: "Data", run: Run, process: Process, crop: Sequence[int] = ()
+) -> ContextParallel:
+    """What spreads the VAE's work on a clip over this rank's sequence group; the header says how for each shape."""
+    context = ContextParallel(process.mesh.sequence_group, vae.geometry_strides, config.parallel.vae_axis)
+    for shape in [*data.shapes, *([crop] if crop else [])] if context.ranks > 1 else []:
+        cut = context.cut(*shape)
+        line = f"a clip of {'x'.join(map(str, shape))} is cut along {cut.line()}"
+        if cut.working < context.ranks:
+            run.outputs.event(0, "vae ranks idle", line)
+        elif process.is_main:
+            tqdm.write(f"vae: {line}")
+    return context
 
 
 @dataclass(frozen=True)

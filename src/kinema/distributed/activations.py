@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
@@ -57,8 +58,35 @@ Policy = Callable[..., CheckpointPolicy]
 def _recomputed(forward: Callable[..., Any], policy: Policy | None, *arguments: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*arguments, **named)
-    chosen = {} if policy is None else {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
+    chosen = {} if policy is None else {"context_fn": partial(_contexts, policy)}
     return checkpoint(forward, *arguments, use_reentrant=False, **chosen, **named)
+
+
+def _contexts(policy: Policy) -> tuple["_Kept", ...]:
+    """What is on during the forward, and during its repetition."""
+    return tuple(_Kept(mode, policy) for mode in create_selective_checkpoint_contexts(policy))
+
+
+class _Kept(TorchDispatchMode):
+    """Shows torch's selective checkpointing the operations that are kept, and none of the others.
+
+    It wants the repetition to be the same, operation by operation. Under ZeRO 3 it is not: weights are gathered inside
+    a block when they are missing, and by the time of the backward others are.
+    """
+
+    def __init__(self, mode: TorchDispatchMode, policy: Policy) -> None:
+        super().__init__()
+        self.mode, self.policy = mode, policy
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """As torch's own."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.policy(None, func) is CheckpointPolicy.MUST_SAVE:
+            return self.mode.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def _keep_attention(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:

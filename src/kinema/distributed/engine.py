@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from kinema.distributed.activations import ActivationCheckpointing
 from kinema.distributed.deepspeed_config import OffloadConfig, TrafficConfig, deepspeed_config, plan_traffic
+from kinema.distributed.halo import SlabAxis
 from kinema.distributed.layout import Fill, layout_of
+from kinema.distributed.loss_scale import LossScale
 from kinema.distributed.optimizer_state import Placed, named_state, state_files
 
 
@@ -22,6 +24,7 @@ class Precision(enum.Enum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @dataclass
@@ -32,8 +35,10 @@ class ParallelConfig:
     """0 replicates; 1 shards the optimiser, 2 also gradients, 3 also weights (Rajbhandari et al. 2020, ZeRO)."""
     sequence_degree: int = 1
     """How many ranks work on each pack together, each on its share of the tokens (Jacobs et al. 2023, Ulysses)."""
+    vae_axis: SlabAxis = SlabAxis.auto
+    """With sequence_degree above 1: the side along which each rank of a group gets its slab of a clip for the VAE."""
     precision: Precision = Precision.float32
-    """float32, or bfloat16 matrix products under autocast over float32 master weights."""
+    """float32, or bfloat16 or float16 matrix products under autocast over float32 master weights."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """none, selective, attention, every or full: what the backward finds, and what it computes again."""
     checkpointed_every: int = 2
@@ -82,9 +87,10 @@ class Engine:
 
         device_type = next(module.parameters()).device.type
 
-        if precision is Precision.bfloat16:
+        if precision is not Precision.float32:
             # Inside the module, because DeepSpeed turns off an autocast that was entered outside it.
-            module.forward = torch.autocast(device_type, torch.bfloat16)(module.forward)
+            module.forward = torch.autocast(device_type, getattr(torch, precision.value))(module.forward)
+        self.loss_scale = LossScale() if precision is Precision.float16 else None
         self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.zero_stage = zero_stage
         self.accumulation = accumulation
@@ -133,6 +139,10 @@ class Engine:
         every rank of it, and no rank moves its weights.
         """
         scale = float(self.accumulation * dist.get_world_size())
+        if self.loss_scale is not None and self.zero_stage == 0:
+            scale *= self.loss_scale.value
+        elif self.loss_scale is not None:  # and takes it out of the norm and the gradient
+            self.deepspeed.optimizer.override_loss_scale(self.loss_scale.value)
         self.deepspeed.backward(loss * torch.where(loss.detach().isfinite(), scale, float("nan")))
 
     def step(self, learning_rate: float) -> None:
@@ -142,16 +152,25 @@ class Engine:
         last = self.deepspeed.is_gradient_accumulation_boundary()
         if last and self.zero_stage == 0:  # DeepSpeed reports no norm without ZeRO
             gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
+            if self.loss_scale is not None:
+                torch._foreach_div_(gradients, self.loss_scale.value)
             self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
             self.moved = math.isfinite(self._grad_norm)
             if not self.moved:  # ZeRO looks for itself and moves nothing; here the update would make all weights NaN
                 self.deepspeed.zero_grad()
                 self.deepspeed.micro_steps += 1
+                self._update_loss_scale()
                 return
         self.deepspeed.step()
         if last and self.zero_stage > 0:
             self.moved = not self.deepspeed.optimizer.overflow
             self._grad_norm = float(self.deepspeed.get_global_grad_norm()) if self.moved else math.inf
+        if last:
+            self._update_loss_scale()
+
+    def _update_loss_scale(self) -> None:
+        if self.loss_scale is not None:
+            self.loss_scale.update(bool(self.moved))
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters, before clipping."""

@@ -137,7 +137,7 @@ class Trainer:
             if validation and due(self.step, self.validation.every_steps, self.steps):
                 with clock.phase("validate"):
                     self._validate(validation)
-            if self.make_samples and due(self.step, self.sample_every_steps, self.steps):
+            if due(self.step, self.sample_every_steps, self.steps):  # a collective, whoever makes the pictures
                 with clock.phase("sample"):
                     self._sample()
             if self._is_to_save():
@@ -222,7 +222,7 @@ class Trainer:
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
         withheld = totals.pop("withheld") > 0
         if what := self.guard.trouble(self.step, totals["loss"], self.progress.losses, withheld=withheld):
-            self._go_back(what)
+            self._go_back(what, totals["loss"])
             return None
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
@@ -275,8 +275,19 @@ class Trainer:
         self._quarantine([failure for pack in packs for failure in pack.failures])
         return {}
 
-    def _go_back(self, what: str) -> None:
+    def _is_rescaled(self, loss: float) -> bool:
+        """Whether a float16 gradient overflowed, and the step is done again with a lower loss scale."""
+        scales = [engine.loss_scale for engine in self.task.engines().values() if engine.loss_scale is not None]
+        if not math.isfinite(loss) or not any(scale.lowered for scale in scales):
+            return False
+        told = f"a float16 gradient overflowed, and the step is done again with a loss scale of {scales[0].value:g}"
+        self.outputs.event(self.step, "loss scale", told)
+        return True
+
+    def _go_back(self, what: str, loss: float) -> None:
         """After numbers that were not sound: leave out what is to blame, and stand where the state is good."""
+        if self._is_rescaled(loss):
+            return
         suspects = [suspect for rank in gather_objects(self.guard.suspects) for suspect in rank]
         incident = self.guard.condemn(self.step, suspects, what)
         if self.process.is_main:

@@ -70,7 +70,7 @@ class Saver:
         step, called = self.progress.step, time.perf_counter()
         self.tell_uploads()
         if step != self._saved_step:
-            self.settle(must=False)
+            self.settle(must=False)  # at most one at a time: it would need memory for a second copy
             waited = time.perf_counter() - called
             self._saved_step = step
             self._save = self._begin(step)
@@ -95,7 +95,7 @@ class Saver:
         assert save is not None, "nobody votes without a save"
         problems = [found for found in gather_objects(problem_of(save.work)) if found]
         if problems:
-            self._save = None
+            self._save, self._saved_step = None, -1  # so that a stop signal at this very step tries again
             if self.process.is_main:
                 shutil.rmtree(save.aside, ignore_errors=True)
             self._count_failure(save.step, problems[0], must)
@@ -153,6 +153,7 @@ class Saver:
             "step": step,
             "plan": self.plan.state(step),
             "optimizer_steps": {name: engine.optimizer_step() for name, engine in self.task.engines().items()},
+            "loss_scales": {name: e.loss_scale.state() for name, e in self.task.engines().items() if e.loss_scale},
             "ledger": self.progress.whole_ledger().to_dict(),
             "start": self.progress.start.to_dict(),
             "losses": self.progress.losses,
@@ -163,6 +164,7 @@ class Saver:
 
     def _tell(self, save: "Save") -> None:
         """How long a save took, in the metrics and on the console."""
+        save.ended = save.ended or time.perf_counter()  # of ranks that do not publish
         record = save.record()
         self.seconds = record["seconds"]
         self.outputs.write(record)
@@ -236,12 +238,14 @@ class Saver:
 
     def _load_tensors(self, found: Checkpoint) -> None:
         """Moments and average; the weights came before the engine was built (`initial_weights`)."""
-        steps = found.document("training")["optimizer_steps"]
+        training = found.document("training")
         with found.stored("optimizer") as stored:
             for name, engine in self.task.engines().items():
                 for state in engine.state_names:
                     engine.fill_state(state, reader(stored, f"{name}/{state}/"))
-                engine.set_optimizer_step(steps[name])
+                engine.set_optimizer_step(training["optimizer_steps"][name])
+                if engine.loss_scale is not None and name in training.get("loss_scales", {}):
+                    engine.loss_scale.load(training["loss_scales"][name])
         with found.stored("ema") as stored:
             self.ema.fill(reader(stored))
 

@@ -1,0 +1,110 @@
+"""Steps of a DiT on gloo ranks: each ZeRO stage beside ZeRO 0, and the engine on one rank beside a bare loop.
+
+python -m benchmarks.scaling [--ranks 2] [--pairs 20] [--width 256] [--tokens 390]
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks.pairing import Paired
+from kinema.distributed.engine import Engine, Precision
+from kinema.models.dit import DiT, DiTConfig, Extras
+from kinema.training.optim import AdamW
+from tests.ranks import run_ranks
+
+CHANNELS, TEXT, WORDS = 16, 256, 32
+HEADER = "| what | the latter, s | the former, s | times the time (quartiles) |\n|---|---|---|---|"
+Step = Callable[[], object]
+
+
+def model(width: int) -> DiT:
+    """Four blocks of Wan's kind."""
+    torch.manual_seed(0)
+    axes = [16, 24, 24]
+    return DiT(DiTConfig(width=width, depth=4, num_heads=width // sum(axes), rope_axes=axes), CHANNELS, TEXT)
+
+
+def loss_of(module: Callable[..., list[torch.Tensor]], tokens: int) -> Callable[[], torch.Tensor]:
+    """The loss of one clip of so many tokens, in one row of patches."""
+    latents = torch.randn(CHANNELS, 1, 2, 2 * tokens)
+    words, times = torch.randn(WORDS, TEXT), torch.tensor([0.5])
+    return lambda: module([latents], times, [words], Extras())[0].square().mean()
+
+
+def engine_step(zero_stage: int, width: int, tokens: int) -> Step:
+    """One step of the engine, gradient clipping and AdamW included."""
+    module, optim = model(width), AdamW()
+    engine = Engine(
+        module, optim.build(module), zero_stage=zero_stage, precision=Precision.float32, accumulation=1,
+        gradient_clipping=optim.gradient_clipping,
+    )  # fmt: skip
+    loss = loss_of(engine, tokens)
+
+    def step() -> None:
+        engine.backward(loss())
+        engine.step(1e-4)
+
+    return step
+
+
+def bare_step(width: int, tokens: int) -> Step:
+    """The same by PyTorch alone."""
+    module, optim = model(width), AdamW()
+    optimizer, loss = optim.build(module), loss_of(module, tokens)
+
+    def step() -> None:
+        loss().backward()
+        nn.utils.clip_grad_norm_(module.parameters(), optim.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def pairs_of(ours: Step, theirs: Step, pairs: int) -> Paired:
+    """Seconds of both in turn, each first every other time; every rank does the same number."""
+    seconds: dict[Step, list[float]] = {ours: [], theirs: []}
+    for number in range(pairs + 3):
+        for step in (ours, theirs) if number % 2 else (theirs, ours):
+            dist.barrier()
+            started = time.perf_counter()
+            step()
+            dist.barrier()
+            if number >= 3:
+                seconds[step].append(time.perf_counter() - started)
+    return Paired(seconds[theirs], seconds[ours])
+
+
+def stages(width: int, tokens: int, pairs: int) -> list[str]:
+    """On every rank: rows of the table."""
+    replicated = engine_step(0, width, tokens)
+    return [
+        pairs_of(engine_step(stage, width, tokens), replicated, pairs).row(f"ZeRO {stage} over ZeRO 0")
+        for stage in (1, 2, 3)
+    ]
+
+
+def alone(width: int, tokens: int, pairs: int) -> list[str]:
+    """On one rank."""
+    return [pairs_of(engine_step(0, width, tokens), bare_step(width, tokens), pairs).row("engine over bare PyTorch")]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("ranks", 2), ("pairs", 20), ("width", 256), ("tokens", 390)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    given = parser.parse_args()
+    sizes = (given.width, given.tokens, given.pairs)
+    print(HEADER)
+    for function, ranks in ((alone, 1), (stages, given.ranks)):
+        print(*run_ranks(function, ranks, *sizes, timeout_seconds=3600)[0], sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
