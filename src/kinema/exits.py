@@ -23,8 +23,6 @@ class Exit(enum.IntEnum):
     """A rank did not move for longer than its phase may take."""
     preflight = 72
     """A check of the first steps failed: data, noise, losses or weights of the ranks are not what they must be."""
-    preflight = 72
-    """A live check of the first steps failed."""
     io = 74
     """Something could not be written."""
     preempted = 75
