@@ -84,6 +84,8 @@ class Trainer:
     make_samples: SampleMaker | None
     unread_keys: Callable[[], str | None]
     """What is wrong with the configuration once the first step has read all it needs; the main rank's answer counts."""
+    ideal_seconds: float
+    """A step of the first step's clips on all ranks at their measured peak, for MFU; 0 but on the main rank."""
 
     final_check: Callable[[dict[str, Tensor]], tuple[bool, str]] | None = None
     """EMA weights -> passed, verdict; runs on the main rank after the last step."""
@@ -310,6 +312,7 @@ class Trainer:
             return
         record = window.close()
         record.update(kind="train", step=self.step, seconds=clock.read(record.pop("steps")))
+        record["mfu"] = self.ideal_seconds / sum(record["seconds"].values())
         self.outputs.write(record)
         if line := self.signals.took(sum(record["seconds"].values()), self.saver.seconds):
             self.outputs.event(self.step, "grace", line)
