@@ -5,9 +5,7 @@ import pytest
 from kinema.distributed.rendezvous import CONFIRMED, UnsafeRendezvousError, check_rendezvous, is_public
 
 
-@pytest.mark.parametrize(
-    "address", ["127.0.0.1", "localhost", "10.1.2.3", "192.168.0.7", "fd00::1", "::1"]
-)
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "10.1.2.3", "192.168.0.7", "fd00::1", "::1"])
 def test_private_addresses_are_let_pass(monkeypatch, address):
     monkeypatch.setenv("MASTER_ADDR", address)
     check_rendezvous()
