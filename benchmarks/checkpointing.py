@@ -86,7 +86,7 @@ def measure(rank: int, options: argparse.Namespace, port: int, folder: Path) -> 
     start_process(600)
     engine = engine_of(options.mib, options.stage)
     saver = saver_of(engine, folder / "kinema")
-    stalls, totals, theirs = [], [], []
+    stalls, totals, theirs, synced = [], [], [], []
     for number in range(options.rounds + 1):
         step(engine, saver)
         forget_peak()
@@ -102,16 +102,18 @@ def measure(rank: int, options: argparse.Namespace, port: int, folder: Path) -> 
         dist.barrier()
         began = time.perf_counter()
         engine.deepspeed.save_checkpoint(str(folder / "deepspeed"), tag=f"step{number}")
-        os.sync()  # it leaves its files to the system; ours are on the disk when they are published
         theirs.append(time.perf_counter() - began)
+        os.sync()  # it leaves its files to the system; ours are on the disk when they are published
+        synced.append(time.perf_counter() - began)
         shutil.rmtree(folder / "deepspeed" / f"step{number - 1}", ignore_errors=True)
     if rank == 0:
-        stall, total, peer = (statistics.median(values[1:]) for values in (stalls, totals, theirs))
+        stall, total, peer, whole = (statistics.median(values[1:]) for values in (stalls, totals, theirs, synced))
         mib = save.num_bytes / 2**20
         print(
             f"ZeRO {options.stage}, {options.ranks} ranks, {mib:.0f} MiB, torch {torch.__version__}, "
             f"load {os.getloadavg()[0]:.0f}: training waits {stall:.3f} s (the first time {first:.3f}), "
-            f"DeepSpeed's save takes {peer:.2f} s: {stall / peer:.1%}. Until published {total:.2f} s, "
+            f"DeepSpeed's save takes {peer:.2f} s ({stall / peer:.1%}), {whole:.2f} s until it is on the disk "
+            f"({stall / whole:.1%}). Until published {total:.2f} s, "
             f"{mib / total:.0f} MiB/s. Memory of the main rank rose by {rise:.0f} MiB at most; its part of the state "
             f"is {mib / options.ranks:.0f} MiB"
         )

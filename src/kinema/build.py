@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -43,11 +43,13 @@ from kinema.identity import digest, to_plain
 from kinema.models.dit import DiT, Expert, Experts, make_denoiser
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
+from kinema.plan import states_of
 from kinema.sampling.conditioner import numbers_told
 from kinema.sampling.denoiser import check_condition, check_embedded_guidance
 from kinema.sampling.pipeline import Pipeline
 from kinema.sampling.sample import geometry_of, image_encoder_of
 from kinema.training.checkpoint import Checkpoint, CheckpointStore, write_json
+from kinema.training.context_parallel import ContextParallel
 from kinema.training.dit_task import DiTTask, check_sizes, check_training
 from kinema.training.ema import EMA
 from kinema.training.finetune import LoRA, frozen_parameters
@@ -170,6 +172,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     task = DiTTask(
         engine=engine,
         vae=vae.to(process.device),
+        context=context_parallel(config, vae, data, run, process),
         text_encoder=text_encoder.to(process.device),
         objective=config.objective,
         condition=config.condition,
@@ -220,7 +223,8 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         save_timesteps(
             run.folder, config.objective, config.task.samples, geometry, data.shapes, config.model.timestep_range
         )
-    describe_run(config, run, process, engine, line, flops_per_step=3 * sum(map(clip_flops, data.step_shapes)))
+    flops = 3 * sum(map(clip_flops, data.step_shapes))
+    ideal_seconds = describe_run(config, run, process, engine, line, twin, flops_per_step=flops)
     trainer = assemble(
         config,
         run,
@@ -232,6 +236,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         unread_keys,
         samples,
         config.task.samples.every_steps,
+        ideal_seconds,
     )
     if config.task.overfit_check and process.is_main:
         pack = data.some_packs(1)[0][0]
@@ -242,7 +247,6 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
 
 def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=vae`."""
-    check_alone(config.parallel.sequence_degree)
     model = CausalVAE(config.vae)
     geometry = Geometry(*model.geometry_strides, (1, 1, 1))
     data = build_data(config, geometry, process, run, vae_hash=None)
@@ -260,6 +264,7 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         engine=engine,
         loss=loss,
         twin=twin,
+        context=context_parallel(config, twin, data, run, process, config.task.crop),
         statistics_packs=packs,
         optim=config.optim,
         parallel=config.parallel,
@@ -274,8 +279,9 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         if process.is_main
         else None
     )
-    flops = 3 * sum(sum(model.flops(*shape)) for shape in data.step_shapes)
-    describe_run(config, run, process, engine, line, flops_per_step=flops)
+    seen = [tuple(config.task.crop) or shape for shape in data.step_shapes]
+    flops = 3 * sum(sum(model.flops(*shape)) for shape in seen)
+    ideal_seconds = describe_run(config, run, process, engine, line, twin, flops_per_step=flops)
     return assemble(
         config,
         run,
@@ -287,16 +293,23 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         unread_keys,
         strips,
         config.task.strips_every_steps,
+        ideal_seconds,
     )
 
 
-def check_alone(sequence_degree: int) -> None:
-    """Refuse groups of ranks that would each work on the whole of a pack, which would count its gradient twice."""
-    if sequence_degree > 1:
-        raise ValueError(
-            f"parallel.sequence_degree={sequence_degree}: task=vae does not spread a pack over ranks yet. Type "
-            "parallel.sequence_degree=1."
-        )
+def context_parallel(
+    config: Config, vae: CausalVAE, data: "Data", run: Run, process: Process, crop: Sequence[int] = ()
+) -> ContextParallel:
+    """What spreads the VAE's work on a clip over this rank's sequence group; the header says how for each shape."""
+    context = ContextParallel(process.mesh.sequence_group, vae.geometry_strides, config.parallel.vae_axis)
+    for shape in [*data.shapes, *([crop] if crop else [])] if context.ranks > 1 else []:
+        cut = context.cut(*shape)
+        line = f"a clip of {'x'.join(map(str, shape))} is cut along {cut.line()}"
+        if cut.working < context.ranks:
+            run.outputs.event(0, "vae ranks idle", line)
+        elif process.is_main:
+            tqdm.write(f"vae: {line}")
+    return context
 
 
 @dataclass(frozen=True)
@@ -482,6 +495,7 @@ def assemble(
     unread_keys: Callable[[], str | None],
     make_samples: Any,
     sample_every_steps: int,
+    ideal_seconds: float,
 ) -> Trainer:
     """The trainer from its parts; the same for every task."""
     barrier()
@@ -537,6 +551,7 @@ def assemble(
             config.data.max_failed_fraction, config.data.min_failed_clips, config.data.max_fallback_fraction
         ),
         sample_every_steps=sample_every_steps,
+        ideal_seconds=ideal_seconds,
         make_samples=make_samples,
         guard=Guard(config.guard, from_main(Skips.read(run.folder) if process.is_main else Skips())),
         signals=Signals(config.signals),
@@ -564,11 +579,21 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
 
 
 def describe_run(
-    config: Config, run: Run, process: Process, engine: Engine, trained: str, flops_per_step: float
-) -> None:
-    """Write `run.json`, print the header (what runs, on what, with which identity), and start the tracker."""
+    config: Config,
+    run: Run,
+    process: Process,
+    engine: Engine,
+    trained: str,
+    whole: nn.Module,
+    flops_per_step: float,
+) -> float:
+    """Write `run.json`, print the header (what runs, on what, with which identity), and start the tracker.
+
+    Returns the seconds that a step takes on all ranks at their measured peak; 0 but on the main rank.
+    """
     if not process.is_main:
-        return
+        return 0.0
+    peak = measure_peak_flops(process.device, getattr(torch, config.parallel.precision.value))
     parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
     record = {
         "name": config.name,
@@ -585,7 +610,7 @@ def describe_run(
         },
         "parameters": parameters,
         "flops_per_step": flops_per_step,
-        "peak_flops_measured": measure_peak_flops(process.device),
+        "peak_flops_measured": peak,
         "config_hash": digest(run.config_yaml),
         "git": git_revision(),
     }  # fmt: skip
@@ -597,6 +622,7 @@ def describe_run(
         f"{engine.traffic.line(parallel.zero_stage)}"
     )
     tqdm.write(trained)
+    tqdm.write(f"{states_of(config, whole, process.world_size).line()} (activations: kinema plan)")
     run.outputs.tracker = WandbTracker(config.logging, run.folder, {"config": run.config_yaml})
     rate, checkpoint, logging = config.optim.learning_rate, config.checkpoint, config.logging
     rates = [rate * config.schedule.factor(step, config.steps) for step in (0, config.steps // 2, config.steps - 1)]
@@ -612,6 +638,7 @@ def describe_run(
             f"schedule.warmup_steps={config.schedule.warmup_steps} is longer than steps={config.steps}: the learning "
             f"rate ends at {rates[2]:.1e} and never reaches optim.learning_rate={rate:g}. Type fewer warm-up steps."
         )
+    return flops_per_step / (peak * process.world_size)
 
 
 def device_name(process: Process) -> str:
@@ -621,9 +648,13 @@ def device_name(process: Process) -> str:
     return platform.processor() or platform.machine()
 
 
-def measure_peak_flops(device: torch.device, size: int = 1024, repeats: int = 8) -> float:
-    """Floating-point operations a second of a float32 matrix product on this device: what MFU is measured against."""
-    matrix = torch.randn(size, size, device=device)
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 8) -> float:
+    """Floating-point operations a second of a matrix product of this type on this device: what MFU is measured against.
+
+    On random numbers, of a size that fills a GPU.
+    """
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
     best = 0.0
     for _ in range(repeats):
         if device.type == "cuda":

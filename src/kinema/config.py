@@ -125,7 +125,7 @@ DIT_GROUPS = ("model", "vae", "objective", "text", "condition")
 """Groups that task=dit needs; task=vae reads no other of them than `vae`."""
 
 FREE_TO_CHANGE = (
-    "parallel.zero_stage", "parallel.sequence_degree", "parallel.timeout_seconds",
+    "parallel.zero_stage", "parallel.sequence_degree", "parallel.vae_axis", "parallel.timeout_seconds",
     "parallel.offload.", "parallel.traffic.",
     "parallel.activation_checkpointing", "parallel.checkpointed_every",
     "logging.", "checkpoint.", "validation.", "preflight.", "guard.", "signals.", "watchdog.", "task.samples.",

@@ -1,7 +1,6 @@
 """Sequence parallelism changes nothing but where tokens lie: real ranks against one, for every preset."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks.sequence import sent_bytes
 from kinema.data.geometry import ClipShape
 from kinema.data.pack import Pack
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
@@ -183,29 +183,11 @@ def changed_when_recomputed(config: DiTConfig, group: Ulysses) -> bool:
     return not all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
 
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """Bytes that this rank sends to others in exchanges, one entry for each."""
-    sent: list[int] = []
-    real = dist.all_to_all_single
-
-    def counting(**named: Any) -> Any:
-        given, ranks = named["input"], named["group"].size()
-        sent.append(given.numel() * given.element_size() * (ranks - 1) // ranks)
-        return real(**named)
-
-    dist.all_to_all_single = counting
-    try:
-        yield sent
-    finally:
-        dist.all_to_all_single = real
-
-
 def traffic(config: DiTConfig, group: Ulysses) -> tuple[int, float]:
     """Bytes that a rank sends to others, forwards and backwards, and the formula of docs/sequence_parallel.md."""
     module, inputs = model(config), Inputs(config)
     module.share_tokens(group)
-    with counted() as sent:
+    with sent_bytes() as sent:
         weighed(inputs.outputs(module)).backward()
     ranks = group.size
     video, words = (-(-sum(counts) // ranks) for counts in ([t * h * w for t, h, w in GRIDS], WORDS))
@@ -267,7 +249,7 @@ def optimizer(module: nn.Module) -> torch.optim.AdamW:
 
 @pytest.mark.soak
 def test_compiled_blocks_learn_the_same():
-    """torch.compile that traces into DeepSpeed's exchange gives what lies before it a gradient of zero."""
+    """The exchanges stay out of the graph, or what lies before them might get a gradient of zero."""
     for found in run_ranks(compiled, 2, configs()[JOINT]):
         assert max(found) < 1e-12
 

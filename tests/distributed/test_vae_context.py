@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kinema.distributed.halo import SlabAxis
 from kinema.models.vae import (
     Attention,
     CausalVAE,
@@ -14,7 +15,6 @@ from kinema.models.vae import (
     Halving,
     Norm,
     Resampling,
-    SlabAxis,
     SpacePadding,
     TimePadding,
     VAEConfig,

@@ -19,6 +19,7 @@ from kinema.models.vae import CausalVAE, Norm, VAEConfig
 from kinema.sampling.conditioner import numbers_told, shown_frames
 from kinema.sampling.denoiser import Denoiser, check_condition, check_embedded_guidance, extras_of, with_given_frames
 from kinema.sampling.pipeline import OtherVAE, Pipeline, SamplingConfig
+from kinema.training.context_parallel import ContextParallel
 from kinema.training.dit_task import DiTTask, PosteriorDraw, check_training
 
 SIZES = [(4, 3, 4, 6), (4, 2, 2, 2), (4, 4, 4, 2)]
@@ -176,7 +177,7 @@ def tiny_vae() -> CausalVAE:
 def task(vae: CausalVAE, condition: FrameCondition, model: DiT) -> DiTTask:
     return DiTTask(
         engine=model, vae=vae, text_encoder=build_text_encoder(TEXT), objective=RectifiedFlow(), condition=condition,
-        image_encoder=None,
+        image_encoder=None, context=ContextParallel(None, vae.geometry_strides),
         geometry=Geometry(*vae.geometry_strides, (1, 2, 2)), guidance_dropout=0.0, frozen={}, seed=0,
         numbers=numbers_told(model.config, 8.0, 6.0 if model.config.guidance else None), posterior=PosteriorDraw.sample,
         device=torch.device("cpu"),

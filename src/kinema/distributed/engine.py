@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kinema.distributed.activations import ActivationCheckpointing
 from kinema.distributed.deepspeed_config import OffloadConfig, TrafficConfig, deepspeed_config, plan_traffic
+from kinema.distributed.halo import SlabAxis
 from kinema.distributed.layout import Fill, layout_of
 from kinema.distributed.loss_scale import LossScale
 from kinema.distributed.optimizer_state import Placed, named_state, state_files
@@ -34,6 +35,8 @@ class ParallelConfig:
     """0 replicates; 1 shards the optimiser, 2 also gradients, 3 also weights (Rajbhandari et al. 2020, ZeRO)."""
     sequence_degree: int = 1
     """How many ranks work on each pack together, each on its share of the tokens (Jacobs et al. 2023, Ulysses)."""
+    vae_axis: SlabAxis = SlabAxis.auto
+    """With sequence_degree above 1: the side along which each rank of a group gets its slab of a clip for the VAE."""
     precision: Precision = Precision.float32
     """float32, or bfloat16 or float16 matrix products under autocast over float32 master weights."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none

@@ -5,12 +5,23 @@ runs backwards in the reverse of that order, on all ranks alike.
 """
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class SlabAxis(Enum):
+    """Along which side clips are cut."""
+
+    auto = "auto"
+    """Where the largest slab is smallest, and of those where neighbours have least to send."""
+    time = "time"
+    height = "height"
+    width = "width"
 
 
 class RankSlab:

@@ -35,7 +35,7 @@ class Ulysses:
         """This rank's of so many tokens: the first, and the first behind them. Shares are equal or differ by one."""
         return tokens * self.rank // self.size, tokens * (self.rank + 1) // self.size
 
-    # torch.compile would trace into both and find a buffer that nothing fills: a gradient of zero, without a word.
+    # A compiler that traced into either would find a buffer that nothing fills, and a gradient of zero.
 
     @torch.compiler.disable
     def gather(self, x: Tensor, tokens: int) -> Tensor:

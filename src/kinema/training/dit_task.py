@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from kinema.models.vae import CausalVAE, Posterior, VAEConfig
 from kinema.sampling.conditioner import Conditioner, Numbers, shown_frames
 from kinema.sampling.denoiser import Denoiser
 from kinema.sampling.pipeline import SamplingConfig
+from kinema.training.context_parallel import ContextParallel
 from kinema.training.metrics import Clock
 from kinema.training.task import marks_of_noise
 
@@ -119,6 +121,7 @@ class DiTTask:
         *,
         engine: Engine,
         vae: CausalVAE,
+        context: ContextParallel,
         text_encoder: TextEncoder,
         objective: Objective,
         condition: FrameCondition,
@@ -134,6 +137,7 @@ class DiTTask:
     ) -> None:
         self.engine = engine
         self.vae = vae
+        self.context = context
         self.text_encoder = text_encoder
         self.objective = objective
         self.condition = condition
@@ -222,7 +226,7 @@ class DiTTask:
             return [Posterior(mean[None], logvar[None]) for mean, logvar in pack.latents]
         assert pack.frames is not None
         with torch.no_grad():
-            return encode_frames(self.vae, pack.frames, self.device)
+            return encode_frames(partial(self.context.encode, self.vae), pack.frames, self.device)
 
     def draw(self, posteriors: list[Posterior], generators: list[torch.Generator]) -> list[Tensor]:
         """Latents (C, T, H, W) of each clip: a draw from its posterior, or the mean."""
@@ -337,13 +341,13 @@ def check_sizes(model: DiTConfig, geometry: Geometry, shapes: Sequence[ClipShape
             ) from error
 
 
-def encode_frames(vae: CausalVAE, frames: list[Tensor], device: torch.device) -> list[Posterior]:
+def encode_frames(encode: Callable[[Tensor], Posterior], frames: list[Tensor], device: torch.device) -> list[Posterior]:
     """uint8 frames (T, H, W, 3) of any sizes -> one posterior a clip; equal sizes share a call."""
     posteriors: list[Posterior | None] = [None] * len(frames)
     for shape in dict.fromkeys(tuple(clip.shape) for clip in frames):
         members = [i for i, clip in enumerate(frames) if tuple(clip.shape) == shape]
         batch = torch.stack([to_model_range(frames[i].to(device)) for i in members])
-        posterior = vae.encode(batch)
+        posterior = encode(batch)
         for row, i in enumerate(members):
             posteriors[i] = Posterior(posterior.mean[row : row + 1], posterior.logvar[row : row + 1])
     return [posterior for posterior in posteriors if posterior is not None]

@@ -70,7 +70,7 @@ class Saver:
         step, called = self.progress.step, time.perf_counter()
         self.tell_uploads()
         if step != self._saved_step:
-            self.settle(must=False)
+            self.settle(must=False)  # at most one at a time: it would need memory for a second copy
             waited = time.perf_counter() - called
             self._saved_step = step
             self._save = self._begin(step)
@@ -95,7 +95,7 @@ class Saver:
         assert save is not None, "nobody votes without a save"
         problems = [found for found in gather_objects(problem_of(save.work)) if found]
         if problems:
-            self._save = None
+            self._save, self._saved_step = None, -1  # so that a stop signal at this very step tries again
             if self.process.is_main:
                 shutil.rmtree(save.aside, ignore_errors=True)
             self._count_failure(save.step, problems[0], must)
@@ -156,6 +156,7 @@ class Saver:
             "loss_scales": {name: e.loss_scale.state() for name, e in self.task.engines().items() if e.loss_scale},
             "ledger": self.progress.whole_ledger().to_dict(),
             "start": self.progress.start.to_dict(),
+            "losses": self.progress.losses,
         }
         data = {**self.manifest["data"], **data_seen(training["ledger"], self.progress.start)}
         manifest = {**self.manifest, "data": data, "step": step}
@@ -163,6 +164,7 @@ class Saver:
 
     def _tell(self, save: "Save") -> None:
         """How long a save took, in the metrics and on the console."""
+        save.ended = save.ended or time.perf_counter()  # of ranks that do not publish
         record = save.record()
         self.seconds = record["seconds"]
         self.outputs.write(record)
@@ -204,9 +206,10 @@ class Saver:
         if weights:
             self._load_weights(found)
         self._load_tensors(found)
-        step = self._saved_step = found.document("training")["step"]
+        training = found.document("training")
+        step = self._saved_step = training["step"]
         own, start = seen_by(found) if self.process.is_main else (None, self.progress.start)
-        self.progress.go_on(step, own, start)
+        self.progress.go_on(step, training.get("losses", []), own, start)
         if self.uploads:
             self.uploads.offer(found)
         self.outputs.event(step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)")

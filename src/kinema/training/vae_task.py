@@ -13,6 +13,7 @@ from kinema.distributed.collectives import from_main
 from kinema.distributed.engine import Engine, ParallelConfig, Precision
 from kinema.models.vae import CausalVAE, LatentStatistics
 from kinema.models.vae.losses import VAELoss, VAELossConfig, psnr
+from kinema.training.context_parallel import ContextParallel
 from kinema.training.metrics import Clock
 from kinema.training.optim import AdamW
 from kinema.training.task import marks_of_noise
@@ -51,6 +52,7 @@ class VAETask:
         engine: Engine,
         loss: VAELoss,
         twin: CausalVAE,
+        context: ContextParallel,
         statistics_packs: list[Pack],
         optim: AdamW,
         parallel: ParallelConfig,
@@ -60,6 +62,7 @@ class VAETask:
     ) -> None:
         self.engine = engine
         self.twin = twin
+        self.context = context
         self.statistics_packs = statistics_packs
         self.seed = seed
         self.device = device
@@ -94,7 +97,7 @@ class VAETask:
             with clock.phase("forward"):
                 video = self.cropped(video, positions)
                 noise = self.noise(video, positions)
-                reconstruction, posterior = self.engine(video, noise)
+                reconstruction, posterior = self.context.reconstruct(self.engine, video, noise)
                 total, terms = self.loss.generator_loss(video, reconstruction, posterior, pack.step)
                 losses.append((total * weights).sum() / total_weight)
                 judged.append((video, reconstruction.detach(), weights))
@@ -122,7 +125,7 @@ class VAETask:
             return losses
         for video, _, positions in self.batches(pack):
             video = self.cropped(video, positions)
-            reconstruction, posterior = self.engine(video, self.noise(video, positions))
+            reconstruction, posterior = self.context.reconstruct(self.engine, video, self.noise(video, positions))
             total, _ = self.loss.generator_loss(video, reconstruction, posterior, pack.step)
             losses |= zip(positions, total.tolist(), strict=True)
         return losses
@@ -144,7 +147,7 @@ class VAETask:
                 for video, fake, weights in judged
             ]
             loss = torch.stack(losses).sum()
-            self.discriminator.backward(loss)
+            self.discriminator.backward(loss / self.context.ranks)  # each of them has the whole of it
             self.discriminator.step(rate)
         return float(loss.detach())
 
@@ -154,7 +157,8 @@ class VAETask:
         totals = {"loss": 0.0, "psnr": 0.0, "weight": 0.0}
         for pack in packs:
             for video, weights, _ in self.batches(pack):
-                reconstruction, _ = self.engine(video, torch.zeros(self.latent_size(video), device=self.device))
+                noise = torch.zeros(self.latent_size(video), device=self.device)
+                reconstruction, _ = self.context.reconstruct(self.engine, video, noise)
                 totals["loss"] += float(((reconstruction - video).abs().flatten(1).mean(1) * weights).sum())
                 totals["psnr"] += float((psnr(reconstruction, video).mean(1) * weights).sum())
                 totals["weight"] += float(weights.sum())

@@ -7,14 +7,16 @@ from kinema.models.vae.losses import VAELoss, VAELossConfig, psnr
 from kinema.models.vae.perceptual import Perceptual
 from kinema.models.vae.posterior import LatentStatistics, Posterior
 from kinema.models.vae.resampling import Halving, Resampling
-from kinema.models.vae.slabs import Cut, Slab, SlabAxis, plan_cut
+from kinema.models.vae.slabs import HEIGHT, TIME, WIDTH, Slab
 from kinema.models.vae.tiling import decode_tiled, encode_tiled
 
 __all__ = [
+    "HEIGHT",
+    "TIME",
+    "WIDTH",
     "Attention",
     "CausalVAE",
     "Convolution",
-    "Cut",
     "DiscriminatorNorm",
     "Halving",
     "LatentStatistics",
@@ -24,7 +26,6 @@ __all__ = [
     "Posterior",
     "Resampling",
     "Slab",
-    "SlabAxis",
     "SpacePadding",
     "StreamState",
     "TimePadding",
@@ -33,6 +34,5 @@ __all__ = [
     "VAELossConfig",
     "decode_tiled",
     "encode_tiled",
-    "plan_cut",
     "psnr",
 ]
