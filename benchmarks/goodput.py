@@ -75,24 +75,29 @@ class Run:
 
 
 def kill_a_rank(run: Run, chance: random.Random) -> None:
+    """One rank dies; its launcher starts all again."""
     os.kill(chance.choice(run.ranks()), signal.SIGKILL)
 
 
 def stop_a_rank(run: Run, chance: random.Random) -> None:
+    """One rank no longer moves; the watchdog ends the job."""
     os.kill(chance.choice(run.ranks()), signal.SIGSTOP)
 
 
 def preempt(run: Run, chance: random.Random) -> None:
+    """The scheduler wants the machines back."""
     assert run.launcher is not None
     run.launcher.send_signal(signal.SIGTERM)
 
 
 def kill_the_launcher(run: Run, chance: random.Random) -> None:
+    """The ranks are left without a launcher, and must not stay."""
     assert run.launcher is not None
     run.launcher.kill()
 
 
 def cut_the_power(run: Run, chance: random.Random) -> None:
+    """Everything is gone at once."""
     assert run.launcher is not None
     for pid in [run.launcher.pid, *descendants(run.launcher.pid)]:
         os.kill(pid, signal.SIGKILL)
