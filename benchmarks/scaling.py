@@ -19,6 +19,9 @@ from tests.ranks import run_ranks
 
 CHANNELS, TEXT, WORDS = 16, 256, 32
 HEADER = "| what | the latter, s | the former, s | times the time (quartiles) |\n|---|---|---|---|"
+KINDS = ("wall", "CPU")
+WARM_UP = 3
+"""Steps that are not counted: ZeRO 3 learns in them what to fetch ahead."""
 Step = Callable[[], object]
 
 
@@ -66,32 +69,33 @@ def bare_step(width: int, tokens: int) -> Step:
     return step
 
 
-def pairs_of(ours: Step, theirs: Step, pairs: int) -> Paired:
-    """Seconds of both in turn, each first every other time; every rank does the same number."""
-    seconds: dict[Step, list[float]] = {ours: [], theirs: []}
-    for number in range(pairs + 3):
-        for step in (ours, theirs) if number % 2 else (theirs, ours):
+def rows_of(name: str, former: Step, latter: Step, pairs: int) -> list[str]:
+    """Both in turn, each first every other time; every rank does the same number. By the clock, and by CPU seconds."""
+    spent: dict[Step, list[tuple[float, float]]] = {former: [], latter: []}
+    for number in range(pairs + WARM_UP):
+        for step in (former, latter) if number % 2 else (latter, former):
             dist.barrier()
-            started = time.perf_counter()
+            before = time.perf_counter(), time.process_time()
             step()
-            dist.barrier()
-            if number >= 3:
-                seconds[step].append(time.perf_counter() - started)
-    return Paired(seconds[theirs], seconds[ours])
+            after = time.perf_counter(), time.process_time()
+            spent[step].append((after[0] - before[0], after[1] - before[1]))
+    clocks = [zip(*spent[step][WARM_UP:], strict=True) for step in (latter, former)]
+    return [Paired(*pair).row(f"{name}, {kind}") for kind, pair in zip(KINDS, zip(*clocks, strict=True), strict=True)]
 
 
 def stages(width: int, tokens: int, pairs: int) -> list[str]:
     """On every rank: rows of the table."""
     replicated = engine_step(0, width, tokens)
     return [
-        pairs_of(engine_step(stage, width, tokens), replicated, pairs).row(f"ZeRO {stage} over ZeRO 0")
+        row
         for stage in (1, 2, 3)
+        for row in rows_of(f"ZeRO {stage} over ZeRO 0", engine_step(stage, width, tokens), replicated, pairs)
     ]
 
 
 def alone(width: int, tokens: int, pairs: int) -> list[str]:
     """On one rank."""
-    return [pairs_of(engine_step(0, width, tokens), bare_step(width, tokens), pairs).row("engine over bare PyTorch")]
+    return rows_of("engine over bare PyTorch", engine_step(0, width, tokens), bare_step(width, tokens), pairs)
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ from kinema.identity import digest, to_plain
 from kinema.models.dit import DiT, Expert, Experts, make_denoiser
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
+from kinema.plan import states_of
 from kinema.sampling.conditioner import numbers_told
 from kinema.sampling.denoiser import check_condition, check_embedded_guidance
 from kinema.sampling.pipeline import Pipeline
@@ -222,7 +223,8 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         save_timesteps(
             run.folder, config.objective, config.task.samples, geometry, data.shapes, config.model.timestep_range
         )
-    describe_run(config, run, process, engine, line, flops_per_step=3 * sum(map(clip_flops, data.step_shapes)))
+    flops = 3 * sum(map(clip_flops, data.step_shapes))
+    ideal_seconds = describe_run(config, run, process, engine, line, twin, flops_per_step=flops)
     trainer = assemble(
         config,
         run,
@@ -234,6 +236,7 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
         unread_keys,
         samples,
         config.task.samples.every_steps,
+        ideal_seconds,
     )
     if config.task.overfit_check and process.is_main:
         pack = data.some_packs(1)[0][0]
@@ -276,8 +279,9 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         if process.is_main
         else None
     )
-    flops = 3 * sum(sum(model.flops(*shape)) for shape in data.step_shapes)
-    describe_run(config, run, process, engine, line, flops_per_step=flops)
+    seen = [tuple(config.task.crop) or shape for shape in data.step_shapes]
+    flops = 3 * sum(sum(model.flops(*shape)) for shape in seen)
+    ideal_seconds = describe_run(config, run, process, engine, line, twin, flops_per_step=flops)
     return assemble(
         config,
         run,
@@ -289,6 +293,7 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         unread_keys,
         strips,
         config.task.strips_every_steps,
+        ideal_seconds,
     )
 
 
@@ -490,6 +495,7 @@ def assemble(
     unread_keys: Callable[[], str | None],
     make_samples: Any,
     sample_every_steps: int,
+    ideal_seconds: float,
 ) -> Trainer:
     """The trainer from its parts; the same for every task."""
     barrier()
@@ -545,6 +551,7 @@ def assemble(
             config.data.max_failed_fraction, config.data.min_failed_clips, config.data.max_fallback_fraction
         ),
         sample_every_steps=sample_every_steps,
+        ideal_seconds=ideal_seconds,
         make_samples=make_samples,
         guard=Guard(config.guard, from_main(Skips.read(run.folder) if process.is_main else Skips())),
         signals=Signals(config.signals),
@@ -572,11 +579,21 @@ def common_manifest(config: Config, data: Data) -> dict[str, Any]:
 
 
 def describe_run(
-    config: Config, run: Run, process: Process, engine: Engine, trained: str, flops_per_step: float
-) -> None:
-    """Write `run.json`, print the header (what runs, on what, with which identity), and start the tracker."""
+    config: Config,
+    run: Run,
+    process: Process,
+    engine: Engine,
+    trained: str,
+    whole: nn.Module,
+    flops_per_step: float,
+) -> float:
+    """Write `run.json`, print the header (what runs, on what, with which identity), and start the tracker.
+
+    Returns the seconds that a step takes on all ranks at their measured peak; 0 but on the main rank.
+    """
     if not process.is_main:
-        return
+        return 0.0
+    peak = measure_peak_flops(process.device, getattr(torch, config.parallel.precision.value))
     parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
     record = {
         "name": config.name,
@@ -593,7 +610,7 @@ def describe_run(
         },
         "parameters": parameters,
         "flops_per_step": flops_per_step,
-        "peak_flops_measured": measure_peak_flops(process.device),
+        "peak_flops_measured": peak,
         "config_hash": digest(run.config_yaml),
         "git": git_revision(),
     }  # fmt: skip
@@ -605,6 +622,7 @@ def describe_run(
         f"{engine.traffic.line(parallel.zero_stage)}"
     )
     tqdm.write(trained)
+    tqdm.write(f"{states_of(config, whole, process.world_size).line()} (activations: kinema plan)")
     run.outputs.tracker = WandbTracker(config.logging, run.folder, {"config": run.config_yaml})
     rate, checkpoint, logging = config.optim.learning_rate, config.checkpoint, config.logging
     rates = [rate * config.schedule.factor(step, config.steps) for step in (0, config.steps // 2, config.steps - 1)]
@@ -620,6 +638,7 @@ def describe_run(
             f"schedule.warmup_steps={config.schedule.warmup_steps} is longer than steps={config.steps}: the learning "
             f"rate ends at {rates[2]:.1e} and never reaches optim.learning_rate={rate:g}. Type fewer warm-up steps."
         )
+    return flops_per_step / (peak * process.world_size)
 
 
 def device_name(process: Process) -> str:
@@ -629,9 +648,13 @@ def device_name(process: Process) -> str:
     return platform.processor() or platform.machine()
 
 
-def measure_peak_flops(device: torch.device, size: int = 1024, repeats: int = 8) -> float:
-    """Floating-point operations a second of a float32 matrix product on this device: what MFU is measured against."""
-    matrix = torch.randn(size, size, device=device)
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 8) -> float:
+    """Floating-point operations a second of a matrix product of this type on this device: what MFU is measured against.
+
+    On random numbers, of a size that fills a GPU.
+    """
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
     best = 0.0
     for _ in range(repeats):
         if device.type == "cuda":

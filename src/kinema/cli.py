@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data ledger": ("kinema.training.seen_table", "say which checkpoints of a run saw a source, licence or clip"),
     "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),
     "data encode-text": ("kinema.encode_text", "encode captions with a text encoder into a text cache"),
+    "plan": ("kinema.plan", "say what a training command takes: memory of a rank, operations of a step"),
     "checkpoint ls": ("kinema.training.verbs.ls", "list the checkpoints of a run"),
     "checkpoint verify": ("kinema.training.verbs.verify", "read every byte of a run's checkpoints and check it"),
     "checkpoint convert": ("kinema.training.verbs.convert", "rewrite a checkpoint for so many ranks, or its weights"),

@@ -77,6 +77,7 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
         from kinema.data.ledger import DataBudgetError
         from kinema.data.store import StoreDown
         from kinema.distributed.process import RanksMissing
+        from kinema.distributed.rendezvous import UnsafeRendezvousError
         from kinema.training.checkpoint import CheckpointError, NotSavedError
         from kinema.training.guard import NonFiniteLoss
         from kinema.training.preflight import PreflightFailed
@@ -97,6 +98,8 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
             fail(str(error), Exit.unsound)
         except PreflightFailed as error:
             fail(f"preflight: {error} preflight.steps=0 trains unchecked.", Exit.preflight)
+        except UnsafeRendezvousError as error:
+            fail(str(error), Exit.unsafe)
         except RuntimeError as error:
             if not is_lost_rank(error):
                 raise

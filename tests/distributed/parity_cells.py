@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.deepspeed_config import TrafficConfig
 from kinema.distributed.engine import Engine, Precision
+from kinema.distributed.halo import SlabAxis
 from kinema.distributed.mesh import Mesh, make_mesh
 from kinema.distributed.sequence import Ulysses
 from kinema.models.dit import DiT, DiTConfig, Extras, ModulationSource, TextEdge, TextEmbedding
-from kinema.models.vae import CausalVAE, Convolution, SlabAxis, VAEConfig
+from kinema.models.vae import CausalVAE, Convolution, VAEConfig
 from kinema.training.context_parallel import ContextParallel
 
 CHANNELS, TEXT = 2, 8

@@ -39,13 +39,34 @@ def test_cells_of_every_value_equal_plain_pytorch_on_one_process():
 def test_the_whole_matrix_equals_plain_pytorch_on_one_process():
     started = time.monotonic()
     found = measured(all_cells(), timeout_seconds=7200)
-    rows = [
-        {**cell._asdict(), **{k: float(f"{v:.2e}") for k, v in result._asdict().items()}}
-        for cell, result in found.items()
-    ]
-    TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    TABLE.write_text(table(found))
     print(f"{len(found)} cells in {time.monotonic() - started:.0f} s")
     check(found)
+
+
+def test_the_table_in_the_docs_is_of_cells_of_the_matrix_and_the_page_sums_it_up():
+    rows = json.loads(TABLE.read_text())
+    cells = [Cell(*(row[key] for key in Cell._fields)) for row in rows]
+    assert len(set(cells)) == len(cells)
+    assert set(cells) <= set(all_cells())
+    assert max(max(row["loss"], row["norm"], row["gradient"]) for row in rows) <= LARGEST
+    page = (DOCS / "scaling.md").read_text()
+    assert f"{len(cells)} of its {len(all_cells())} cells" in page
+    assert summary(rows) in page
+
+
+def test_the_covering_cells_hold_every_value_of_every_dimension():
+    for values, whole in zip(zip(*covering_cells(), strict=True), zip(*all_cells(), strict=True), strict=True):
+        assert set(values) == set(whole)
+
+
+def table(found: dict[Cell, Result]) -> str:
+    """JSON, a cell a line."""
+    rows = [
+        cell._asdict() | {name: float(f"{value:.2e}") for name, value in result._asdict().items()}
+        for cell, result in found.items()
+    ]
+    return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
 
 
 def summary(rows: list[dict]) -> str:

@@ -121,3 +121,14 @@ def test_the_same_step_twice_goes_back_to_the_checkpoint_and_three_times_is_the_
     assert "guard.max_incidents=3" in output
     assert sorted(path.name for path in (folder / "runs/hopeless/checkpoints").glob("step-*")) == ["step-00000003"]
     assert all(value.isfinite().all() for value in end_of(folder, "hopeless", 3).values())
+
+
+@pytest.mark.soak
+def test_a_spike_goes_back_to_the_checkpoint_and_on_without_its_step(warm, folder):
+    options = ["guard.spike.action=rollback", "guard.spike.window=10", "guard.spike.deviations=20"]
+    output = train(warm, folder, "spike", {"kind": "spike", "steps": [7]}, options=options)
+    assert "of step 8 lies" in output
+    assert "back at the newest checkpoint" in output
+    assert [line["step"] for line in skipped(folder, "spike")] == [7]
+    told_to_skip(warm, folder, "spike_known", skipped(folder, "spike"), options=options)
+    assert same_end(folder, "spike", "spike_known")

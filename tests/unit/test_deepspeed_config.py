@@ -31,7 +31,7 @@ def test_a_bucket_is_one_block_and_small_tensors_stay_whole():
     assert planned.live == 3 * planned.bucket
     assert planned.resident == 8 * 4096  # biases and the first layer, a thousandth of all; no matrix of a block
     assert "buckets of 16.8 M elements, overlap on" in planned.line(3)
-    assert "up to 32768 elements always" in planned.line(3)
+    assert "tensors up to 32,768 always" in planned.line(3)
 
 
 def test_no_message_is_larger_than_a_small_model_and_what_is_typed_wins():

@@ -101,12 +101,16 @@ class Traffic:
 
     def line(self, zero_stage: int) -> str:
         """For people, in the header of a run."""
-        millions = f"buckets of {self.bucket / 1e6:.1f} M elements, overlap {'on' if self.overlap else 'off'}"
         if zero_stage == 0:
             return "gradients reduced at once"
+        buckets = f"buckets of {_amount(self.bucket)} elements, overlap {'on' if self.overlap else 'off'}"
         if zero_stage < 3:
-            return f"{millions}, weights gathered by {self.gather / 1e6:.1f} M"
-        return f"{millions}, at most {self.live / 1e6:.1f} M weights whole, those up to {self.resident} elements always"
+            return f"{buckets}, weights gathered by {_amount(self.gather)}"
+        return f"{buckets}, at most {_amount(self.live)} weights whole, tensors up to {_amount(self.resident)} always"
+
+
+def _amount(elements: int) -> str:
+    return f"{elements / 1e6:.1f} M" if elements >= 1e6 else f"{elements:,}"
 
 
 def plan_traffic(module: nn.Module, wanted: TrafficConfig, device_type: str) -> Traffic:

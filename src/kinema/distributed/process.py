@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from kinema.distributed.mesh import Mesh, make_mesh
 from kinema.distributed.parent import end_with_launcher
+from kinema.distributed.rendezvous import check_rendezvous
 
 
 class RanksMissing(RuntimeError):
@@ -58,6 +59,7 @@ def start_process(timeout_seconds: float, sequence_degree: int = 1) -> Process:
     So many ranks next to each other work on each pack together.
     """
     end_with_launcher()
+    check_rendezvous()
     if not torch.cuda.is_available():  # DeepSpeed would find the same, with a warning above every message of ours
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from kinema.data.pack import Pack
 from kinema.data.shards import DatasetIndex
 from kinema.training.skips import SkippedClip, SkippedStep, Skips, without
+from kinema.training.spikes import SpikeAction, SpikeConfig, is_spike
 
 
 @dataclass
@@ -17,6 +18,9 @@ class GuardConfig:
     """Times in a row that a step may be withheld because its loss or gradient is not finite; one more ends the run."""
     max_left_out: int = 100
     """Clips and steps that the whole run may leave out for that; one more ends it."""
+
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
+    """What is done about losses that jump."""
 
     def __post_init__(self) -> None:
         for name in ("max_incidents", "max_left_out"):
@@ -61,6 +65,8 @@ class Guard:
     skips: Skips = field(default_factory=Skips)
     suspects: list[Suspect] = field(default_factory=list)
     """Clips of this rank that are to blame for the present step."""
+    warnings: list[str] = field(default_factory=list)
+    """What a person should know of the present step."""
     left_out: int = 0
     """Clips of the present step that this rank was to show, and that are left out."""
     _incidents: int = 0
@@ -88,11 +94,25 @@ class Guard:
         if step >= self._furthest:
             self._incidents = 0
 
-    def condemn(self, step: int, suspects: Sequence[Suspect], loss: float) -> Incident:
+    def trouble(self, step: int, loss: float, before: Sequence[float], *, withheld: bool) -> str | None:
+        """Why the run cannot go on from this step; NonFiniteLoss if it is to end there. `before` are earlier losses."""
+        self.warnings = []
+        if withheld or not math.isfinite(loss):
+            return f"the {'gradient' if math.isfinite(loss) else f'loss ({loss})'} of step {step + 1} is not finite"
+        if (deviations := is_spike(self.config.spike, loss, before)) is None:
+            return None
+        what = f"the loss ({loss:.4g}) of step {step + 1} lies {deviations:.0f} deviations above the steps before"
+        if self.config.spike.action is SpikeAction.stop:
+            raise NonFiniteLoss(f"{what} (guard.spike.action=stop). The last checkpoint is whole.")
+        if self.config.spike.action is SpikeAction.rollback:
+            return what
+        self.warnings = [what]
+        return None
+
+    def condemn(self, step: int, suspects: Sequence[Suspect], what: str) -> Incident:
         """Leave out the suspects of all ranks, or the step if there are none; NonFiniteLoss if it happens too often."""
         self._incidents += 1
         self._furthest = max(self._furthest, step)
-        what = f"the {'gradient' if math.isfinite(loss) else f'loss ({loss})'} of step {step + 1} is not finite"
         blame = {one.key: SkippedClip(one.key, one.position, f"its loss was {one.loss}") for one in suspects}
         incident = Incident(what, list(blame.values()) or [SkippedStep(step, what)], self._incidents > 1)
         if self._incidents > self.config.max_incidents:

@@ -84,6 +84,8 @@ class Trainer:
     make_samples: SampleMaker | None
     unread_keys: Callable[[], str | None]
     """What is wrong with the configuration once the first step has read all it needs; the main rank's answer counts."""
+    ideal_seconds: float
+    """A step of the first step's clips on all ranks at their measured peak, for MFU; 0 but on the main rank."""
 
     final_check: Callable[[dict[str, Tensor]], tuple[bool, str]] | None = None
     """EMA weights -> passed, verdict; runs on the main rank after the last step."""
@@ -220,16 +222,18 @@ class Trainer:
             over_ranks = all_sum([*own, *self._once([*sums.values(), *balance.values()])])
         (stop, save, saved, *times), over_ranks = over_ranks[: len(own)], over_ranks[len(own) :]
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
-        if totals.pop("withheld") or not math.isfinite(totals["loss"]):
-            self._go_back(totals["loss"])
+        withheld = totals.pop("withheld") > 0
+        if what := self.guard.trouble(self.step, totals["loss"], self.progress.losses, withheld=withheld):
+            self._go_back(what, totals["loss"])
             return None
         with clock.phase("optimizer"):
             self.ema.update(self.step + 1)
         self.preflight.end()
-        self._tell_stragglers(stragglers.hear(times))
+        self._tell("straggler", stragglers.hear(times))
+        self._tell("spike", self.guard.warnings)
         self.guard.has_moved(self.step)
         self.signals.look_at_clock()
-        self.progress.add(counted)
+        self.progress.add(counted, totals["loss"])
         if saved == self.process.world_size:
             with clock.phase("checkpoint"):
                 self.saver.advance()
@@ -282,12 +286,12 @@ class Trainer:
         self.outputs.event(self.step, "loss scale", told)
         return True
 
-    def _go_back(self, loss: float) -> None:
+    def _go_back(self, what: str, loss: float) -> None:
         """After numbers that were not sound: leave out what is to blame, and stand where the state is good."""
         if self._is_rescaled(loss):
             return
         suspects = [suspect for rank in gather_objects(self.guard.suspects) for suspect in rank]
-        incident = self.guard.condemn(self.step, suspects, loss)
+        incident = self.guard.condemn(self.step, suspects, what)
         if self.process.is_main:
             write_skips(self.outputs.run_dir, incident.left_out)
         where = "nothing has moved, and the step is done again without"
@@ -308,6 +312,7 @@ class Trainer:
             return
         record = window.close()
         record.update(kind="train", step=self.step, seconds=clock.read(record.pop("steps")))
+        record["mfu"] = self.ideal_seconds / sum(record["seconds"].values())
         self.outputs.write(record)
         if line := self.signals.took(sum(record["seconds"].values()), self.saver.seconds):
             self.outputs.event(self.step, "grace", line)
@@ -342,9 +347,9 @@ class Trainer:
             self.outputs.event(self.step, "quarantine", f"{failure.key} in {failure.shard}: {failure.reason}")
         self.quarantine.check(self.progress.whole_ledger())
 
-    def _tell_stragglers(self, lines: list[str]) -> None:
+    def _tell(self, event: str, lines: list[str]) -> None:
         for line in lines:
-            self.outputs.event(self.step, "straggler", line)
+            self.outputs.event(self.step, event, line)
 
     def _tell_heldout_failures(self, validation: list[list[Pack]]) -> None:
         """Held-out clips are read once, before the first step; those that fail are missing from every validation."""

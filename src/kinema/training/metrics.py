@@ -4,10 +4,13 @@ import enum
 import json
 import os
 import queue
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,66 +79,69 @@ class MetricsFile(LineFile):
 
 
 class WandbTracker:
-    """Sends records to Weights & Biases from a thread of its own; what it cannot take is dropped and counted."""
+    """Sends records to Weights & Biases through a process of its own; what it cannot take is dropped and counted."""
 
     def __init__(self, config: LoggingConfig, run_dir: Path, resolved: dict[str, Any]) -> None:
         self.dropped = 0
         self.problem: str | None = None
         self._records: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=1000)
-        self._thread = threading.Thread(target=self._run, args=(config, run_dir, resolved), daemon=True)
-        self._enabled = config.wandb is not WandbMode.disabled
-        if self._enabled:
-            self._thread.start()
+        self._process: subprocess.Popen[str] | None = None
+        if config.wandb is WandbMode.disabled:
+            return
+        order = {"project": config.project, "name": run_dir.name, "id": run_dir.name, "resume": "allow",
+                 "dir": str(run_dir), "config": resolved, "mode": _mode(config.wandb)}  # fmt: skip
+        # A session of its own: Weights & Biases starts further processes, and all of them end together.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kinema.training.wandb_process"], text=True, start_new_session=True,
+            env={"WANDB_SILENT": "true", **os.environ},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self._thread = threading.Thread(target=self._feed, args=(self._process, order), daemon=True)
+        self._thread.start()
 
     def write(self, record: dict[str, Any]) -> None:
         """Queue one record; never waits."""
-        if not self._enabled:
+        if self._process:
+            self._put(record)
+
+    def close(self, timeout_seconds: float = 10.0) -> None:
+        """Give the process a last chance to send what is left, then end it."""
+        if not self._process:
             return
+        self._put(None)
+        try:
+            self._process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            self.problem = f"Weights & Biases has not taken everything in the last {timeout_seconds:g} s"
+            self.dropped += self._records.qsize()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._thread.join(1)
+        assert self._process.stdout is not None
+        self.problem = self._process.stdout.readline().strip() or self.problem
+        self._process = None
+
+    def _put(self, record: dict[str, Any] | None) -> None:
         try:
             self._records.put_nowait(record)
         except queue.Full:
             self.dropped += 1
 
-    def close(self, timeout_seconds: float = 10.0) -> None:
-        """Give the thread a last chance to flush."""
-        if self._enabled:
-            self.write_end()
-            self._thread.join(timeout_seconds)
-            if self._thread.is_alive():
-                self.problem = f"Weights & Biases has not taken everything in the last {timeout_seconds:g} s"
-                self.dropped += self._records.qsize()
-
-    def write_end(self) -> None:
-        """Tell the thread that nothing more comes."""
-        try:
-            self._records.put_nowait(None)
-        except queue.Full:
-            self.dropped += 1
-
-    def _run(self, config: LoggingConfig, run_dir: Path, resolved: dict[str, Any]) -> None:
-        try:
-            import wandb
-
-            os.environ.setdefault("WANDB_SILENT", "true")
-            mode = config.wandb.value
-            if config.wandb is WandbMode.auto:
-                mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-            run = wandb.init(
-                project=config.project,
-                name=run_dir.name,
-                id=run_dir.name,
-                resume="allow",
-                dir=str(run_dir),
-                config=resolved,
-                mode=mode,
-                settings=wandb.Settings(init_timeout=30, console="off", x_disable_meta=True, x_disable_stats=True),
-            )
+    def _feed(self, process: subprocess.Popen[str], order: dict[str, Any]) -> None:
+        """Lines to the process, by a thread, since a process that waits for a server reads none."""
+        assert process.stdin is not None
+        with suppress(OSError), process.stdin as lines:
+            lines.write(json.dumps(order) + "\n")
+            lines.flush()
             while (record := self._records.get()) is not None:
-                run.log(_scalars(record), step=record["step"])
-            run.finish()
-        except BaseException as error:  # a tracker must never end a run; the problem is shown in its summary
-            self.problem = f"{type(error).__name__}: {error}"
-            self._enabled = False
+                lines.write(json.dumps({"step": record["step"], "values": _scalars(record)}) + "\n")
+                lines.flush()
+
+
+def _mode(wanted: WandbMode) -> str:
+    if wanted is not WandbMode.auto:
+        return wanted.value
+    return os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
 
 
 def _logged_in() -> bool:

@@ -110,13 +110,8 @@ class Muon(torch.optim.Optimizer):
             yield from zip(turn, matrices, strict=True)
 
     def _update(self, matrix: Tensor) -> Tensor:
-        rows = matrix.flatten(1)
-        return (
-            orthogonalize(rows, self.defaults["steps"], self.defaults["dtype"])
-            .to(matrix)
-            .reshape(matrix.shape)
-            .contiguous()
-        )
+        found = orthogonalize(matrix.flatten(1), self.defaults["steps"], self.defaults["dtype"])
+        return found.to(matrix).reshape(matrix.shape).contiguous()
 
 
 def _for_each_owner(collective: Callable[..., Any], role: str, matrices: list[Tensor]) -> None:

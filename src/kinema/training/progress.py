@@ -10,6 +10,8 @@ from kinema.data.sightings import SeenKeys, Sightings
 from kinema.distributed.collectives import all_sum_array, gather_objects
 from kinema.training.seen import Seen, Start
 
+MOST_LOSSES = 1000
+
 
 @dataclass
 class Progress:
@@ -20,13 +22,16 @@ class Progress:
     start: Start = field(default_factory=Start)
     """What the weights had seen before this run; the main rank's counts."""
     step: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Of the last steps, as a jump of the loss is judged by them."""
     sightings: Sightings = field(init=False)
 
     def __post_init__(self) -> None:
         self.sightings = Sightings(len(self.index.entries))
 
-    def add(self, packs: Sequence[Pack]) -> None:
-        """This rank's packs of a step that is done."""
+    def add(self, packs: Sequence[Pack], loss: float | None = None) -> None:
+        """This rank's packs of a step that is done, and the loss of all ranks; None for one that was passed over."""
+        self.losses = [*self.losses, *([] if loss is None else [loss])][-MOST_LOSSES:]
         for pack in packs:
             self.ledger.record(pack, self.index)
             self.sightings.add_shown(pack)
@@ -47,8 +52,8 @@ class Progress:
         self.ledger.record_distinct(self.sightings.new_clips(times, self.index))
         return self.sightings.seen(times)
 
-    def go_on(self, step: int, own: Seen | None, start: Start) -> None:
+    def go_on(self, step: int, losses: list[float], own: Seen | None, start: Start) -> None:
         """Continue after `step`. The main rank goes on counting from `own`; the others (None) start anew."""
-        self.step, self.start = step, start
+        self.step, self.losses, self.start = step, losses, start
         self.ledger = own.ledger if own else Ledger()
         self.sightings = Sightings(len(self.index.entries), *([own.keys] if own else []))

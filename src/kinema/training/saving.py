@@ -156,6 +156,7 @@ class Saver:
             "loss_scales": {name: e.loss_scale.state() for name, e in self.task.engines().items() if e.loss_scale},
             "ledger": self.progress.whole_ledger().to_dict(),
             "start": self.progress.start.to_dict(),
+            "losses": self.progress.losses,
         }
         data = {**self.manifest["data"], **data_seen(training["ledger"], self.progress.start)}
         manifest = {**self.manifest, "data": data, "step": step}
@@ -205,9 +206,10 @@ class Saver:
         if weights:
             self._load_weights(found)
         self._load_tensors(found)
-        step = self._saved_step = found.document("training")["step"]
+        training = found.document("training")
+        step = self._saved_step = training["step"]
         own, start = seen_by(found) if self.process.is_main else (None, self.progress.start)
-        self.progress.go_on(step, own, start)
+        self.progress.go_on(step, training.get("losses", []), own, start)
         if self.uploads:
             self.uploads.offer(found)
         self.outputs.event(step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)")
