@@ -1,6 +1,6 @@
 """Steps of a DiT on gloo ranks: each ZeRO stage beside ZeRO 0, and the engine on one rank beside a bare loop.
 
-python -m benchmarks.scaling [--ranks 2] [--pairs 20] [--width 256] [--tokens 390]
+python -m benchmarks.scaling [--ranks 2] [--pairs 20] [--width 256] [--tokens 390] [--stages 1 2 3]
 """
 
 import argparse
@@ -83,12 +83,12 @@ def rows_of(name: str, former: Step, latter: Step, pairs: int) -> list[str]:
     return [Paired(*pair).row(f"{name}, {kind}") for kind, pair in zip(KINDS, zip(*clocks, strict=True), strict=True)]
 
 
-def stages(width: int, tokens: int, pairs: int) -> list[str]:
+def stages(chosen: list[int], width: int, tokens: int, pairs: int) -> list[str]:
     """On every rank: rows of the table."""
     replicated = engine_step(0, width, tokens)
     return [
         row
-        for stage in (1, 2, 3)
+        for stage in chosen
         for row in rows_of(f"ZeRO {stage} over ZeRO 0", engine_step(stage, width, tokens), replicated, pairs)
     ]
 
@@ -103,11 +103,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("ranks", 2), ("pairs", 20), ("width", 256), ("tokens", 390)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--stages", type=int, nargs="*", default=[1, 2, 3])
     given = parser.parse_args()
     sizes = (given.width, given.tokens, given.pairs)
     print(HEADER)
-    for function, ranks in ((alone, 1), (stages, given.ranks)):
-        print(*run_ranks(function, ranks, *sizes, timeout_seconds=3600)[0], sep="\n", flush=True)
+    print(*run_ranks(alone, 1, *sizes, timeout_seconds=3600)[0], sep="\n", flush=True)
+    print(*run_ranks(stages, given.ranks, given.stages, *sizes, timeout_seconds=3600)[0], sep="\n")
 
 
 if __name__ == "__main__":

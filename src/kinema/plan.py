@@ -19,7 +19,7 @@ from kinema.config import Config, register_schemas, to_config
 from kinema.console import first_cause
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.distributed.activations import ActivationCheckpointing
-from kinema.distributed.deepspeed_config import plan_traffic
+from kinema.distributed.deepspeed_config import OptimizerOffload, ParameterOffload, plan_traffic
 from kinema.distributed.engine import Precision
 from kinema.distributed.footprint import GIB, Activations, Sharding, States, activations, optimizer_bytes, states
 from kinema.interop.comparing import Sample
@@ -173,7 +173,15 @@ def states_of(config: Config, model: nn.Module, ranks: int) -> States:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     traffic = plan_traffic(model, config.parallel.traffic, "cuda")
-    sharding = Sharding(config.parallel.zero_stage, ranks, traffic.bucket, traffic.live)
+    offload = config.parallel.offload
+    sharding = Sharding(
+        config.parallel.zero_stage,
+        ranks,
+        traffic.bucket,
+        traffic.live,
+        optimizer_on_host=offload.optimizer is not OptimizerOffload.none,
+        weights_on_host=offload.parameters is not ParameterOffload.none,
+    )
     return states(trained, frozen, state_bytes, 1, sharding)
 
 

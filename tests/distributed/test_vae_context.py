@@ -1,5 +1,6 @@
 """The VAE cut over several ranks computes what one rank computes: outputs and every gradient."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kinema.distributed.activations import ActivationCheckpointing, keep_less
+from kinema.distributed.engine import Engine, Precision
 from kinema.distributed.halo import SlabAxis
 from kinema.models.vae import (
     Attention,
@@ -14,11 +17,13 @@ from kinema.models.vae import (
     Convolution,
     Halving,
     Norm,
+    Posterior,
     Resampling,
     SpacePadding,
     TimePadding,
     VAEConfig,
 )
+from kinema.models.vae.layers import CausalConv
 from kinema.training.context_parallel import ContextParallel
 from tests.ranks import run_ranks
 
@@ -157,13 +162,130 @@ def largest_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -
     return max(found)
 
 
+@torch.no_grad()
+def compare_encoding(group: dist.ProcessGroup) -> dict[str, tuple[float, float]]:
+    """`encode` and `decode` in float32, without gradients: how far they are from float64, cut and on one rank."""
+    found = {}
+    for name, axis, size in ON_FOUR:
+        vae = made(CONFIGS[name])
+        inputs = clip_of(vae, size)
+        exact = encoded_and_decoded(vae, ContextParallel(None, vae.geometry_strides), *inputs)
+        errors = []
+        for of in (group, None):
+            parallel = ContextParallel(of, vae.geometry_strides, axis)
+            rounded = encoded_and_decoded(vae.float(), parallel, *(x.float() for x in inputs))
+            errors.append(max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(rounded, exact, strict=True)))
+        found[name] = (errors[0], errors[1])
+    return found
+
+
+def encoded_and_decoded(vae: CausalVAE, parallel: ContextParallel, video: Tensor, latents: Tensor) -> list[Tensor]:
+    return [*parallel.encode(vae, video), parallel.decode(vae, latents)]
+
+
+def halo_bytes(vae: CausalVAE, axis: SlabAxis, size: tuple[int, int, int], group: dist.ProcessGroup) -> list[int]:
+    """Bytes that cross the border of two ranks in the forward pass: sent by both, and by the formula."""
+    dim = {SlabAxis.time: 2, SlabAxis.height: 3, SlabAxis.width: 4}[axis]
+    sent, formula = [0], [0]
+    exchange = dist.all_to_all_single
+
+    def counted(incoming: Tensor, outgoing: Tensor, *arguments: Any, **named: Any) -> Any:
+        sent[0] += outgoing.nbytes
+        return exchange(incoming, outgoing, *arguments, **named)
+
+    def note(layer: Any, inputs: Any) -> None:
+        across = layer.conv.kernel_size[dim - 2] - layer.conv.stride[dim - 2]
+        formula[0] += across * inputs[0].nbytes // inputs[0].shape[dim]
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in vae.modules() if isinstance(layer, CausalConv)]
+    dist.all_to_all_single = counted
+    try:
+        with torch.no_grad():
+            ContextParallel(group, vae.geometry_strides, axis).reconstruct(vae, *clip_of(vae, size))
+    finally:
+        dist.all_to_all_single = exchange
+    for hook in hooks:
+        hook.remove()
+    total = torch.tensor(sent)
+    dist.all_reduce(total, group=group)
+    return [int(total), formula[0]]
+
+
+def kept_bytes(vae: CausalVAE, parallel: ContextParallel, size: tuple[int, int, int]) -> int:
+    """Bytes of the tensors that the training pass keeps for its backward, each storage once; without the weights."""
+    kept = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        outputs = parallel.reconstruct(vae, *clip_of(vae, size))
+    assert outputs
+    return sum(kept.values()) - sum(kept.get(p.data_ptr(), 0) for p in vae.parameters())
+
+
+def memory(group: dist.ProcessGroup) -> float:
+    """What a rank keeps with its half of a clip, as a share of what one rank keeps."""
+    vae, size = made(CONFIGS["wan"]), (2, 8, 4)
+    parallel, alone = (ContextParallel(g, vae.geometry_strides, SlabAxis.height) for g in (group, None))
+    return kept_bytes(vae, parallel, size) / kept_bytes(vae, alone, size)
+
+
+CHECKPOINTING = {
+    0: ActivationCheckpointing.none,
+    1: ActivationCheckpointing.attention,
+    2: ActivationCheckpointing.selective,
+    3: ActivationCheckpointing.full,
+}
+"""By ZeRO stage: halos and statistics that a backward asks for again."""
+
+
+def steps_of(zero_stage: int, group: dist.ProcessGroup) -> tuple[float, float]:
+    """Two steps through the engine on all ranks against one process: largest differences of weights and norm."""
+    size, rate = (2, 5, 2), 1e-2
+    reference = made(CONFIGS["hunyuan"]).float()
+    vae = copy.deepcopy(reference)
+    keep_less(vae.all_blocks(), CHECKPOINTING[zero_stage])
+    video, noise = (x.float() for x in clip_of(reference, size))
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=rate, eps=1e-3)
+    engine = Engine(
+        vae, torch.optim.AdamW(vae.parameters(), lr=rate, eps=1e-3), zero_stage=zero_stage,
+        precision=Precision.float32, accumulation=1, gradient_clipping=0.0,
+    )  # fmt: skip
+    parallel = ContextParallel(group, reference.geometry_strides)
+
+    def loss_of(reconstruction: Tensor, posterior: Posterior) -> Tensor:
+        return (reconstruction - video).square().mean() + 0.1 * posterior.kl().mean()
+
+    for _ in range(2):
+        engine.backward(loss_of(*parallel.reconstruct(engine, video, noise)))
+        engine.step(rate)
+        optimizer.zero_grad()
+        loss_of(*reference(video, noise)).backward()
+        optimizer.step()
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()]))
+    weights = dict(reference.named_parameters())
+    differences = [float((full - weights[name].detach()).abs().max() / rate) for name, full in engine.gather()]
+    return max(differences), abs(engine.grad_norm() / norm - 1)
+
+
 def on_four_ranks() -> dict[str, Any]:
     """All that needs ranks, on the same ones: first as two pairs, then as four."""
     pair, pairs = dist.new_subgroups(2)
     assert pair is not None
+    bytes_of = {
+        f"{name} {axis.value}": halo_bytes(made(CONFIGS[name]), axis, size, pair)
+        for name in ("causal_tiny", "ltx_23")
+        for axis, size in UNEVEN
+    }
     return {
         "two": compare(ON_TWO[pairs.index(pair) :: 2], pair),
+        "bytes": bytes_of,
+        "memory": memory(pair),
         "four": compare(ON_FOUR, dist.group.WORLD),
+        "encoding": compare_encoding(dist.group.WORLD),
+        "engine": {stage: steps_of(stage, dist.group.WORLD) for stage in (0, 1, 2, 3)},
     }
 
 
@@ -185,6 +307,29 @@ def test_every_preset_on_two_ranks_is_that_of_one(measured):
 
 def test_four_ranks_and_clips_too_small_for_them(measured):
     check(measured["four"], ON_FOUR)
+
+
+def test_encoding_and_decoding_on_four_ranks_rounds_as_one_rank_does(measured):
+    assert measured["encoding"].keys() == {name for name, _, _ in ON_FOUR}
+    for name, (cut, alone) in measured["encoding"].items():
+        assert cut <= max(1e-5, 2 * alone), (name, cut, alone)
+
+
+def test_through_the_engine_at_every_zero_stage(measured):
+    """With another kind of activation checkpointing each; float32 weights in units of the learning rate."""
+    for stage, (weights, norm) in measured["engine"].items():
+        assert weights <= 1e-2, (stage, weights)
+        assert norm <= 3e-5, (stage, norm)  # one rank's own group norm rounds by 2e-5
+
+
+def test_a_border_costs_kernel_less_stride_pixels_of_each_convolution(measured):
+    for case, (sent, formula) in measured["bytes"].items():
+        assert sent == pytest.approx(formula, rel=0.01), case
+        assert sent > 0
+
+
+def test_a_rank_of_two_keeps_about_half_for_the_backward(measured):
+    assert measured["memory"] < 0.6
 
 
 def soak() -> dict[str, tuple[float, str]]:

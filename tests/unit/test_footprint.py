@@ -1,6 +1,7 @@
 """Memory foretold without computing anything, beside what is counted when it is computed; `kinema plan` tells it."""
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from benchmarks.saved import saved_bytes
 from kinema import plan
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.engine import Precision
-from kinema.distributed.footprint import LiveBytes, activations
+from kinema.distributed.footprint import LiveBytes, Sharding, activations, states
 from kinema.interop.presets import PRESETS
 from kinema.models.dit import DiT, DiTConfig
 from kinema.models.vae import CausalVAE, VAEConfig
@@ -88,6 +89,14 @@ def test_the_config_of_wan_1_3b_is_what_the_published_one_becomes():
     values = OmegaConf.load(CONFIGS / "model" / "wan_1_3b.yaml")
     del values["defaults"]
     assert OmegaConf.to_object(OmegaConf.merge(DiTConfig, values)) == model.config
+
+
+def test_what_is_offloaded_leaves_the_device_for_the_host():
+    sharding = Sharding(zero_stage=3, ranks=4, bucket=10, live=100)
+    here = states(1000, 200, 8000, 1, sharding)
+    away = states(1000, 200, 8000, 1, replace(sharding, optimizer_on_host=True, weights_on_host=True))
+    assert away.total == here.gradients + here.messages
+    assert away.total + away.host == here.total
 
 
 def planned(capsys, *words):

@@ -3,7 +3,7 @@
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -84,11 +84,15 @@ class Sharding:
     """Gradients in one message."""
     live: int
     """Weights that ZeRO 3 holds whole at a time."""
+    optimizer_on_host: bool = False
+    """With its masters, and the averages that are taken of them."""
+    weights_on_host: bool = False
+    """ZeRO 3 only: those between uses."""
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one rank, between and during steps, activations apart."""
+    """Bytes on one rank's device, between and during steps, activations apart."""
 
     weights: float
     gradients: float
@@ -98,16 +102,24 @@ class States:
     """EMA."""
     messages: float
     """Gradients side by side on their way to other ranks, and whole weights that ZeRO 3 fetched."""
+    host: float = 0.0
+    """In the host's memory or on its disk instead."""
 
     @property
     def total(self) -> float:
-        """All together."""
-        return self.weights + self.gradients + self.optimizer + self.averages + self.messages
+        """All on the device."""
+        return sum(vars(self).values()) - self.host
 
     def line(self) -> str:
         """For people, in GiB."""
-        parts = ", ".join(f"{name} {value / GIB:.3g}" for name, value in vars(self).items())
-        return f"{self.total / GIB:.3g} GiB a rank beside activations: {parts}"
+        parts = ", ".join(f"{name} {value / GIB:.3g}" for name, value in vars(self).items() if name != "host")
+        offloaded = f"; {self.host / GIB:.3g} on its host" if self.host else ""
+        return f"{self.total / GIB:.3g} GiB a rank beside activations: {parts}{offloaded}"
+
+    def without(self, *names: str) -> "States":
+        """The same with these parts on the host."""
+        moved = sum(getattr(self, name) for name in names)
+        return replace(self, **dict.fromkeys(names, 0.0), host=self.host + moved)
 
 
 def states(trained: int, frozen: int, state_bytes: float, averages: int, sharding: Sharding) -> States:
@@ -121,13 +133,15 @@ def states(trained: int, frozen: int, state_bytes: float, averages: int, shardin
     masters = trained if stage else 0
     live = min(sharding.live, trained + frozen)
     messages = [min(trained, STAGE_0_MESSAGE) if ranks > 1 else 0, bucket, 2 * bucket, 2 * bucket + live][stage]
-    return States(
+    found = States(
         weights=FLOAT32 * (trained + frozen) / (ranks if stage == 3 else 1),
         gradients=FLOAT32 * trained / (ranks if stage >= 2 else 1),
         optimizer=(FLOAT32 * masters + state_bytes) / sharded,
         averages=FLOAT32 * averages * trained / sharded,
         messages=FLOAT32 * messages,
     )
+    found = found.without("optimizer", "averages") if sharding.optimizer_on_host else found
+    return found.without("weights") if sharding.weights_on_host else found
 
 
 class Activations(NamedTuple):

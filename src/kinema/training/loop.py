@@ -126,6 +126,7 @@ class Trainer:
             totals = self._train_step(packs, clock, stragglers)
             if totals is None:
                 packs_of_steps = self.load(self.step, self.steps - self.step)  # from here again
+                window = window if self.step == bar.n else Window()
                 bar.update(self.step - bar.n)
                 continue
             window.add(totals)

@@ -65,7 +65,10 @@ def verdict(beats: dict[int, Beat]) -> str:
     behind = min((beat.step, beat.entries) for beat in beats.values())
     guilty = guilty or [rank for rank, beat in beats.items() if (beat.step, beat.entries) == behind]
     if len(guilty) == len(beats) > 1:
-        return "all its ranks are in the same phase, so they wait for another machine, the network or the device"
+        return (
+            "all its ranks are in the same phase: either they wait for another machine, the network or the device, or "
+            "one of them does something else, as its stack below tells"
+        )
     named = " and ".join(f"rank {rank}, in phase {beats[rank].phase}" for rank in guilty)
     return f"{named}, is not moving" + (", and the others wait for it" if len(beats) > 1 else "")
 
