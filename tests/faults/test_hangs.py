@@ -55,7 +55,7 @@ def ended(job, folder, how, limit=LIMIT):
     [
         ("lock", -9, "forward", 'hanging_train.py", line 23 in micro_step'),
         ("absent", 71, "between", "in train_step"),
-        ("worker", 71, "data", "in fit"),
+        pytest.param("worker", 71, "data", "in fit", marks=pytest.mark.soak),
     ],
 )
 def test_a_rank_that_does_not_move_is_named_with_its_phase_and_stack(warm, folder, how, guilty, phase, stack):

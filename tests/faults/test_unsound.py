@@ -99,6 +99,7 @@ def test_two_ranks_agree_under_zero_and_a_resumed_run_leaves_out_the_same(warm, 
     assert skipped(folder, "ranks") == skipped(folder, "clip")
 
 
+@pytest.mark.soak
 def test_a_gradient_nobody_can_be_blamed_for_costs_its_step(warm, folder):
     output = train(warm, folder, "gradient", {"kind": "gradient", "steps": [4]})
     assert skipped(folder, "gradient") == [{"step": 4, "reason": "the gradient of step 5 is not finite"}]
