@@ -15,7 +15,7 @@ TOGETHER = "parallel.sequence_degree=2"
 
 @pytest.fixture(name="runs", scope="module")
 def three_runs(folder):
-    """One rank, two that share every pack under ZeRO 3, and one whose second half goes on with two that do."""
+    """One rank, two that share every pack under ZeRO 3, and one that goes on with two that do, and then alone again."""
 
     def train(name: str, steps: int, ranks: int, *extra: str) -> None:
         arguments = [f"steps={steps}", "schedule=constant", "data.num_workers=0", "logging.keys=true", *extra]
@@ -27,7 +27,8 @@ def three_runs(folder):
         train("alone", STEPS, 1)
         train("together", STEPS, 2, TOGETHER, "parallel.zero_stage=3")
         train("halfway", STEPS // 2, 1)
-        train("halfway", STEPS, 2, TOGETHER, "parallel.zero_stage=1", "allow_config_change=true")
+        train("halfway", STEPS - 1, 2, TOGETHER, "parallel.zero_stage=1", "allow_config_change=true")
+        train("halfway", STEPS, 1, "allow_config_change=true")
     return folder
 
 

@@ -85,7 +85,7 @@ def _turned_apart(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _for_heads(table: Tensor, x: Tensor) -> Tensor:
     """(N, d / 2) -> (N, 1, d / 2), the same for all heads; a table (N, h, d / 2) as it is."""
-    return table if table.ndim == x.ndim else table.view(len(table), *[1] * (x.ndim - 2), -1)
+    return table if table.ndim == x.ndim else table.view(len(table), *[1] * (x.ndim - 2), table.shape[-1])
 
 
 def fractional_rope(
