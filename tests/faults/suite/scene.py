@@ -20,8 +20,6 @@ STEPS = 8
 EVERY = 2
 MOST_LOST = 2 * EVERY
 """Steps since the last published checkpoint: training goes on while the next is written, until one more is due."""
-AT_MOST_LOST = 2 * EVERY
-"""Steps since the last checkpoint that is published; the next one may still be on its way to the disk."""
 KILLED = "(the shell says) Killed"
 STATE = ("model", "ema", "optimizer")
 

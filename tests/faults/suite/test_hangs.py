@@ -3,7 +3,7 @@
 import pytest
 
 from tests.faults.suite.harm import Harm
-from tests.faults.suite.scene import AT_MOST_LOST, STEPS, Shown, said
+from tests.faults.suite.scene import MOST_LOST, STEPS, Shown, said
 
 pytestmark = pytest.mark.faults
 
@@ -28,7 +28,7 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(scene, show, number, fault,
     line = said(job, f"rank {harm.rank}.* is not moving|all its ranks are in the same phase")
     assert f"stacks of rank {harm.rank}" in job.output
     recovery, lost = scene.continues(name, *WATCHED, ranks=2)
-    assert lost <= AT_MOST_LOST
+    assert lost <= MOST_LOST
     show(number, fault, Shown(line, "71", recovery, lost))
 
 
