@@ -36,8 +36,8 @@ def preset(name: str) -> DiTConfig:
 
 
 def configs() -> dict[str, DiTConfig]:
-    """Every preset, and choices that none of them makes."""
-    found = {path.stem: preset(path.stem) for path in sorted(PRESETS.glob("*.yaml"))}
+    """Every tiny preset, and choices that none of them makes."""
+    found = {path.stem: preset(path.stem) for path in sorted(PRESETS.glob("*_tiny.yaml"))}
     wan, ltx2, hunyuan = (found[f"{name}_tiny"] for name in ("wan", "ltx2", "hunyuan"))
     joint = {"text": TextEdge.joint, "attention": AttentionPattern.factorised}
     window = {"attention": AttentionPattern.windowed, "window": [2, 2, 2]}
