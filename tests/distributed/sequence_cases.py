@@ -36,8 +36,8 @@ def preset(name: str) -> DiTConfig:
 
 
 def configs() -> dict[str, DiTConfig]:
-    """Every preset, and choices that none of them makes."""
-    found = {path.stem: preset(path.stem) for path in sorted(PRESETS.glob("*.yaml"))}
+    """Every tiny preset, and choices that none of them makes."""
+    found = {path.stem: preset(path.stem) for path in sorted(PRESETS.glob("*_tiny.yaml"))}
     wan, ltx2, hunyuan = (found[f"{name}_tiny"] for name in ("wan", "ltx2", "hunyuan"))
     joint = {"text": TextEdge.joint, "attention": AttentionPattern.factorised}
     window = {"attention": AttentionPattern.windowed, "window": [2, 2, 2]}
@@ -68,20 +68,22 @@ def model(config: DiTConfig) -> nn.Module:
 class Inputs:
     """Latents, timesteps, captions and whatever else a config demands, drawn from a seed."""
 
-    def __init__(self, config: DiTConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, config: DiTConfig, seed: int = 0, dtype: torch.dtype = torch.float64, *, clips: int = 3) -> None:
+        grids, words = (GRIDS, WORDS) if clips > 1 else ([(1, 1, 1)], [1])  # one clip is less than ranks can share
+        self.clips = clips
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype = dtype
         patch = config.patch_size
-        self.shapes = [tuple(n * p for n, p in zip(grid, patch, strict=True)) for grid in GRIDS]
+        self.shapes = [tuple(n * p for n, p in zip(grid, patch, strict=True)) for grid in grids]
         self.latents = [self.draw(CHANNELS, *shape) for shape in self.shapes]
-        self.text = [self.draw(words, config.text_channels or TEXT) for words in WORDS]
-        self.timesteps = torch.tensor([0.3, 0.8, 0.55], dtype=dtype)
+        self.text = [self.draw(count, config.text_channels or TEXT) for count in words]
+        self.timesteps = torch.tensor([0.3, 0.8, 0.55], dtype=dtype)[:clips]
         self.extras = Extras(
             channels=self.given(config.condition_channels),
             control=self.given(config.control_channels),
-            image=[self.draw(n, config.image_width) for n in (2, 4, 3)] if config.image_width else None,
-            guidance=[6.0, 1.0, 3.0] if config.guidance else None,
-            fps=[8.0, 12.0, 24.0] if config.rope is Rope.seconds else None,
+            image=[self.draw(n, config.image_width) for n in (2, 4, 3)[:clips]] if config.image_width else None,
+            guidance=[6.0, 1.0, 3.0][:clips] if config.guidance else None,
+            fps=[8.0, 12.0, 24.0][:clips] if config.rope is Rope.seconds else None,
             audio=self.sound(config),
         )
 
@@ -97,13 +99,13 @@ class Inputs:
         return [self.draw(channels, *shape) for shape in self.shapes] if channels else None
 
     def sound(self, config: DiTConfig) -> Sound | None:
-        times = torch.tensor([0.2, 0.9, 0.4], dtype=self.dtype)
+        times = torch.tensor([0.2, 0.9, 0.4], dtype=self.dtype)[: self.clips]
         if config.audio_channels:
-            return Sound([self.draw(config.audio_channels, n, 2) for n in (3, 1, 4)], times)
+            return Sound([self.draw(config.audio_channels, n, 2) for n in (3, 1, 4)[: self.clips]], times)
         if config.audio is None:
             return None
-        text = [self.draw(n, config.audio.text_width or TEXT) for n in (2, 3, 1)]
-        return Sound([self.draw(config.audio.channels, n) for n in (4, 1, 6)], times, text)
+        text = [self.draw(n, config.audio.text_width or TEXT) for n in (2, 3, 1)[: self.clips]]
+        return Sound([self.draw(config.audio.channels, n) for n in (4, 1, 6)[: self.clips]], times, text)
 
     def outputs(self, module: nn.Module) -> list[Tensor]:
         """What the model says of every clip, and of its sound."""
