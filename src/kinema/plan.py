@@ -182,7 +182,7 @@ def states_of(config: Config, model: nn.Module, ranks: int) -> States:
         optimizer_on_host=offload.optimizer is not OptimizerOffload.none,
         weights_on_host=offload.parameters is not ParameterOffload.none,
     )
-    return states(trained, frozen, state_bytes, 1, sharding)
+    return states(trained, frozen, state_bytes, 1 + len(config.ema.power), sharding)
 
 
 def made(config: Config, job: Job) -> nn.Module:

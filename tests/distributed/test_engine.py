@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from kinema.distributed.engine import Engine, Precision
 from kinema.training.ema import EMA, EMAConfig
+from kinema.training.profiles import exponent_of
 from tests.ranks import run_ranks
+from tests.unit.test_profiles import power_shares
 
 pytestmark = pytest.mark.distributed
 LANES, STEPS = 4, 3
@@ -93,7 +95,7 @@ def compare_stages_with_reference() -> dict[int, float]:
     largest = {}
     for stage in (0, 1, 2, 3):
         engine = build(stage, LANES // world)
-        ema = EMA(EMAConfig(decay=0.9, warmup=False), engine)
+        ema = EMA(EMAConfig(decay=0.9, warmup=False, power=[0.1]), engine)
         norms = run_steps(engine, mine(rank, world), 0, 1, ema)
         moments = dict(engine.gather_state("exp_avg"))  # after one step: 0.1 * the clipped gradient
         norms += run_steps(engine, mine(rank, world), 1, STEPS, ema)
@@ -110,6 +112,10 @@ def compare_stages_with_reference() -> dict[int, float]:
             average = {k: 0.9 * average[k] + 0.1 * weights[k] for k in average}
         for key, value in ema.full().items():
             torch.testing.assert_close(value.double(), average[key].detach(), rtol=1e-4, atol=1e-5)
+        shares = power_shares(exponent_of(0.1), STEPS)
+        for key, value in engine.gather(ema.averages["ema_0.100"]):
+            whole = sum(share * weights[key] for share, weights in zip(shares, trail, strict=True))
+            torch.testing.assert_close(value.double(), whole, rtol=1e-4, atol=1e-5)
     return largest
 
 
@@ -136,7 +142,7 @@ def resume_across_layouts() -> None:
                 again.load_state(name, {k: saved[f"{name}/{k}"] for k in again.parameters_with(name)})
             again.set_optimizer_step(count)
             ema_again = EMA(EMAConfig(decay=0.9), again)
-            ema_again.load(saved_ema)
+            again.layout.scatter(saved_ema, ema_again.shards)
             for key, value in state(again).items():
                 assert torch.equal(value, saved[key]), (stage, other, key)
             run_steps(again, mine(rank, world), 2, STEPS, ema_again)

@@ -124,12 +124,12 @@ def test_average_is_the_mean_and_says_of_what(source, tmp_path, capsys):
 
 
 def test_factors_weigh_and_other_models_are_refused(source, tmp_path):
-    pair = [CheckpointStore(source).open(step) for step in (2, 4)]
-    found = weighted_sum(pair, [3.0, -2.0], "model")["b"]
+    pair = [(CheckpointStore(source).open(step), "model") for step in (2, 4)]
+    found = weighted_sum(pair, [3.0, -2.0])["b"]
     torch.testing.assert_close(found, 3 * tensors(2)["b"] - 2 * tensors(4)["b"], rtol=1e-6, atol=1e-6)
     save(source, 9, {"w": torch.zeros(2)})
     with pytest.raises(ValueError, match="hold different models"):
-        weighted_sum([pair[0], CheckpointStore(source).open(9)], [0.5, 0.5], "model")
+        weighted_sum([pair[0], (CheckpointStore(source).open(9), "model")], [0.5, 0.5])
 
 
 def test_help_of_the_group_names_its_verbs(capsys):

@@ -90,8 +90,11 @@ class Checkpoint:
         return StoredTensors(self.files(name))
 
     def files(self, name: str) -> list[Path]:
-        """The files that hold the tensors of `model`, `ema` or `optimizer`; CheckpointError if there are none."""
-        own = re.compile(rf"{name}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+        """The files that hold the tensors of `model`, `ema` or another average, or `optimizer`.
+
+        CheckpointError if there are none.
+        """
+        own = re.compile(rf"{re.escape(name)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
         found = sorted(file for file in read_seal(self.folder)["files"] if own.fullmatch(file))
         if not found:
             raise CheckpointError(f"{self.folder} holds no {name}.safetensors.")

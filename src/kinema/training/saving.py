@@ -132,7 +132,7 @@ class Saver:
         engines, (rank, ranks) = self.task.engines(), (self.process.rank, self.process.world_size)
         model = engines["model"]
         optimizer: list[Piece] = []
-        weights = {"model": model.shards(), "ema": self.ema.shards}
+        weights = {"model": model.shards(), **self.ema.averages}
         files: dict[str, list[Piece]] = {}
         for name, shards in weights.items():
             beside = self.task.beside(lambda shards=shards: dict(model.gather(shards)))  # type: ignore[misc]
@@ -246,8 +246,9 @@ class Saver:
                 engine.set_optimizer_step(training["optimizer_steps"][name])
                 if engine.loss_scale is not None and name in training.get("loss_scales", {}):
                     engine.loss_scale.load(training["loss_scales"][name])
-        with found.stored("ema") as stored:
-            self.ema.fill(reader(stored))
+        for average in self.ema.averages:
+            with found.stored(average) as stored:
+                self.ema.fill(average, reader(stored))
 
 
 def reader(stored: StoredTensors, prefix: str = "") -> Fill:
