@@ -123,11 +123,12 @@ class Trainer:
             stragglers.begin_step(clock)
             with clock.phase("data"):
                 packs = self.guard.admit(next(packs_of_steps), self.index)
+            stood = self.step
             totals = self._train_step(packs, clock, stragglers)
             if totals is None:
                 packs_of_steps = self.load(self.step, self.steps - self.step)  # from here again
-                window = window if self.step == bar.n else Window()
-                bar.update(self.step - bar.n)
+                window = window if self.step == stood else Window()
+                bar.update(self.step - stood)
                 continue
             window.add(totals)
             bar.update()
