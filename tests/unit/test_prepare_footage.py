@@ -184,7 +184,7 @@ def account_for_damage(footage, tmp_path, count, engine):
 def test_damaged_videos_are_counted_one_by_one(footage, tmp_path):
     probe, _, cut = account_for_damage(footage, tmp_path, 30, LocalEngine(0))
     assert sum(probe.failed.values()) >= 8
-    assert cut.kept >= 10
+    assert cut.kept >= 6  # the probe refuses what is cut short
 
 
 @pytest.mark.soak

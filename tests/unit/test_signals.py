@@ -25,10 +25,16 @@ print(caught.asked_to_stop, caught.asked_to_save, flush=True)
 """
 
 
+def as_in_a_terminal():
+    """Whatever the tests themselves were started by: nohup and shells in the background have signals ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def told(*sent, usr1="stop", ticks=8, before=()):
     process = subprocess.Popen(
         [*before, sys.executable, "-c", SCRIPT, usr1, str(ticks)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal,
     )  # fmt: skip
     assert process.stdout is not None
     process.stdout.readline()
