@@ -5,18 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, prod
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kinema.config import Config, register_schemas, to_config
-from kinema.console import first_cause
+from kinema.config import Config, compose_training
 from kinema.data.geometry import ClipShape, Geometry
 from kinema.distributed.activations import ActivationCheckpointing
 from kinema.distributed.deepspeed_config import OptimizerOffload, ParameterOffload, plan_traffic
@@ -98,17 +93,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def composed(words: list[str]) -> Config:
-    """The configuration as the training command with these words composes it."""
-    configs = Path("configs").resolve()
-    if not (configs / "train.yaml").is_file():
-        raise ValueError("kinema plan reads ./configs: type the command in the folder of train.py.")
-    register_schemas()
+    """The configuration as the training command with these words composes it; a VAE need not be there."""
     told = any(word.startswith(("task=", "vae", "experiment=")) for word in words)
-    try:
-        with initialize_config_dir(str(configs), version_base="1.3"):
-            return to_config(compose("train", words if told else [*words, "vae.path=unread"]))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"{' '.join(words)}: {first_cause(error)}") from error
+    return compose_training(words if told else [*words, "vae.path=unread"])
 
 
 def dit_job(config: Config, arguments: argparse.Namespace) -> Job:

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kinema.distributed.engine import ParallelConfig
 from kinema.doctor import machine
 from kinema.doctor.command import run
 from kinema.doctor.finding import Finding, Level, examine, graded
-from kinema.doctor.job import job_checks, state_bytes
+from kinema.doctor.job import job_checks
 from kinema.doctor.kernels import compare, kernel_checks
 from kinema.doctor.ranks import judge
 from kinema.doctor.storage import check_storage
@@ -75,11 +74,6 @@ def test_a_check_that_raises_is_a_failure_and_the_others_go_on():
     first, second = examine([("data", broken), ("other", lambda: graded("other", "well"))])
     assert (first.level, first.advice) == (Level.FAIL, "data.path=nix is not there.")
     assert second.level is Level.PASS
-
-
-def test_state_is_what_the_zero_stage_shards():
-    assert state_bytes(10, ParallelConfig(zero_stage=0), 1) == 4 * 50  # weights, gradients, two moments, EMA
-    assert state_bytes(10, ParallelConfig(zero_stage=3), 10) == 4 * (1 + 1 + 1 + 3)
 
 
 def test_a_job_that_does_not_compose_is_a_finding():

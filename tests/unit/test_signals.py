@@ -25,16 +25,14 @@ print(caught.asked_to_stop, caught.asked_to_save, flush=True)
 """
 
 
-def as_in_a_terminal():
-    """Whatever the tests themselves were started by: nohup and shells in the background have signals ignored."""
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+AS_IN_A_TERMINAL = ["env", "--default-signal=HUP,INT"]
+"""Whatever the tests were started by: nohup and shells in the background leave signals ignored."""
 
 
 def told(*sent, usr1="stop", ticks=8, before=()):
     process = subprocess.Popen(
-        [*before, sys.executable, "-c", SCRIPT, usr1, str(ticks)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal,
+        [*AS_IN_A_TERMINAL, *before, sys.executable, "-c", SCRIPT, usr1, str(ticks)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     process.stdout.readline()

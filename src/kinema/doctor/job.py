@@ -4,18 +4,19 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kinema.conditioning.text import CombinedText, HashText, PretrainedText, TextCache, build_text_encoder
 from kinema.config import Config, compose_training
 from kinema.data.planning import open_index
-from kinema.distributed.engine import ParallelConfig
+from kinema.distributed.footprint import GIB
 from kinema.doctor.finding import Check, Finding, Level, graded
 from kinema.models.dit import make_denoiser
 from kinema.models.vae import CausalVAE
+from kinema.plan import states_of
 from kinema.training.dit_task import DiTTaskConfig
 from kinema.training.run_folder import checkpoint_of, load_vae
 
-GIB = 2**30
 CROWDED = 0.6
 """Share of a device's memory above which state leaves little for activations."""
 
@@ -74,47 +75,38 @@ def _encoder_files(config: PretrainedText) -> tuple[str, str]:
 
 
 def check_memory(config: Config, world_size: int) -> Finding:
-    """What weights, gradients, Adam's moments and the EMA take on a rank, against what there is; no activations."""
-    count = count_parameters(config)
-    needed = state_bytes(count, config.parallel, world_size) / GIB
+    """What weights, gradients, the optimiser and the EMA take on a rank, against what there is; no activations."""
+    if isinstance(config.task, DiTTaskConfig) and isinstance(config.text, CombinedText):
+        untold = "unknown before its text encoders are loaded"
+        return graded("memory", untold, warn="Type kinema plan, with --text-width.")
+    with FakeTensorMode():
+        model = make_model(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    needed = states_of(config, model, world_size).total / GIB
     room, where = _room()
     told = f"{count / 1e6:,.1f} M parameters, state {needed:.2f} of {room:.0f} GiB a rank on {where}, no activations"
     advice = "Type parallel.zero_stage=3 with more ranks, or parallel.offload.optimizer=cpu."
     return graded("memory", told, fail=advice if needed > room else "", warn=advice if needed > CROWDED * room else "")
 
 
-def count_parameters(config: Config) -> int:
-    """Of the model that is trained, without making it."""
-    with torch.device("meta"):
-        if not isinstance(config.task, DiTTaskConfig):
-            model: torch.nn.Module = CausalVAE(config.vae)
-        else:
-            manifest = checkpoint_of(config.vae.path, "vae.path").document("manifest")
-            channels = manifest["vae"]["config"]["latent_channels"]
-            model = make_denoiser(config.model, channels, text_width(config))
-    return sum(parameter.numel() for parameter in model.parameters())
+def make_model(config: Config) -> torch.nn.Module:
+    """The model that is trained."""
+    if not isinstance(config.task, DiTTaskConfig):
+        return CausalVAE(config.vae)
+    manifest = checkpoint_of(config.vae.path, "vae.path").document("manifest")
+    return make_denoiser(config.model, manifest["vae"]["config"]["latent_channels"], text_width(config))
 
 
 def text_width(config: Config) -> int:
     """Width of the embeddings; raises ValueError where only the loaded encoder tells it."""
     if isinstance(config.text, HashText):
-        with torch.device("cpu"):
-            return build_text_encoder(config.text).width
+        return build_text_encoder(config.text).width
     if isinstance(config.text, PretrainedText):
         from transformers import AutoConfig
 
         told = AutoConfig.from_pretrained(config.text.path)
         return int(getattr(told, "text_config", told).hidden_size)
     raise ValueError("several text encoders at once: their width is known when they are loaded, at the start.")
-
-
-def state_bytes(count: int, parallel: ParallelConfig, world_size: int) -> float:
-    """Bytes of float32 state a rank: weights, gradients, two moments and the EMA, sharded as the ZeRO stage says."""
-    stage, shards = parallel.zero_stage, world_size
-    weights = count / (shards if stage == 3 else 1) + (count / shards if stage in (1, 2, 3) else 0)  # and masters
-    gradients = count / (shards if stage >= 2 else 1)
-    optimizer_and_average = 3 * count / (shards if stage >= 1 else 1)
-    return 4 * (weights + gradients + optimizer_and_average)
 
 
 def _room() -> tuple[float, str]:
