@@ -23,7 +23,6 @@ from kinema.models.dit.segments import Grid
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.resampling import space_to_depth
 from kinema.training.dit_task import DiTTaskConfig
-from kinema.training.finetune import LoRA
 
 FASTEST_FIRST = list(ActivationCheckpointing)
 """From the kind that computes least again; the first that fits is recommended."""
@@ -61,8 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 1 if no kind of activation checkpointing fits."""
     config = composed(arguments.words)
-    if isinstance(config.finetune, LoRA):
-        raise ValueError("kinema plan knows no adapters yet: plan finetune=full or finetune=parts, an upper bound.")
     degree = config.parallel.sequence_degree
     if arguments.ranks % degree:
         raise ValueError(f"--ranks {arguments.ranks} must be a multiple of parallel.sequence_degree={degree}.")
@@ -174,8 +171,13 @@ def states_of(config: Config, model: nn.Module, ranks: int) -> States:
 
 def made(config: Config, job: Job) -> nn.Module:
     """The model with its trained parameters chosen."""
-    model = job.make()
-    config.finetune.prepare(model)
+    with torch.device("meta"):  # adapters are moved to where their layers lie, which fake tensors cannot be
+        model = job.make()
+        config.finetune.prepare(model)
+    for module in model.modules():
+        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            here = torch.empty_like(value, device="cpu")
+            setattr(module, name, nn.Parameter(here, value.requires_grad) if isinstance(value, nn.Parameter) else here)
     return model
 
 
