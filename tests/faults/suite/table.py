@@ -14,9 +14,9 @@ That command writes this page; do not edit it.
 - **recovery** is the time from starting the same command again to its first new step, without the imports of Python.
 - **lost** counts steps that were done before the fault and had to be done again; checkpoints are two steps apart here.
 
-Of {faults} faults {failed} ended otherwise than they must. A hang, a damaged checkpoint that is loaded, another status or
-message than this fault's, and other numbers are failures: where a run continues, its losses, weights, averages and moments
-are compared with those of a run that nothing disturbed, bit for bit on the same ranks, to 1e-4 on others.
+Of {faults} faults {failed} ended otherwise than they must. A hang, a damaged checkpoint that is loaded, another status
+or message than this fault's, and other numbers are failures: where a run continues, its losses, weights, averages and
+moments are compared with those of a run that nothing disturbed, bit for bit on the same ranks, to 1e-4 on others.
 Measured on {machine}.
 
 | | fault | what the user sees | exit | recovery | lost |
