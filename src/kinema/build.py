@@ -37,7 +37,7 @@ from kinema.data.shards import DatasetIndex
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.compiling import Compile, compiler
-from kinema.distributed.engine import Engine, ParallelConfig, Precision
+from kinema.distributed.engine import Engine, Precision
 from kinema.distributed.process import Process, seed_everything
 from kinema.distributed.sequence import Ulysses
 from kinema.identity import digest, to_plain
@@ -250,7 +250,6 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
 
 def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=vae`."""
-    check_kept(config.parallel)
     if config.parallel.compile is not Compile.none:
         raise ValueError(
             f"parallel.compile={config.parallel.compile.value}: a VAE has no such blocks. Type parallel.compile=none."
@@ -303,17 +302,6 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         config.task.strips_every_steps,
         ideal_seconds,
     )
-
-
-def check_kept(parallel: ParallelConfig) -> None:
-    """Refuse what gives a VAE wrong gradients without a word."""
-    if parallel.zero_stage == 3 and parallel.activation_checkpointing is ActivationCheckpointing.selective:
-        raise ValueError(
-            "parallel.activation_checkpointing=selective with parallel.zero_stage=3: for inputs of more than two "
-            "dimensions, as a VAE's, DeepSpeed's linear layer of ZeRO 3 adds its bias into the product that was kept, "
-            "and the backward would add it again. Type parallel.activation_checkpointing=attention, every or full, or "
-            "parallel.zero_stage=2."
-        )
 
 
 def context_parallel(
