@@ -1,4 +1,4 @@
-"""Compiled blocks: the numbers of uncompiled ones, one compilation for packs of any sizes, and a count of the others."""
+"""Compiled blocks: the numbers of uncompiled ones, one compilation for packs of any sizes, the others counted."""
 
 from functools import partial
 
@@ -7,13 +7,18 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
-from kinema.distributed.compiling import Compilations, compiler
+from kinema.distributed.compiling import Compilations, Compile, compiler
 from kinema.distributed.engine import ParallelConfig
-from kinema.models.dit import DiT, make_denoiser
+from kinema.models.dit import TextEdge, make_denoiser
 from tests.unit.test_activation_checkpointing import CHANNELS, DITS, TEXT, randomised
 from tests.unit.test_dit import extras_for, small
 
-MIXED = [[(2, 4, 6), (1, 8, 4), (2, 4, 6)], [(1, 4, 4)], [(4, 6, 4), (1, 2, 2)], [(1, 2, 2), (1, 2, 2), (3, 2, 6), (2, 8, 4)]]
+MIXED = [
+    [(2, 4, 6), (1, 8, 4), (2, 4, 6)],
+    [(1, 4, 4)],
+    [(4, 6, 4), (1, 2, 2)],
+    [(1, 2, 2), (1, 2, 2), (3, 2, 6), (2, 8, 4)],
+]
 """Packs, by the shapes of their clips in latents, for patches of one frame."""
 
 
@@ -63,8 +68,9 @@ def furthest(found, wanted):
     """The largest difference of outputs and gradients, over the largest number of each, and a thousandth of all."""
     assert found[1].keys() == wanted[1].keys()
     pairs = [*zip(found[0], wanted[0], strict=True), *((found[1][name], x) for name, x in wanted[1].items())]
-    most = max(float(x.abs().max()) for x in wanted[1].values())
-    return max(float((a - b).abs().max() / (b.abs().max() + 1e-3 * most)) for a, b in pairs)
+    with torch.no_grad():
+        most = max(float(x.abs().max()) for x in wanted[1].values())
+        return max(float((a - b).abs().max() / (b.abs().max() + 1e-3 * most)) for a, b in pairs)
 
 
 def compare(config, dtype, how, packs):
@@ -80,15 +86,9 @@ def compare(config, dtype, how, packs):
     return off, graphs[0], graphs[-1] - graphs[0]
 
 
-@pytest.mark.parametrize("name", ["wan_tiny", "hunyuan_tiny"])
-def test_traced_blocks_are_the_uncompiled_ones(name):
-    off, _, more = compare(DITS[name], torch.float64, traced, MIXED)
-    assert off < 1e-12
-    assert more == 0
-
-
 def test_compiled_blocks_are_the_uncompiled_ones():
-    off, _, more = compare(small(depth=1), torch.float64, compiler(), MIXED)
+    """By a C++ compiler, which takes its time: of one kind of layer."""
+    off, _, more = compare(small(depth=1, text=TextEdge.shared), torch.float64, compiler(), MIXED)
     assert off < 1e-12
     assert more == 0
 
@@ -111,8 +111,9 @@ def test_blocks_alike_and_packs_unlike_are_compiled_once():
     passed(few, [(1, 2, 2)])
     once = counted.count()
     many.compile_blocks(traced)
+    plain = made(small(depth=12), torch.float64)
     for shapes in MIXED:
-        passed(many, shapes)
+        assert furthest(passed(many, shapes), passed(plain, shapes)) < 1e-12
     assert counted.count() == once
     assert len(counted.lines()) == once
     assert counted.lines() == []
@@ -121,14 +122,17 @@ def test_blocks_alike_and_packs_unlike_are_compiled_once():
 def test_what_would_compile_without_end_ends():
     model = made(small(depth=1), torch.float64)
     model.compile_blocks(partial(torch.compile, fullgraph=True, dynamic=False, recompile_limit=2, backend="eager"))
+    passed(model, [(1, 4, 4)])  # self- and cross-attention are two kinds of the same function
     with pytest.raises(FailOnRecompileLimitHit):
-        for frames in range(1, 5):
-            passed(model, [(frames, 4, 4)])
+        passed(model, [(2, 4, 4)])
 
 
-@pytest.mark.parametrize("kind", [ActivationCheckpointing.attention, ActivationCheckpointing.full])
+@pytest.mark.parametrize(
+    "kind",
+    [ActivationCheckpointing.attention, pytest.param(ActivationCheckpointing.full, marks=pytest.mark.soak)],
+)
 def test_compiled_blocks_are_computed_again(kind):
-    config = small(depth=2)
+    config = small(depth=2, text=TextEdge.shared)
     model, plain = made(config, torch.float64), made(config, torch.float64)
     keep_less(model.all_blocks(), kind)
     model.compile_blocks(traced)
@@ -143,7 +147,5 @@ def test_compiled_blocks_are_computed_again(kind):
     ],
 )
 def test_what_cannot_be_compiled_is_refused(keys, message):
-    from kinema.distributed.compiling import Compile
-
     with pytest.raises(ValueError, match=message):
         ParallelConfig(compile=Compile.blocks, **keys)

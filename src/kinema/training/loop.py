@@ -225,7 +225,12 @@ class Trainer:
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
         wishes = [float(self.signals.asked_to_stop is not None), float(self.signals.asked_to_save)]
-        own = [*wishes, self.saver.vote(), float(self._compilations.count()), *stragglers.own(clock, sum(pack.cost for pack in packs))]
+        own = [
+            *wishes,
+            self.saver.vote(),
+            float(self._compilations.count()),
+            *stragglers.own(clock, sum(pack.cost for pack in packs)),
+        ]
         with clock.phase("sums"):
             over_ranks = all_sum([*own, *self._once([*sums.values(), *balance.values()])])
         (stop, save, saved, compiled, *times), over_ranks = over_ranks[: len(own)], over_ranks[len(own) :]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from kinema.models.attention import Lengths, runs
+from kinema.models.attention import runs
 from kinema.models.dit.segments import Rows, Segment, Turns
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]

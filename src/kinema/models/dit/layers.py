@@ -36,7 +36,6 @@ from kinema.models.dit.segments import (
 )
 from kinema.models.position import apply_rope
 
-
 Read = Mapping[str, Segment] | Mapping[str, CompiledSegment]
 """The segments, as layers around an attention read them."""
 Triples = Mapping[str, tuple[Tensor | None, Tensor, Tensor]]
@@ -243,7 +242,8 @@ class SegmentAttention(nn.Module):
         """Tokens that answer (M, D), behind the shift and scale that their segment is told and this table."""
         if self.answer_table is None:
             return source
-        assert segment.told is not None and segment.clips is not None
+        assert segment.told is not None
+        assert segment.clips is not None
         shift, scale = map(segment.clips.of, (segment.told + self.answer_table).unbind(1))
         return modulated(source.to(shift.dtype), shift, scale, segment.clips.lengths)
 

@@ -54,7 +54,9 @@ class Norm(nn.Module):
     def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.kind is NormKind.layer:
             return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
-        if weight is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():  # no fused kernel there: its backward takes twelve passes
+        if (
+            weight is not None and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # no fused kernel there: its backward takes twelve passes
             return _RMSNorm.apply(x, weight, bias, self.eps)
         normed = F.rms_norm(x, x.shape[-1:], weight, self.eps)
         return normed if bias is None else normed + bias
