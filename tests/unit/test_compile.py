@@ -1,5 +1,6 @@
 """Compiled blocks: the numbers of uncompiled ones, one compilation for packs of any sizes, the others counted."""
 
+import re
 from functools import partial
 
 import pytest
@@ -115,7 +116,9 @@ def test_blocks_alike_and_packs_unlike_are_compiled_once():
     for shapes in MIXED:
         assert furthest(passed(many, shapes), passed(plain, shapes)) < 1e-12
     assert counted.count() == once
-    assert len(counted.lines()) == once
+    lines = counted.lines()
+    assert len(lines) == once
+    assert all(re.fullmatch(r"(ask|answer|all) in [\d.]+ s(, not as before: [^#\n]+)?", line) for line in lines)
     assert counted.lines() == []
 
 

@@ -55,13 +55,16 @@ class Compilations:
         return self.total() - self._told
 
     def lines(self) -> list[str]:
-        """For each of these what was compiled, how long it took, and why what was there did not do."""
+        """For each of these what was compiled, how long it took, and what differs from the one before."""
         from torch._dynamo.utils import get_compilation_metrics
 
         count, self._told = self.count(), self.total()
         made = [one for one in get_compilation_metrics() if one.co_name is not None]
-        return [
-            f"{one.co_name.strip('_')} in {one.entire_frame_compile_time_s or 0.0:.1f} s"
-            + (f" ({one.recompile_reason})" if one.recompile_reason else "")
-            for one in made[len(made) - count :]
-        ]
+        return [_line(one) for one in made[len(made) - count :]]
+
+
+def _line(made: Any) -> str:
+    """Such as `answer in 3.7 s`, and in what it differs, without the lines of source that torch quotes beside it."""
+    reason = (made.recompile_reason or "").partition("\n")[0].partition("  #")[0].strip()
+    line = f"{made.co_name.strip('_')} in {made.entire_frame_compile_time_s or 0.0:.1f} s"
+    return f"{line}, not as before: {reason}" if reason else line

@@ -78,8 +78,8 @@ class ParallelConfig:
         if self.activation_checkpointing is ActivationCheckpointing.selective:
             raise ValueError(
                 "parallel.compile=blocks with parallel.activation_checkpointing=selective: compiled layers keep "
-                "products and compute again what lies between by themselves. Type parallel.activation_checkpointing=none, "
-                "attention, every or full."
+                "products and compute again what lies between by themselves. Type "
+                "parallel.activation_checkpointing=none, attention, every or full."
             )
 
 
