@@ -79,7 +79,9 @@ class Windows:
 
     def _check_unique(self) -> None:
         same = {name: np.diff(self._columns[name]) == 0 for name in ("clip", "check", "start")}
-        wrong = same["clip"] & (same["start"] | ~same["check"])  # or one half of two digests agrees: in one of 400,000 caches
+        wrong = same["clip"] & (
+            same["start"] | ~same["check"]
+        )  # or one half of two digests agrees: in one of 400,000 caches
         if wrong.any():
             (one, member), (other, _) = (self._place(int(wrong.argmax()) + next) for next in (0, 1))
             raise ValueError(f"the window at byte {member.offset} of {one} stands a second time, in {other}")
