@@ -135,7 +135,8 @@ def test_a_mistyped_override_stops_composition(override):
         ("data.shaes=1", "data.shaes: there is no such key. Did you mean data.shapes?"),
         ("+data.mixture={a:{pth:x}}", "data.mixture.a.pth: there is no such key. Did you mean data.mixture.a.path?"),
         ("data.stages=[{untl_step:3}]", "untl_step: there is no such key. Did you mean until_step?"),
-        ("+data.mixture.mien.path=x", "mien is new and is given whole: '+...={mien:{key:value}}', not '+...mien.key=value'."),
+        ("+data.mixture.mien.path=x", "mien is new and is given whole: '+...={mien:{key:value}}', "
+                                      "not '+...mien.key=value'."),
         ("data.mixture.mien.path=x", "data.mixture.mien: there is no such key. A new one is given whole: "
                                      "'+data.mixture={mien:{...}}'."),
     ],
