@@ -24,7 +24,9 @@ from kinema.config import (
     to_dataclass,
 )
 from kinema.console import missing_key, run_script
+from kinema.training.guard import Guard, GuardConfig
 from kinema.training.optim import AdamW
+from kinema.training.signals import Signals, SignalsConfig, Warned
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NO_GROUPS = ("experiment", "prep")  # data_prep/prepare.py has its own root there
@@ -232,3 +234,15 @@ def test_changes_are_listed_but_for_keys_that_change_no_number():
     assert changed_keys(before, now) == ["seed: 0 -> 3"]
     now = resolved_yaml(compose("train", ["parallel.precision=bfloat16", "data.prefetch=5"]))
     assert changed_keys(before, now) == ["parallel.precision: float32 -> bfloat16"]
+
+
+def test_limits_of_what_may_never_happen_are_in_force():
+    config = Config(
+        guard=GuardConfig(max_incidents=5, max_left_out=9),
+        signals=SignalsConfig(usr1=Warned.save, grace_seconds=60, requeue=True),
+    )
+    reads = Reads(config)
+    assert len(reads.unread()) == 5
+    assert Guard(config.guard).config.max_incidents == 5
+    assert Signals(config.signals).config.requeue
+    assert not reads.unread()
