@@ -15,6 +15,7 @@ from kinema.data.plan import Plan
 from kinema.data.quarantine import write_failures
 from kinema.data.shards import DatasetIndex
 from kinema.distributed.collectives import all_sum, from_main, gather_objects
+from kinema.distributed.compiling import WARM_STEPS, Compilations
 from kinema.distributed.process import Process
 from kinema.exits import Exit
 from kinema.training.balance import Balance
@@ -95,6 +96,7 @@ class Trainer:
     _save_now: bool = False
 
     def __post_init__(self) -> None:
+        self._compilations, self._validations = Compilations(), 0
         self._journal = KeyJournal(self.outputs.run_dir, self.process.rank)
 
     @property
@@ -161,6 +163,7 @@ class Trainer:
     def _resume(self) -> None:
         """Go to the newest checkpoint, and be ready to stop again."""
         self.saver.resume(self.steps, self._journal)
+        self._first_step = self.step
         self.signals.catch()
         if self.process.is_main and (line := self.signals.find_end()):
             self.outputs.event(self.step, "slurm", line)
@@ -228,10 +231,15 @@ class Trainer:
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
         wishes = [float(self.signals.asked_to_stop is not None), float(self.signals.asked_to_save)]
-        own = [*wishes, self.saver.vote(), *stragglers.own(clock, sum(pack.cost for pack in packs))]
+        own = [
+            *wishes,
+            self.saver.vote(),
+            float(self._compilations.count()),
+            *stragglers.own(clock, sum(pack.cost for pack in packs)),
+        ]
         with clock.phase("sums"):
             over_ranks = all_sum([*own, *self._once([*sums.values(), *balance.values()])])
-        (stop, save, saved, *times), over_ranks = over_ranks[: len(own)], over_ranks[len(own) :]
+        (stop, save, saved, compiled, *times), over_ranks = over_ranks[: len(own)], over_ranks[len(own) :]
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
         withheld = totals.pop("withheld") > 0
         if what := self.guard.trouble(self.step, totals["loss"], self.progress.losses, withheld=withheld):
@@ -241,6 +249,8 @@ class Trainer:
             self.ema.update(self.step + 1)
         self.preflight.end()
         self._tell("straggler", stragglers.hear(times))
+        if compiled:
+            self._tell_compiled(again=self.step - self._first_step >= WARM_STEPS)
         self._tell("spike", self.guard.warnings)
         self.guard.has_moved(self.step)
         self.signals.look_at_clock()
@@ -323,6 +333,8 @@ class Trainer:
             return
         record = window.close()
         record.update(kind="train", step=self.step, seconds=clock.read(record.pop("steps")))
+        if compiled := self._compilations.total():
+            record["compiled"] = compiled
         record["mfu"] = self.ideal_seconds / sum(record["seconds"].values())
         self.outputs.write(record)
         if line := self.signals.took(sum(record["seconds"].values()), self.saver.seconds):
@@ -340,6 +352,8 @@ class Trainer:
             record["loss_by_noise"] = noise_table(totals)
         record.update({key: value / weight for key, value in totals.items()})
         self.outputs.write(record)
+        self._tell_compiled(again=self._validations > 0)
+        self._validations += 1
 
     def _sample(self) -> None:
         """Samples from the averaged weights. All ranks gather; the main rank alone samples, the others wait."""
@@ -361,6 +375,12 @@ class Trainer:
     def _tell(self, event: str, lines: list[str]) -> None:
         for line in lines:
             self.outputs.event(self.step, event, line)
+
+    def _tell_compiled(self, *, again: bool) -> None:
+        """What all ranks have compiled since the last time; later it takes time at every new kind of pack."""
+        lines = [line for rank in gather_objects(self._compilations.lines()) for line in rank]
+        if lines:
+            self.outputs.event(self.step, "recompiled" if again else "compiled", f"{len(lines)}: {'; '.join(lines)}")
 
     def _tell_heldout_failures(self, validation: list[list[Pack]]) -> None:
         """Held-out clips are read once, before the first step; those that fail are missing from every validation."""
