@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from kinema.data.ledger import Quarantine
+from kinema.data.ledger import DataBudgetError, Quarantine
 from kinema.data.pack import Failure, Fallback, Pack
 from kinema.data.plan import Plan
 from kinema.data.quarantine import write_failures
@@ -219,7 +219,7 @@ class Trainer:
         if total_weight == 0 and left_out:
             return self._pass_over(counted)
         if total_weight == 0:
-            raise ValueError(
+            raise DataBudgetError(
                 f"no clip of step {self.step} can be shown: {(packs[0].failures + packs[0].withdrawn)[:3]}. If "
                 "data.rights withdrew them, start a new run from the last checkpoint: another name, and init_from."
             )
