@@ -16,6 +16,7 @@ from kinema.distributed.compiling import Compile
 from kinema.distributed.deepspeed_config import OffloadConfig, TrafficConfig, deepspeed_config, plan_traffic
 from kinema.distributed.halo import SlabAxis
 from kinema.distributed.layout import Fill, layout_of
+from kinema.distributed.linear import mend_linear
 from kinema.distributed.loss_scale import LossScale
 from kinema.distributed.optimizer_state import Placed, named_state, state_files
 
@@ -128,6 +129,7 @@ class Engine:
             ),
             dist_init_required=False,
         )
+        mend_linear()
         self._group_of = {name: numbers[id(parameter)] for name, parameter in self.parameters().items()}
         self.layout = layout_of(self.parameters(), self._group_of, self.deepspeed.optimizer, zero_stage)
         if isinstance(optimizer, Placed):
