@@ -183,7 +183,7 @@ def deepspeed_config(
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": gradient_clipping,
+        "gradient_clipping": gradient_clipping if zero_stage > 0 else 0.0,  # the engine measures, and clips, itself
         "prescale_gradients": False,
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},

@@ -181,6 +181,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_default(seed: int, device: torch.device) -> None:
+    """As `torch.manual_seed`, of what this device draws from: that one takes a stack for each kind that is missing."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 if __name__ == "__main__":  # set-up: compile now, so that no run has to
     if not torch.cuda.is_available():
         load_cpu_communication_op()
