@@ -36,7 +36,7 @@ from kinema.data.rights import RightsPolicy, idle_words
 from kinema.data.shards import DatasetIndex
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
-from kinema.distributed.engine import Engine, ParallelConfig, Precision
+from kinema.distributed.engine import Engine, Precision
 from kinema.distributed.process import Process, seed_everything
 from kinema.distributed.sequence import Ulysses
 from kinema.identity import digest, to_plain
@@ -247,7 +247,6 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
 
 def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=vae`."""
-    check_kept(config.parallel)
     model = CausalVAE(config.vae)
     geometry = Geometry(*model.geometry_strides, (1, 1, 1))
     data = build_data(config, geometry, process, run, vae_hash=None)
@@ -296,17 +295,6 @@ def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[
         config.task.strips_every_steps,
         ideal_seconds,
     )
-
-
-def check_kept(parallel: ParallelConfig) -> None:
-    """Refuse what gives a VAE wrong gradients without a word."""
-    if parallel.zero_stage == 3 and parallel.activation_checkpointing is ActivationCheckpointing.selective:
-        raise ValueError(
-            "parallel.activation_checkpointing=selective with parallel.zero_stage=3: for inputs of more than two "
-            "dimensions, as a VAE's, DeepSpeed's linear layer of ZeRO 3 adds its bias into the product that was kept, "
-            "and the backward would add it again. Type parallel.activation_checkpointing=attention, every or full, or "
-            "parallel.zero_stage=2."
-        )
 
 
 def context_parallel(

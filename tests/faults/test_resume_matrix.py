@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from kinema.training.checkpoint import CheckpointStore
-from tests.end_to_end.commands import VAE, common, dit_command, losses
+from tests.end_to_end.commands import dit_command, losses
 from tests.faults.suite.harm import Harm
 from tests.faults.suite.scene import same_state
-from tests.warm import Warm, warm_process
+from tests.warm import Warm
 
 pytestmark = pytest.mark.slow
 EVERY = 2
@@ -55,9 +55,6 @@ class Matrix:
 
     def __init__(self, warm: Warm, folder: Path) -> None:
         self.warm, self.folder = warm, folder
-        clips = ["--clips", "32", "--heldout", "4", "--sizes", "64x64"]
-        self.run(["data_prep/toy.py", "--out", f"{folder}/toy", *clips])
-        self.run(["train.py", *common(folder, "vae", 2), *VAE])
 
     def run(self, command: list[str], ranks: int = 1, harm: Harm | None = None, **variables: Any) -> list[int]:
         """Start a command and wait for it; 0 for all ranks, unless it comes to harm."""
@@ -80,7 +77,7 @@ class Matrix:
 
     def whole(self, stage: int, steps: int) -> str:
         """The name of a run on two ranks that nobody disturbs."""
-        name = f"whole-{stage}-{steps}"
+        name = f"whole-at-{stage}-{steps}"
         if not self.store(name).steps():
             self.train(name, steps, f"parallel.zero_stage={stage}")
         return name
@@ -111,9 +108,8 @@ class Matrix:
 
 
 @pytest.fixture(scope="module", name="matrix")
-def make_matrix(tmp_path_factory):
-    with warm_process() as warm:
-        yield Matrix(warm, tmp_path_factory.mktemp("matrix"))
+def make_matrix(scene):
+    return Matrix(scene.warm, scene.folder)
 
 
 LAYOUTS = [

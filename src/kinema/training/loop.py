@@ -37,6 +37,8 @@ from kinema.training.watchdog import Watchdog
 
 UPLOADS_SECONDS, UPLOADS_WHEN_STOPPED_SECONDS = 600.0, 5.0
 """How long the end of a run waits for checkpoints that are on their way to `checkpoint.remote`."""
+TRACKER_SECONDS, TRACKER_WHEN_STOPPED_SECONDS = 60.0, 10.0
+"""How long it then waits for Weights & Biases to take what is left: its first connection may take half a minute."""
 LANE_PHASES = ("encode", "forward")
 """What a lane does without waiting for another, by phases of the clock; the backward of the last one waits."""
 
@@ -155,7 +157,7 @@ class Trainer:
             passed = self._final_check()
         with clock.phase("checkpoint"):
             self.saver.tell_uploads(UPLOADS_SECONDS)
-        self._finish("finished")
+        self._finish("finished", TRACKER_SECONDS)
         return Exit.done if passed else Exit.failed_check
 
     def _leave_early(self, why: str) -> Exit:
@@ -163,7 +165,8 @@ class Trainer:
         self.saver.tell_uploads(UPLOADS_WHEN_STOPPED_SECONDS)
         if self.process.is_main and (line := self.signals.requeue()):
             self.outputs.event(self.step, "requeue", line)
-        self._finish(f"stopped by {why} at step {self.step}; the same command continues")
+        how = f"stopped by {why} at step {self.step}; the same command continues"
+        self._finish(how, TRACKER_WHEN_STOPPED_SECONDS)
         return Exit.preempted
 
     def _is_to_save(self) -> bool:
@@ -390,11 +393,11 @@ class Trainer:
             self.outputs.event(self.step, "fallback", f"{len(keys)} clip(s), {cause} ({', '.join(keys[:5])})")
         self.quarantine.check(self.progress.whole_ledger())
 
-    def _finish(self, how: str) -> None:
+    def _finish(self, how: str, tracker_seconds: float) -> None:
         self.watchdog.stop()
         self.outputs.event(self.step, "end", how)
         if tracker := self.outputs.tracker:
-            tracker.close()
+            tracker.close(tracker_seconds)
             if tracker.problem or tracker.dropped:
                 detail = f"{tracker.problem or 'no error'}, {tracker.dropped} records dropped; metrics.jsonl has all"
                 self.outputs.event(self.step, "tracker", detail)

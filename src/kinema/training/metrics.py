@@ -104,7 +104,7 @@ class WandbTracker:
         if self._process:
             self._put(record)
 
-    def close(self, timeout_seconds: float = 10.0) -> None:
+    def close(self, timeout_seconds: float) -> None:
         """Give the process a last chance to send what is left, then end it."""
         if not self._process:
             return
@@ -136,6 +136,7 @@ class WandbTracker:
             while (record := self._records.get()) is not None:
                 lines.write(json.dumps({"step": record["step"], "values": _scalars(record)}) + "\n")
                 lines.flush()
+            lines.write("null\n")  # the end: data workers hold this pipe open, too
 
 
 def _mode(wanted: WandbMode) -> str:

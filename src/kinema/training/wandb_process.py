@@ -1,7 +1,7 @@
 """The process that talks to Weights & Biases. It may wait as long as it likes; training neither waits nor ends with it.
 
-Lines of JSON on stdin: first what to start, then records. Trouble is told on stdout; without a connection the run is
-kept offline, for `wandb sync`.
+Lines of JSON on stdin: first what to start, then records, then null. Trouble is told on stdout; without a connection
+the run is kept offline, for `wandb sync`.
 """
 
 import json
@@ -28,12 +28,12 @@ def start(order: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Until stdin ends."""
+    """Until null comes or stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's business
-    run = start(json.loads(sys.stdin.readline()))
-    for line in sys.stdin:
-        record = json.loads(line)
-        run.log(record["values"], step=record["step"])
+    run, newest = start(json.loads(sys.stdin.readline())), 0
+    while record := json.loads(sys.stdin.readline() or "null"):
+        newest = max(newest, record["step"])  # of an older step, as a save that has ended, nothing would be taken
+        run.log(record["values"], step=newest)
     run.finish()
 
 

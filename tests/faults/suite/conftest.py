@@ -1,13 +1,12 @@
-"""The scene of all faults, and the table that they fill."""
+"""The table that all faults fill."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.faults.suite.scene import Scene, Shown
+from tests.faults.suite.scene import Shown
 from tests.faults.suite.table import Row, render
-from tests.warm import warm_process
 
 ROWS = pytest.StashKey[list[Row]]()
 
@@ -18,12 +17,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
-
-
-@pytest.fixture(scope="session")
-def scene(tmp_path_factory):
-    with warm_process() as warm:
-        yield Scene.build(warm, tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture

@@ -49,23 +49,32 @@ class Scene:
     def build(cls, warm: Warm, folder: Path) -> "Scene":
         """Make the data set, and train its VAE for two steps."""
         scene = cls(warm, folder)
-        clips = ["--clips", "32", "--heldout", "4", "--sizes", "64x64"]
+        clips = ["--clips", "24", "--heldout", "4", "--sizes", "64x64"]
         scene.finish(warm.start(["data_prep/toy.py", "--out", f"{folder}/toy", *clips], folder / "toy.log"))
         scene.finish(warm.start(["train.py", *common(folder, "vae", 2), *VAE], folder / "vae.log"))
         return scene
 
-    def command(self, name: str, *extra: str) -> list[str]:
-        """A run of the DiT that saves every second step."""
+    def command(self, name: str, *extra: str, script: str = "train.py") -> list[str]:
+        """A run of the DiT that saves every second step; `script` may be one that runs `train.py` its own way."""
         usual = [f"checkpoint.every_steps={EVERY}", "validation.every_steps=0", "logging.wandb=disabled"]
         given = {override.split("=")[0] for override in extra}
-        return dit_command(self.folder, name, STEPS, *(one for one in usual if one.split("=")[0] not in given), *extra)
+        usual = [one for one in usual if one.split("=")[0] not in given]
+        return [script, *dit_command(self.folder, name, STEPS, *usual, *extra)[1:]]
 
-    def start(self, name: str, *extra: str, ranks: int = 1, harm: Harm | None = None, **variables: str) -> Job:
+    def start(
+        self,
+        name: str,
+        *extra: str,
+        ranks: int = 1,
+        harm: Harm | None = None,
+        script: str = "train.py",
+        **variables: str,
+    ) -> Job:
         """Start the run, or go on with it; it may come to harm."""
         log = self.folder / f"{name}-{next(self.starts)}.log"
         if harm:
             variables["KINEMA_TEST_HARM"] = json.dumps(asdict(harm))
-        return self.warm.start(self.command(name, *extra), log, ranks, **variables)
+        return self.warm.start(self.command(name, *extra, script=script), log, ranks, **variables)
 
     def run(self, name: str) -> Path:
         """The folder of a run."""
@@ -130,6 +139,12 @@ class Scene:
         assert found is not None
         assert found.step == STEPS
         return found
+
+    def all_finite(self, name: str) -> bool:
+        """Whether every number in every checkpoint of a run is finite."""
+        store = self.store(name)
+        states = [store.open(step).tensors(kind) for step in store.steps() for kind in STATE]
+        return all(bool(torch.isfinite(value.float()).all()) for state in states for value in state.values())
 
     def wait_for_step(self, job: Job, name: str, step: int) -> None:
         """Until the run's metrics tell of a step."""

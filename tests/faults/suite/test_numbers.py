@@ -1,21 +1,14 @@
 """Numbers that are not finite: no rank trains on them, no checkpoint holds them."""
 
 import pytest
-import torch
 
 from tests.end_to_end.commands import losses
 from tests.faults.suite.harm import Harm
-from tests.faults.suite.scene import STATE, STEPS, Shown, said
+from tests.faults.suite.scene import STEPS, Shown, said
 
 pytestmark = pytest.mark.faults
 
 BACKWARD = "kinema.distributed.engine:Engine.backward"
-
-
-def all_finite(scene, name: str) -> bool:
-    store = scene.store(name)
-    states = [store.open(step).tensors(kind) for step in store.steps() for kind in STATE]
-    return all(bool(torch.isfinite(value.float()).all()) for state in states for value in state.values())
 
 
 @pytest.mark.parametrize(("number", "fault", "deed", "stage"), [
@@ -27,7 +20,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none(scene, show, num
     name = f"unsound-{deed.split()[0]}-{stage}"
     job = scene.start(name, f"parallel.zero_stage={stage}", ranks=2, harm=Harm(BACKWARD, deed, 3, rank=1))
     scene.finish(job)
-    assert all_finite(scene, name)
+    assert scene.all_finite(name)
     assert losses(scene.folder, name).keys() == set(range(1, STEPS + 1)) - {3}
     show(number, fault, Shown(said(job, "not finite"), "-", None, 0))
 
@@ -35,5 +28,5 @@ def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none(scene, show, num
 def test_numbers_that_stay_unsound_end_the_run_with_sound_checkpoints(scene, show):
     name = "unsound"
     job = scene.finish(scene.start(name, harm=Harm(BACKWARD, "not a number", 7, times=1000)), 70)
-    assert all_finite(scene, name)
+    assert scene.all_finite(name)
     show("D1", "gradients that stay not a number", Shown(said(job, "error"), "70"))

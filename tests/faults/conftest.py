@@ -1,0 +1,12 @@
+"""One scene for all tests that break real runs."""
+
+import pytest
+
+from tests.faults.suite.scene import Scene
+from tests.warm import warm_process
+
+
+@pytest.fixture(scope="session")
+def scene(tmp_path_factory):
+    with warm_process() as warm:
+        yield Scene.build(warm, tmp_path_factory.mktemp("faults"))
