@@ -12,9 +12,9 @@ from torch import Tensor, nn
 def gathered_whole(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """While DeepSpeed starts: let ZeRO 3 hook these modules and nothing inside them. Other stages take no notice.
 
-    What costs is DeepSpeed's Python at each module that it hooks, four times a step. Its own leaf modules also hold back
-    the gradients of a module until those of its inputs are there, and take what is missing then for zero, which is wrong
-    where no input needs a gradient and where a module is called twice; so gradients stay as they are, reduced one by one.
+    What costs is DeepSpeed's Python at each module that it hooks, four times a step. Its own leaf modules also hold
+    back the gradients of a module until those of its inputs are there, and take what is missing then for zero: wrong
+    where no input needs a gradient, and where a module is called twice. So gradients are reduced one by one, as ever.
     """
     from deepspeed.runtime.zero import stage3
     from deepspeed.utils import set_z3_leaf_module
@@ -31,8 +31,8 @@ def gathered_whole(blocks: Sequence[nn.Module]) -> Iterator[None]:
 def release_behind(blocks: Sequence[nn.Module], offload: Any) -> None:
     """Drop the weights of each block when the backward leaves it; `offload` is DeepSpeed's keeper of weights.
 
-    DeepSpeed waits for the gradients of all inputs. One that a block does not use never gets any, and then weights would
-    stay whole to the end of the backward.
+    DeepSpeed waits for the gradients of all inputs. One that a block does not use never gets any, and then weights
+    would stay whole to the end of the backward.
     """
     for block in blocks:
         block.register_forward_pre_hook(partial(_release_when_left, offload))
