@@ -36,6 +36,7 @@ from kinema.data.rights import RightsPolicy, idle_words
 from kinema.data.shards import DatasetIndex
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
+from kinema.distributed.compiling import Compile, compiler
 from kinema.distributed.engine import Engine, Precision
 from kinema.distributed.process import Process, seed_everything
 from kinema.distributed.sequence import Ulysses
@@ -168,6 +169,8 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
     twin = deepcopy(model)  # which samples on one rank
     if process.mesh.sequence_group is not None:
         model.share_tokens(Ulysses(process.mesh))
+    if config.parallel.compile is Compile.blocks:
+        model.compile_blocks(compiler())
     engine = build_engine(config, model, data.lanes_per_rank)
     task = DiTTask(
         engine=engine,
@@ -247,6 +250,10 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
 
 def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=vae`."""
+    if config.parallel.compile is not Compile.none:
+        raise ValueError(
+            f"parallel.compile={config.parallel.compile.value}: a VAE has no such blocks. Type parallel.compile=none."
+        )
     model = CausalVAE(config.vae)
     geometry = Geometry(*model.geometry_strides, (1, 1, 1))
     data = build_data(config, geometry, process, run, vae_hash=None)

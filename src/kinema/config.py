@@ -127,7 +127,7 @@ DIT_GROUPS = ("model", "vae", "objective", "text", "condition")
 FREE_TO_CHANGE = (
     "parallel.zero_stage", "parallel.sequence_degree", "parallel.vae_axis", "parallel.timeout_seconds",
     "parallel.offload.", "parallel.traffic.",
-    "parallel.activation_checkpointing", "parallel.checkpointed_every",
+    "parallel.activation_checkpointing", "parallel.checkpointed_every", "parallel.compile",
     "logging.", "checkpoint.", "validation.", "preflight.", "guard.", "signals.", "watchdog.", "task.samples.",
     "data.num_workers", "data.prefetch", "data.timeout_seconds", "data.storage.", "data.cache_folder", "data.text",
     "run_root", "allow_config_change",

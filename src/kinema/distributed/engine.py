@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kinema.distributed.activations import ActivationCheckpointing
 from kinema.distributed.blocks import gathered_whole, release_behind
+from kinema.distributed.compiling import Compile
 from kinema.distributed.deepspeed_config import OffloadConfig, TrafficConfig, deepspeed_config, plan_traffic
 from kinema.distributed.halo import SlabAxis
 from kinema.distributed.layout import Fill, layout_of
@@ -47,6 +48,8 @@ class ParallelConfig:
     """none, selective, attention, every or full: what the backward finds, and what it computes again."""
     checkpointed_every: int = 2
     """With activation_checkpointing=every: the first block and each so many blocks further are computed again."""
+    compile: Compile = Compile.none
+    """none, or blocks: what a DiT's blocks compute around their attention becomes fused kernels, once for all sizes."""
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     """What lies in the host's memory or on its disk instead of the device's."""
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
@@ -62,10 +65,26 @@ class ParallelConfig:
                 f"parallel.checkpointed_every={self.checkpointed_every} must be at least 1, which is every block."
             )
         self.offload.check(self.zero_stage)
+        self._check_compile()
         if self.sequence_degree < 1:
             raise ValueError(f"parallel.sequence_degree={self.sequence_degree} must be at least 1.")
         if self.timeout_seconds <= 0:
             raise ValueError(f"parallel.timeout_seconds={self.timeout_seconds} must be positive.")
+
+    def _check_compile(self) -> None:
+        if self.compile is Compile.none:
+            return
+        if self.zero_stage == 3:
+            raise ValueError(
+                "parallel.compile=blocks with parallel.zero_stage=3: DeepSpeed gathers weights between the layers that "
+                "would become one. Type parallel.zero_stage=2 or parallel.compile=none."
+            )
+        if self.activation_checkpointing is ActivationCheckpointing.selective:
+            raise ValueError(
+                "parallel.compile=blocks with parallel.activation_checkpointing=selective: compiled layers keep "
+                "products and compute again what lies between by themselves. Type "
+                "parallel.activation_checkpointing=none, attention, every or full."
+            )
 
 
 class Engine:

@@ -15,6 +15,7 @@ from kinema.data.plan import Plan
 from kinema.data.quarantine import write_failures
 from kinema.data.shards import DatasetIndex
 from kinema.distributed.collectives import all_sum, from_main, gather_objects
+from kinema.distributed.compiling import WARM_STEPS, Compilations
 from kinema.distributed.process import Process
 from kinema.exits import Exit
 from kinema.training.balance import Balance
@@ -95,6 +96,7 @@ class Trainer:
     _save_now: bool = False
 
     def __post_init__(self) -> None:
+        self._compilations, self._validations = Compilations(), 0
         self._journal = KeyJournal(self.outputs.run_dir, self.process.rank)
 
     @property
@@ -107,6 +109,7 @@ class Trainer:
     def fit(self) -> int:
         """Train to the last step; the exit status: 0, or 75 when a signal stopped the run after a checkpoint."""
         self.saver.resume(self.steps, self._journal)
+        self._first_step = self.step
         self.signals.catch()
         self._count_restart()
         validation = self.load_validation() if self.load_validation and self.validation.every_steps else None
@@ -218,6 +221,8 @@ class Trainer:
             self.ema.update(self.step + 1)
         self.preflight.end()
         self._tell("straggler", stragglers.hear(agreed.seconds))
+        if agreed.compiled:
+            self._tell_compiled(again=self.step - self._first_step >= WARM_STEPS)
         self._tell("spike", self.guard.warnings)
         self._enter(counted, totals, clock, all_saved=agreed.saved == self.process.world_size)
         self._heed(agreed)
@@ -249,12 +254,17 @@ class Trainer:
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
         wishes = [float(self.signals.asked_to_stop is not None), float(self.signals.asked_to_save)]
-        own = [*wishes, self.saver.vote(), *stragglers.own(clock, sum(pack.cost for pack in packs))]
+        own = [
+            *wishes,
+            self.saver.vote(),
+            float(self._compilations.count()),
+            *stragglers.own(clock, sum(pack.cost for pack in packs)),
+        ]
         with clock.phase("sums"):
             over_ranks = all_sum([*own, *self._once([*sums.values(), *balance.values()])])
-        (stop, save, saved, *seconds), over_ranks = over_ranks[: len(own)], over_ranks[len(own) :]
+        (stop, save, saved, compiled, *seconds), over_ranks = over_ranks[: len(own)], over_ranks[len(own) :]
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
-        return totals, Agreed(stop > 0, save > 0, int(saved), seconds)
+        return totals, Agreed(stop > 0, save > 0, int(saved), compiled > 0, seconds)
 
     def _enter(self, counted: list[Pack], totals: dict[str, float], clock: Clock, *, all_saved: bool) -> None:
         """The step is done: into the account of what was shown, the journal, and the quarantine; a collective."""
@@ -338,6 +348,8 @@ class Trainer:
             return
         record = window.close()
         record.update(kind="train", step=self.step, seconds=clock.read(record.pop("steps")))
+        if compiled := self._compilations.total():
+            record["compiled"] = compiled
         record["mfu"] = self.ideal_seconds / sum(record["seconds"].values())
         self.outputs.write(record)
         if line := self.signals.took(sum(record["seconds"].values()), self.saver.seconds):
@@ -355,6 +367,8 @@ class Trainer:
             record["loss_by_noise"] = noise_table(totals)
         record.update({key: value / weight for key, value in totals.items()})
         self.outputs.write(record)
+        self._tell_compiled(again=self._validations > 0)
+        self._validations += 1
 
     def _sample(self) -> None:
         """Samples from the averaged weights. All ranks gather; the main rank alone samples, the others wait."""
@@ -376,6 +390,12 @@ class Trainer:
     def _tell(self, event: str, lines: list[str]) -> None:
         for line in lines:
             self.outputs.event(self.step, event, line)
+
+    def _tell_compiled(self, *, again: bool) -> None:
+        """What all ranks have compiled since the last time; later it takes time at every new kind of pack."""
+        lines = [line for rank in gather_objects(self._compilations.lines()) for line in rank]
+        if lines:
+            self.outputs.event(self.step, "recompiled" if again else "compiled", f"{len(lines)}: {'; '.join(lines)}")
 
     def _tell_heldout_failures(self, validation: list[list[Pack]]) -> None:
         """Held-out clips are read once, before the first step; those that fail are missing from every validation."""
@@ -410,6 +430,7 @@ class Agreed(NamedTuple):
     save: bool
     saved: int
     """Ranks that wait for nobody but the others to go on with a save."""
+    compiled: bool
     seconds: list[float]
     """Of all ranks, for `Stragglers.hear`."""
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kinema.models.attention import Attention
 from kinema.models.dit.axes import Expert
+from kinema.models.dit.compiled import Compiler
 from kinema.models.dit.config import DiTConfig
 from kinema.models.dit.extras import Extras
 from kinema.models.dit.layers import Block
@@ -55,6 +56,11 @@ class Experts(nn.Module):
         """As `DiT.replace_attention`, in both."""
         self.high.replace_attention(replace)
         self.low.replace_attention(replace)
+
+    def compile_blocks(self, compiler: Compiler) -> None:
+        """As `DiT.compile_blocks`, in both."""
+        self.high.compile_blocks(compiler)
+        self.low.compile_blocks(compiler)
 
     def share_tokens(self, group: SequenceGroup) -> None:
         """As `DiT.share_tokens`, both."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kinema.models.attention import Attention, Lengths
 from kinema.models.dit.activations import gelu_tanh
 from kinema.models.dit.axes import Activation, NormKind, QKNorm
+from kinema.models.dit.compiled import CompiledSegment, Compiler, TokenRows, compilable, laid_out
 from kinema.models.dit.conditioning import (
     Condition,
     LinearModulation,
@@ -34,6 +35,13 @@ from kinema.models.dit.segments import (
     totals,
 )
 from kinema.models.position import apply_rope
+
+Read = Mapping[str, Segment] | Mapping[str, CompiledSegment]
+"""The segments, as layers around an attention read them."""
+Triples = Mapping[str, tuple[Tensor | None, Tensor, Tensor]]
+"""Queries, keys and values (N, h, d) of some segments; without queries, a segment only answers."""
+Asked = tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]]
+"""Queries of the segment that asks, and by name keys and values of those that answer, (N, h, d) each."""
 
 
 class Linear(nn.Linear):
@@ -192,6 +200,10 @@ class SegmentAttention(nn.Module):
 
     def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
         """asking (N, D), already normalised -> its update (N, D)"""
+        return self.answer(asking, self.attend(self.ask(asking, tokens, segments), segments))
+
+    def ask(self, asking: Tokens, tokens: Tokens, segments: Read) -> Asked:
+        """asking (N, D), already normalised -> queries; of each segment that answers keys and values. (N, h, d) each"""
         x = asking[self.asks]
         source = asking[self.answers] if self.answers in asking else tokens[self.answers]
         source = self._told(source, segments[self.answers])
@@ -205,25 +217,41 @@ class SegmentAttention(nn.Module):
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         elif clocks[0] is not None and clocks[1] is not None:
             q, k = apply_rope(q, *clocks[0]), apply_rope(k, *clocks[1])
-        mixed = self._mix(q, k, v, self.answers, segments)
-        for name, other in self.others.items():
-            k, v = other(tokens[name])
-            mixed = mixed + self._mix(q, k, v, name, segments)
-        return {self.asks: self.project(self._weighed(mixed, x).flatten(1))}
+        others = {name: other(tokens[name]) for name, other in self.others.items()}
+        return q, {self.answers: (k, v), **others}
 
-    def _told(self, source: Tensor, segment: Segment) -> Tensor:
+    def attend(self, asked: Asked, segments: Segments) -> Tokens:
+        """What those that ask find, (N, h, d), the sum over all that answer."""
+        q, answers = asked
+        (name, (k, v)), *others = answers.items()
+        mixed = self._mix(q, k, v, name, segments)
+        for name, (k, v) in others:
+            mixed = mixed + self._mix(q, k, v, name, segments)
+        return {self.asks: mixed}
+
+    def answer(self, asking: Tokens, found: Tokens) -> Tokens:
+        """What was found, (N, h, d) -> the update (N, D) of those that asked."""
+        return {self.asks: self.project(self._weighed(found[self.asks], asking).flatten(1))}
+
+    @property
+    def asks_again(self) -> bool:
+        """Whether `answer` reads the tokens that ask."""
+        return self.gates is not None
+
+    def _told(self, source: Tensor, segment: Segment | CompiledSegment) -> Tensor:
         """Tokens that answer (M, D), behind the shift and scale that their segment is told and this table."""
         if self.answer_table is None:
             return source
         assert segment.told is not None
-        shift, scale = (segment.told + self.answer_table).unbind(1)
-        return modulated(source.to(shift.dtype), shift, scale, segment.lengths)
+        assert segment.clips is not None
+        shift, scale = map(segment.clips.of, (segment.told + self.answer_table).unbind(1))
+        return modulated(source.to(shift.dtype), shift, scale, segment.clips.lengths)
 
-    def _weighed(self, mixed: Tensor, x: Tensor) -> Tensor:
+    def _weighed(self, mixed: Tensor, asking: Tokens) -> Tensor:
         """mixed (N, h, d) by gates between 0 and 2 of each token and head; those of a new model are 1."""
         if self.gates is None:
             return mixed
-        logits = self.gates(x)
+        logits = self.gates(asking[self.asks])
         gates = 2 * torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         return mixed * gates.to(mixed.dtype).unsqueeze(-1)
 
@@ -309,9 +337,22 @@ class JointAttention(nn.Module):
 
     def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
         """asking (N, D) of every segment, already normalised -> updates (N, D) of those not silent"""
-        triples = {name: self.streams[self.stream_of[name]](x, segments[name].rope) for name, x in asking.items()}
-        mixed = attend_jointly(triples, segments, self.attention, self.span)
-        return {name: self.streams[self.stream_of[name]].project(x) for name, x in mixed.items()}
+        return self.answer(asking, self.attend(self.ask(asking, tokens, segments), segments))
+
+    def ask(self, asking: Tokens, tokens: Tokens, segments: Read) -> Triples:
+        """asking (N, D) of every segment, already normalised -> queries, keys and values (N, h, d)"""
+        return {name: self.streams[self.stream_of[name]](x, segments[name].rope) for name, x in asking.items()}
+
+    def attend(self, asked: Triples, segments: Segments) -> Tokens:
+        """What was found, (N, D) of those not silent."""
+        return attend_jointly(asked, segments, self.attention, self.span)
+
+    def answer(self, asking: Tokens, found: Tokens) -> Tokens:
+        """What was found -> updates (N, D)"""
+        return {name: self.streams[self.stream_of[name]].project(x) for name, x in found.items()}
+
+    asks_again = False
+    """`answer` does not read the tokens that ask."""
 
     def products(self, counts: Counts, asks: Sequence[str]) -> int:
         """Multiplications on one clip, for these segments."""
@@ -342,9 +383,22 @@ class SingleStream(nn.Module):
 
     def forward(self, asking: Tokens, tokens: Tokens, segments: Segments) -> Tokens:
         """asking (N, D) of every segment, already normalised -> updates (N, D)"""
-        triples = {name: self._heads(x, segments[name].rope) for name, x in asking.items()}
-        mixed = attend_jointly(triples, segments, self.attention, self.span)
-        return {name: made_again(self._way_back, mixed[name], *self._hidden(x)) for name, x in asking.items()}
+        return self.answer(asking, self.attend(self.ask(asking, tokens, segments), segments))
+
+    def ask(self, asking: Tokens, tokens: Tokens, segments: Read) -> Triples:
+        """asking (N, D) of every segment, already normalised -> queries, keys and values (N, h, d)"""
+        return {name: self._heads(x, segments[name].rope) for name, x in asking.items()}
+
+    def attend(self, asked: Triples, segments: Segments) -> Tokens:
+        """What was found, (N, D)."""
+        return attend_jointly(asked, segments, self.attention, self.span)
+
+    def answer(self, asking: Tokens, found: Tokens) -> Tokens:
+        """What was found, and the MLP on the tokens that asked -> updates (N, D)"""
+        return {name: made_again(self._way_back, found[name], *self._hidden(x)) for name, x in asking.items()}
+
+    asks_again = True
+    """`answer` reads the tokens that ask: for the MLP."""
 
     def _heads(self, x: Tensor, rope: Turns | None) -> tuple[Tensor, Tensor, Tensor]:
         q = self.shape.normed_heads(self.query(x), self.query_norm)
@@ -369,10 +423,6 @@ class SingleStream(nn.Module):
         layers = 3 * self.shape.width * inner + self.expand.weight.numel() + self.project.weight.numel() + gate
         pairs = count**2 - counts.tokens["video"] ** 2 + counts.seen[self.span]
         return count * layers + 2 * pairs * inner
-
-
-Triples = Mapping[str, tuple[Tensor | None, Tensor, Tensor]]
-"""Queries, keys and values (N, h, d) of some segments; without queries, a segment only answers."""
 
 
 def attend_jointly(triples: Triples, segments: Segments, attention: Attention, span: Span = Span.clip) -> Tokens:
@@ -451,6 +501,13 @@ class Sublayer(nn.Module):
         self.norm = norm
         self.operation = operation
         self.after, self.tanh_gates = after, tanh_gates
+        self.is_compiled = False
+
+    def compile_around_attention(self, compiler: Compiler) -> None:
+        """Compile all but the attention: what lies before it and what lies behind it, or all of an MLP."""
+        self.is_compiled = True
+        for part in ("_ask", "_answer") if hasattr(self.operation, "attend") else ("_all",):
+            setattr(self, part, compiler(getattr(self, part)))
 
     @property
     def slots(self) -> int:
@@ -464,11 +521,41 @@ class Sublayer(nn.Module):
 
     def forward(self, tokens: Tokens, segments: Segments, modulation: Sequence[Tensor]) -> Tokens:
         """Tokens of all segments and the modulation, `slots` times (R, D) -> tokens of all segments."""
+        if self.is_compiled:
+            return self._by_compiled_parts(tokens, segments, modulation)
+        return {**tokens, **self._all(tokens, segments, modulation)}
+
+    def _by_compiled_parts(self, tokens: Tokens, segments: Segments, modulation: Sequence[Tensor]) -> Tokens:
+        """The same, where what is compiled sees tensors alone."""
+        rows, device = len(modulation[0]) if modulation else 0, next(iter(tokens.values())).device
+        read = laid_out({name: compilable(segment, rows, device) for name, segment in segments.items()})
+        tokens, modulation = laid_out(tokens), laid_out(modulation)
+        if not hasattr(self.operation, "attend"):
+            return {**tokens, **self._all(tokens, read, modulation)}
+        again, asked = self._ask(tokens, read, modulation)
+        found = laid_out(self.operation.attend(asked, segments))
+        return {**tokens, **self._answer(tokens, again, found, read, modulation)}
+
+    def _ask(self, tokens: Tokens, segments: Read, modulation: Sequence[Tensor]) -> tuple[Tokens, Any]:
+        asking = self._asking(tokens, segments, modulation)
+        return asking if self.operation.asks_again else {}, self.operation.ask(asking, tokens, segments)
+
+    def _answer(
+        self, tokens: Tokens, asking: Tokens, found: Tokens, segments: Read, modulation: Sequence[Tensor]
+    ) -> Tokens:
+        return self._summed(tokens, self.operation.answer(asking, found), segments, modulation)
+
+    def _all(self, tokens: Tokens, segments: Read, modulation: Sequence[Tensor]) -> Tokens:
+        updates = self.operation(self._asking(tokens, segments, modulation), tokens, segments)
+        return self._summed(tokens, updates, segments, modulation)
+
+    def _asking(self, tokens: Tokens, segments: Read, modulation: Sequence[Tensor]) -> Tokens:
         parts = {name: part for name, part in self._parts(modulation).items() if name in tokens}
-        asking = {name: self._input(tokens[name], segments[name].rows, part) for name, part in parts.items()}
-        updates = self.operation(asking, tokens, segments)
-        done = {name: self._sum(tokens[name], x, segments[name].rows, parts[name]) for name, x in updates.items()}
-        return {**tokens, **done}
+        return {name: self._input(tokens[name], segments[name].rows, part) for name, part in parts.items()}
+
+    def _summed(self, tokens: Tokens, updates: Tokens, segments: Read, modulation: Sequence[Tensor]) -> Tokens:
+        parts = self._parts(modulation)
+        return {name: self._sum(tokens[name], x, segments[name].rows, parts[name]) for name, x in updates.items()}
 
     def _parts(self, modulation: Sequence[Tensor]) -> dict[str, dict[str, Tensor]]:
         """Segment -> slot -> its vectors."""
@@ -480,16 +567,18 @@ class Sublayer(nn.Module):
             for name in group
         }
 
-    def _input(self, x: Tensor, rows: Rows, part: Mapping[str, Tensor]) -> Tensor:
+    def _input(self, x: Tensor, rows: Rows | TokenRows | None, part: Mapping[str, Tensor]) -> Tensor:
         if "scale" not in part:
             return self.norm(x)
+        assert rows is not None
         shift = rows.of(part["shift"]) if "shift" in part else None
         return self.norm.modulated(x, shift, rows.of(part["scale"]), rows.lengths)
 
-    def _sum(self, x: Tensor, update: Tensor, rows: Rows, part: Mapping[str, Tensor]) -> Tensor:
+    def _sum(self, x: Tensor, update: Tensor, rows: Rows | TokenRows | None, part: Mapping[str, Tensor]) -> Tensor:
         update = update if self.after is None else self.after(update)
         if "gate" not in part:
             return x + update
+        assert rows is not None
         gate = rows.of(part["gate"])
         return gated_sum(x, gate.tanh() if self.tanh_gates else gate, update, rows.lengths)
 

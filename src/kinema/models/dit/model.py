@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kinema.models.attention import Attention
 from kinema.models.dit.axes import ModulationSource
 from kinema.models.dit.blocks import blocks, shared_slots
+from kinema.models.dit.compiled import Compiler
 from kinema.models.dit.conditioning import (
     SHARED_SLOTS,
     CaptionCondition,
@@ -203,6 +204,12 @@ class DiT(Front, Heads):
         for module in self.modules():
             if isinstance(module, SegmentAttention | JointAttention | SingleStream):
                 module.attention = replace(module.attention)
+
+    def compile_blocks(self, compiler: Compiler) -> None:
+        """Compile what all blocks, and what two streams exchange, compute around their attention."""
+        for module in self.modules():
+            if isinstance(module, Sublayer):
+                module.compile_around_attention(compiler)
 
     def share_tokens(self, group: SequenceGroup) -> None:
         """Work on every pack together with the other ranks of a group, which have the same weights and packs."""

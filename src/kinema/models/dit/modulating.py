@@ -9,15 +9,25 @@ from torch.autograd.function import once_differentiable
 from kinema.models.attention import Lengths, runs
 
 
-def modulated(normed: Tensor, shift: Tensor | None, scale: Tensor, lengths: Lengths) -> Tensor:
-    """normed * (1 + scale) + shift with one row for each length: normed (N, D), rows (R, D) -> (N, D)."""
+def modulated(normed: Tensor, shift: Tensor | None, scale: Tensor, lengths: Lengths | None) -> Tensor:
+    """normed * (1 + scale) + shift with one row for each length: normed (N, D), rows (R, D) -> (N, D).
+
+    Without lengths there is one row for each token, which only a compiler does not write out.
+    """
+    if lengths is None:
+        return normed * (1 + scale) if shift is None else torch.addcmul(shift, normed, 1 + scale)
     if shift is None:
         return _by_rows(torch.mul, lengths, [normed], [1 + scale])
     return _by_rows(lambda x, a, b: torch.addcmul(a, x, b), lengths, [normed], [shift, 1 + scale])
 
 
-def gated_sum(tokens: Tensor, gate: Tensor, update: Tensor, lengths: Lengths) -> Tensor:
-    """tokens + gate * update, with one gate for each length: tokens and update (N, D), gate (R, D) -> (N, D)."""
+def gated_sum(tokens: Tensor, gate: Tensor, update: Tensor, lengths: Lengths | None) -> Tensor:
+    """tokens + gate * update, with one gate for each length: tokens and update (N, D), gate (R, D) -> (N, D).
+
+    Without lengths there is one gate for each token, as in `modulated`.
+    """
+    if lengths is None:
+        return torch.addcmul(tokens, gate, update)
     return _by_rows(_gated, lengths, [tokens, update], [gate])
 
 

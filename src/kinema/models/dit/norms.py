@@ -29,13 +29,13 @@ class Norm(nn.Module):
         weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
         return self._normalised(x.to(dtype), weight, bias)
 
-    def modulated(self, x: Tensor, shift: Tensor | None, scale: Tensor, lengths: Lengths) -> Tensor:
+    def modulated(self, x: Tensor, shift: Tensor | None, scale: Tensor, lengths: Lengths | None) -> Tensor:
         """forward(x) * (1 + scale) + shift, one row for each length: x (N, D), rows (R, D) -> (N, D), at least float32.
 
         A row is then the weight and bias of a norm, and a norm needs only its input for the backward. Many rows are
-        broadcast instead: a kernel for each would take longer.
+        broadcast instead: a kernel for each would take longer. Without lengths, one row for each token: `compiled.py`.
         """
-        if len(lengths) > FEW_ROWS:
+        if lengths is None or len(lengths) > FEW_ROWS:
             return modulated(self(x), shift, scale, lengths)
         parts = x.to(scale.dtype).split(lengths)
         weights, biases = self._composed(shift, scale)
@@ -54,7 +54,9 @@ class Norm(nn.Module):
     def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.kind is NormKind.layer:
             return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
-        if weight is not None and x.device.type == "cpu":  # no fused kernel there: its backward takes twelve passes
+        if (
+            weight is not None and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # no fused kernel there: its backward takes twelve passes
             return _RMSNorm.apply(x, weight, bias, self.eps)
         normed = F.rms_norm(x, x.shape[-1:], weight, self.eps)
         return normed if bias is None else normed + bias

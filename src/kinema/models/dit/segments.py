@@ -93,6 +93,11 @@ class Segment:
         return sum(self.lengths)
 
     @property
+    def clips(self) -> Rows:
+        """One row a clip, for what is `told`."""
+        return Rows(self.lengths)
+
+    @property
     def share(self) -> Share:
         """Which of them lie here."""
         return Share(*self.group.share(self.count))
