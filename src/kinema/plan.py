@@ -1,8 +1,8 @@
 """`kinema plan`: what a training command would take on every rank, before any weight is made."""
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import ceil, prod
 from typing import Any
@@ -23,10 +23,24 @@ from kinema.models.dit.segments import Grid
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.resampling import space_to_depth
 from kinema.training.dit_task import DiTTaskConfig
-from kinema.training.finetune import LoRA
 
 FASTEST_FIRST = list(ActivationCheckpointing)
 """From the kind that computes least again; the first that fits is recommended."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A pack's clips, and what a configuration leaves to the files that it names."""
+
+    shape: Sequence[int] | None = None
+    """Frames, height, width; None is the first of `data.shapes`."""
+    clips: int | None = None
+    """None is as many as `data.max_pack_tokens` allows."""
+    strides: Sequence[int] = (4, 8)
+    """Of the VAE, in time and space."""
+    latent_channels: int = 16
+    text_width: int = 4096
+    text_tokens: int = 512
 
 
 @dataclass(frozen=True)
@@ -52,21 +66,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", type=int, nargs=3, metavar=("FRAMES", "HEIGHT", "WIDTH"),
                         help="of the clips of a pack; the first of data.shapes")  # fmt: skip
     parser.add_argument("--clips", type=int, help="in a pack; as many as data.max_pack_tokens allows")
-    parser.add_argument("--strides", type=int, nargs=2, default=[4, 8], help="of the VAE (task=dit), in time and space")
-    parser.add_argument("--latent-channels", type=int, default=16, help="of the VAE (task=dit)")
-    parser.add_argument("--text-width", type=int, default=4096, help="of the text encoder (task=dit)")
-    parser.add_argument("--text-tokens", type=int, default=512, help="of a caption (task=dit)")
+    parser.add_argument(
+        "--strides", type=int, nargs=2, default=Given.strides, help="of the VAE (task=dit), in time and space"
+    )
+    for name, what in {"latent_channels": "VAE", "text_width": "text encoder", "text_tokens": "caption"}.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=getattr(Given, name), help=f"of the {what} (task=dit)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 1 if no kind of activation checkpointing fits."""
     config = composed(arguments.words)
-    if isinstance(config.finetune, LoRA):
-        raise ValueError("kinema plan knows no adapters yet: plan finetune=full or finetune=parts, an upper bound.")
     degree = config.parallel.sequence_degree
     if arguments.ranks % degree:
         raise ValueError(f"--ranks {arguments.ranks} must be a multiple of parallel.sequence_degree={degree}.")
-    job = dit_job(config, arguments) if isinstance(config.task, DiTTaskConfig) else vae_job(config, arguments)
+    job = job_of(config, Given(**{one.name: getattr(arguments, one.name) for one in fields(Given)}))
     with FakeTensorMode():
         model = made(config, job)
     held, weights = states_of(config, model, arguments.ranks), sum(p.numel() for p in model.parameters())
@@ -98,21 +112,26 @@ def composed(words: list[str]) -> Config:
     return compose_training(words if told else [*words, "vae.path=unread"])
 
 
-def dit_job(config: Config, arguments: argparse.Namespace) -> Job:
+def job_of(config: Config, given: Given) -> Job:
+    """One pack of this run."""
+    return dit_job(config, given) if isinstance(config.task, DiTTaskConfig) else vae_job(config, given)
+
+
+def dit_job(config: Config, given: Given) -> Job:
     """A pack of clips of one shape."""
     if config.model.audio or config.model.audio_channels:
         raise ValueError("kinema plan knows no sound yet: plan the video alone, without model.audio.")
-    geometry = Geometry(arguments.strides[0], arguments.strides[1], tuple(config.model.patch_size))
-    shape = geometry.check(arguments.shape, "--shape") if arguments.shape else ClipShape(*config.data.shapes[0])
+    geometry = Geometry(given.strides[0], given.strides[1], tuple(config.model.patch_size))
+    shape = geometry.check(given.shape, "--shape") if given.shape else ClipShape(*config.data.shapes[0])
     grid = geometry.token_grid(geometry.check(shape))
-    clips = arguments.clips or max(1, config.data.max_pack_tokens // prod(grid))
+    clips = given.clips or max(1, config.data.max_pack_tokens // prod(grid))
     with torch.device("meta"):
-        model = make_denoiser(config.model, arguments.latent_channels, arguments.text_width)
-    once, twice = (model.flops((times * grid[0], *grid[1:]), arguments.text_tokens) for times in (1, 2))
-    captions = model.flops((0, *grid[1:]), arguments.text_tokens)
+        model = make_denoiser(config.model, given.latent_channels, given.text_width)
+    once, twice = (model.flops((times * grid[0], *grid[1:]), given.text_tokens) for times in (1, 2))
+    captions = model.flops((0, *grid[1:]), given.text_tokens)
     return Job(
-        make=partial(make_denoiser, config.model, arguments.latent_channels, arguments.text_width),
-        forward=partial(_denoise, config, grid, arguments.text_tokens, clips),
+        make=partial(make_denoiser, config.model, given.latent_channels, given.text_width),
+        forward=partial(_denoise, config, grid, given.text_tokens, clips),
         pack=f"a pack of {clips} clip(s) of {list(shape)}: {clips * prod(grid):,} tokens",
         flops=clips * once,
         attention_flops=clips * (twice - 2 * once + captions) / 2,
@@ -131,10 +150,10 @@ def _denoise(config: Config, grid: Grid, words: int, clips: int, model: nn.Modul
     return torch.stack([clip.float().square().mean() for clip in found]).sum()
 
 
-def vae_job(config: Config, arguments: argparse.Namespace) -> Job:
+def vae_job(config: Config, given: Given) -> Job:
     """A batch of clips of one shape; what the loss computes beside the autoencoder is not counted."""
-    shape = arguments.shape or config.task.crop or config.data.shapes[0]
-    clips = arguments.clips or 1
+    shape = given.shape or config.task.crop or config.data.shapes[0]
+    clips = given.clips or 1
     encode, decode = CausalVAE(config.vae).flops(*shape)
     return Job(
         make=partial(CausalVAE, config.vae),
@@ -145,7 +164,7 @@ def vae_job(config: Config, arguments: argparse.Namespace) -> Job:
     )
 
 
-def _reconstruct(config: Config, shape: list[int], clips: int, model: nn.Module) -> Tensor:
+def _reconstruct(config: Config, shape: Sequence[int], clips: int, model: nn.Module) -> Tensor:
     assert isinstance(model, CausalVAE)
     last = torch.channels_last_3d
     with torch.autocast("cpu", torch.bfloat16, enabled=config.parallel.precision is not Precision.float32):
@@ -174,23 +193,32 @@ def states_of(config: Config, model: nn.Module, ranks: int) -> States:
 
 def made(config: Config, job: Job) -> nn.Module:
     """The model with its trained parameters chosen."""
-    model = job.make()
-    config.finetune.prepare(model)
+    with torch.device("meta"):  # adapters are moved to where their layers lie, which fake tensors cannot be
+        model = job.make()
+        config.finetune.prepare(model)
+    for module in model.modules():
+        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            here = torch.empty_like(value, device="cpu")
+            setattr(module, name, nn.Parameter(here, value.requires_grad) if isinstance(value, nn.Parameter) else here)
     return model
 
 
-def kinds(config: Config, job: Job) -> dict[ActivationCheckpointing, Activations]:
-    """Activations of one pack with each kind, from the fastest on."""
+def kinds(
+    config: Config, job: Job, wanted: Sequence[ActivationCheckpointing] = FASTEST_FIRST
+) -> dict[ActivationCheckpointing, Activations]:
+    """Activations of one pack with each of these kinds."""
+    none, every, full = (ActivationCheckpointing(kind) for kind in ("none", "every", "full"))
     make, found = partial(made, config, job), dict[ActivationCheckpointing, Activations]()
     for kind in FASTEST_FIRST:
-        if kind is not ActivationCheckpointing.every:
+        if kind is not every and (kind in wanted or (every in wanted and kind in (none, full))):
             found[kind] = activations(make, job.forward, _blocks, kind)
-    none, full = found[ActivationCheckpointing.none], found[ActivationCheckpointing.full]
-    with FakeTensorMode():
-        count = len(_blocks(make()))
-    share = ceil(count / config.parallel.checkpointed_every) / count
-    between = Activations(*(a + share * (b - a) for a, b in zip(none, full, strict=True)))
-    return {kind: found.get(kind, between) for kind in FASTEST_FIRST}
+    if every in wanted:
+        with FakeTensorMode():
+            count = len(_blocks(make()))
+        share = ceil(count / config.parallel.checkpointed_every) / count
+        between = zip(found[none], found[full], strict=True)
+        found[every] = Activations(*(a + share * (b - a) for a, b in between))
+    return {kind: found[kind] for kind in wanted}
 
 
 def _blocks(model: Any) -> list[nn.Module]:

@@ -1,13 +1,15 @@
 """`kinema doctor`: each check passes on a machine that is well, and names what is not."""
 
 import json
+import re
 from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kinema.doctor import machine
+from kinema.config import compose_training
+from kinema.doctor import job, machine
 from kinema.doctor.command import run
 from kinema.doctor.finding import Finding, Level, examine, graded
 from kinema.doctor.job import job_checks
@@ -80,6 +82,18 @@ def test_a_job_that_does_not_compose_is_a_finding():
     found = job_checks(["optim.lerning_rate=1"], 1)
     assert isinstance(found, Finding)
     assert found.advice == "optim.lerning_rate: there is no such key. Did you mean optim.learning_rate?"
+
+
+def test_memory_is_that_of_the_states_and_of_a_packs_activations(monkeypatch):
+    config = compose_training(["task=vae", "vae.width=32", "data.shapes=[[17,64,64]]"])
+    monkeypatch.setattr(job, "_room", lambda: (100.0, "this machine"))
+    much = job.check_memory(config, 1)
+    state, peak = (float(number) for number in re.findall(r"(?:state|and) ([\d.]+)", much.found))
+    monkeypatch.setattr(job, "_room", lambda: (state + peak / 2, "this machine"))
+    little = job.check_memory(config, 1)
+    assert peak >= 0.02
+    assert (much.level, little.level) == (Level.PASS, Level.FAIL)
+    assert "parallel.activation_checkpointing=full" in little.advice
 
 
 def test_the_command_tries_two_ranks_ends_with_its_verdict_and_gives_json(tmp_path, capsys):

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.saved import saved_bytes
 from kinema import plan
@@ -18,6 +19,7 @@ from kinema.distributed.footprint import LiveBytes, Sharding, activations, state
 from kinema.interop.presets import PRESETS
 from kinema.models.dit import DiT, DiTConfig
 from kinema.models.vae import CausalVAE, VAEConfig
+from kinema.training.finetune import LoRA
 from tests.unit.test_activation_checkpointing import CONFIGS, DITS
 
 NONE, SELECTIVE, ATTENTION, EVERY, FULL = ActivationCheckpointing
@@ -37,7 +39,7 @@ def counted(make, forward, kind):
     model = make()
     keep_less(model.all_blocks(), kind)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     with LiveBytes() as live:
         loss = forward(model)
         kept = live.now
@@ -70,6 +72,35 @@ def test_activations_of_an_autoencoder_are_foretold():
     make, forward = partial(CausalVAE, config), partial(plan._reconstruct, job, [5, 32, 32], 2)
     foretold = activations(make, forward, CausalVAE.all_blocks, SELECTIVE)
     assert foretold == pytest.approx(counted(make, forward, SELECTIVE), rel=0.05)
+
+
+def test_activations_beside_adapters_are_foretold():
+    def adapted():
+        model = DiT(DITS["wan_tiny"], 4, 8)
+        lora.prepare(model)
+        return model
+
+    lora, forward = LoRA(rank=2, dropout=0.1), partial(denoise, None, torch.float32)
+    make = partial(
+        plan.made, SimpleNamespace(finetune=lora), SimpleNamespace(make=partial(DiT, DITS["wan_tiny"], 4, 8))
+    )
+    assert activations(make, forward, DiT.all_blocks, SELECTIVE) == pytest.approx(
+        counted(adapted, forward, SELECTIVE), rel=0.05
+    )
+
+
+def test_a_plan_of_adapters_counts_gradients_of_what_is_trained_alone():
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    found = []
+    for words in (["model=wan_tiny"], ["model=wan_tiny", "finetune=lora", "init_from=runs/any"]):
+        config = plan.composed(words)
+        with FakeTensorMode():
+            model = plan.made(config, plan.dit_job(config, parser.parse_args(words)))
+        found.append(plan.states_of(config, model, 1))
+        assert found[-1].gradients == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole, adapters = found
+    assert adapters.weights - whole.weights == adapters.gradients < whole.gradients
 
 
 def test_what_lives_is_what_autograd_saves():

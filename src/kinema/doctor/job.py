@@ -1,5 +1,6 @@
 """Checks of one job: its configuration, its data, the models that it reads, and the memory that its state takes."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -8,17 +9,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kinema.conditioning.text import CombinedText, HashText, PretrainedText, TextCache, build_text_encoder
 from kinema.config import Config, compose_training
+from kinema.data.geometry import Geometry
 from kinema.data.planning import open_index
 from kinema.distributed.footprint import GIB
 from kinema.doctor.finding import Check, Finding, Level, graded
-from kinema.models.dit import make_denoiser
-from kinema.models.vae import CausalVAE
-from kinema.plan import states_of
+from kinema.identity import from_plain
+from kinema.models.vae import VAEConfig
+from kinema.plan import Given, job_of, kinds, made, states_of
 from kinema.training.dit_task import DiTTaskConfig
 from kinema.training.run_folder import checkpoint_of, load_vae
 
-CROWDED = 0.6
-"""Share of a device's memory above which state leaves little for activations."""
+CROWDED = 0.9
+"""Share of a device's memory above which little is left for allocators, libraries, a frozen VAE and a text encoder."""
 
 
 def job_checks(words: list[str], world_size: int) -> Finding | tuple[str, list[Check]]:
@@ -75,26 +77,39 @@ def _encoder_files(config: PretrainedText) -> tuple[str, str]:
 
 
 def check_memory(config: Config, world_size: int) -> Finding:
-    """What weights, gradients, the optimiser and the EMA take on a rank, against what there is; no activations."""
+    """Weights, gradients, the optimiser, the EMA and the activations of one pack on a rank, against what there is."""
     if isinstance(config.task, DiTTaskConfig) and isinstance(config.text, CombinedText):
         untold = "unknown before its text encoders are loaded"
         return graded("memory", untold, warn="Type kinema plan, with --text-width.")
+    job, kind = job_of(config, given_by(config)), config.parallel.activation_checkpointing
     with FakeTensorMode():
-        model = make_model(config)
+        model = made(config, job)
     count = sum(parameter.numel() for parameter in model.parameters())
-    needed = states_of(config, model, world_size).total / GIB
+    state = states_of(config, model, world_size).total / GIB
+    peak = kinds(config, job, [kind])[kind].peak / config.parallel.sequence_degree / GIB
     room, where = _room()
-    told = f"{count / 1e6:,.1f} M parameters, state {needed:.2f} of {room:.0f} GiB a rank on {where}, no activations"
-    advice = "Type parallel.zero_stage=3 with more ranks, or parallel.offload.optimizer=cpu."
-    return graded("memory", told, fail=advice if needed > room else "", warn=advice if needed > CROWDED * room else "")
+    told = f"{count / 1e6:,.1f} M parameters, state {state:.2f} and {peak:.2f} for {job.pack}, of {room:.0f} GiB a rank"
+    advice = (
+        "Type parallel.activation_checkpointing=full, a lower data.max_pack_tokens, parallel.zero_stage=3 with more "
+        "ranks, or parallel.offload.optimizer=cpu; kinema plan shows what each takes."
+    )
+    needed = state + peak
+    said = advice if needed > CROWDED * room else ""
+    return graded("memory", f"{told} on {where}", fail=said if needed > room else "", warn=said)
 
 
-def make_model(config: Config) -> torch.nn.Module:
-    """The model that is trained."""
+def given_by(config: Config) -> Given:
+    """The largest clips, as many as come to a lane, and what the files that the job reads say of their latents."""
+    shape = max(config.data.shapes, key=math.prod)
     if not isinstance(config.task, DiTTaskConfig):
-        return CausalVAE(config.vae)
+        return Given(config.task.crop or shape)
     manifest = checkpoint_of(config.vae.path, "vae.path").document("manifest")
-    return make_denoiser(config.model, manifest["vae"]["config"]["latent_channels"], text_width(config))
+    vae = from_plain(manifest["vae"]["config"], VAEConfig)
+    geometry = Geometry(vae.temporal_stride, vae.spatial_stride, tuple(config.model.patch_size))
+    fitting = config.data.max_pack_tokens // math.prod(geometry.token_grid(geometry.check(shape)))
+    clips = fitting if config.data.tokens_per_step else math.ceil(config.data.clips_per_step / config.data.lanes)
+    strides = vae.temporal_stride, vae.spatial_stride
+    return Given(shape, max(1, min(clips, fitting)), strides, vae.latent_channels, text_width(config))
 
 
 def text_width(config: Config) -> int:

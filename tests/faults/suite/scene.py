@@ -177,7 +177,8 @@ def said(job: Job, pattern: str) -> str:
 
 def tidy(line: str) -> str:
     """A line without what differs from run to run, and not too long for a table."""
-    line = re.sub(r"(/[\w.\-]+)+/(?=[\w.\-]+)", "", line.rsplit("\r", maxsplit=1)[-1]).strip()
+    line = re.sub(r"^.*?\| \d+/\d+ \[[^]]*\]", "", line.rsplit("\r", maxsplit=1)[-1])  # another rank's progress bar
+    line = re.sub(r"(/[\w.\-]+)+/(?=[\w.\-]+)", "", line).strip()
     return line if len(line) <= 180 else line[:177] + "..."
 
 

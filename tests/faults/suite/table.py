@@ -14,8 +14,9 @@ That command writes this page; do not edit it.
 - **recovery** is the time from starting the same command again to its first new step, without the imports of Python.
 - **lost** counts steps that were done before the fault and had to be done again; checkpoints are two steps apart here.
 
-Of {faults} faults {failed} ended otherwise than they must. Where a run continues, its losses, weights, averages and
-moments were compared with those of a run that nothing disturbed: bit for bit on the same ranks, to 1e-4 on others.
+Of {faults} faults {failed} ended otherwise than they must. A hang, a damaged checkpoint that is loaded, another status
+or message than this fault's, and other numbers are failures: where a run continues, its losses, weights, averages and
+moments are compared with those of a run that nothing disturbed, bit for bit on the same ranks, to 1e-4 on others.
 Measured on {machine}.
 
 | | fault | what the user sees | exit | recovery | lost |
@@ -34,7 +35,13 @@ class Row(NamedTuple):
 def render(rows: list[Row], failed: int) -> str:
     """The page as Markdown."""
     machine = f"{platform.system()} {platform.machine()}, 2 cores, no GPU"
-    return HEAD.format(faults=len(rows), failed=failed or "none", machine=machine) + "".join(map(_line, sorted(rows)))
+    return HEAD.format(faults=len(rows), failed=failed or "none", machine=machine) + "".join(
+        map(_line, sorted(rows, key=_place))
+    )
+
+
+def _place(row: Row) -> tuple[str, int, str]:
+    return row.number[0], int(row.number[1:]), row.fault
 
 
 def _line(row: Row) -> str:

@@ -16,6 +16,8 @@ from tests.faults.suite.scene import EVERY, KILLED, MOST_LOST, STEPS, Shown, sai
 
 pytestmark = pytest.mark.faults
 
+FILES = 4
+"""Files of tensors in a checkpoint."""
 LAST = 6
 """The newest checkpoint of the run that is damaged; the one before it is two steps older."""
 
@@ -128,8 +130,9 @@ def test_a_full_disk_costs_a_save_and_nothing_else(scene, show):
 
 def test_a_disk_that_stays_full_ends_the_run_with_what_was_saved(scene, show):
     name = "full-for-good"
-    job = scene.start(name, harm=Harm("os:fsync", "disk full", times=10_000, after=8))
+    job = scene.start(name, harm=Harm("kinema.training.save:write_pieces", "disk full", FILES + 1, times=10_000))
     scene.finish(job, 74)
+    assert scene.store(name).steps() == [EVERY]
     recovery, lost = scene.continues(name)
     show("B10", "the disk stays full", Shown(said(job, "could not be written"), "74", recovery, lost))
 

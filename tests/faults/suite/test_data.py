@@ -12,7 +12,7 @@ from tests.faults.suite.scene import Scene, Shown, said
 
 pytestmark = pytest.mark.faults
 
-READ = "kinema.data.reader:ClipReader._read_frames"
+READ, DECODE = "kinema.data.decoded_clips:DecodedClips.read", "kinema.data.clip_decoder:_decode_into"
 SLOW = Harm("kinema.distributed.engine:Engine.step", "slow", times=1000)
 ANY = "data.max_failed_fraction=0.9"
 
@@ -69,19 +69,21 @@ def test_a_shard_that_goes_bad_costs_its_own_clips_and_each_is_named(scene, show
     show(number, f"{fault} ({named} clips)", Shown(said(job, "quarantine"), "-", None, 0))
 
 
-@pytest.mark.parametrize(("number", "fault", "deed"), [
-    ("C14", "a decoder crashes with its worker", "segfault"),
-    ("C15", "a decoder hangs for ever", "sleep"),
+@pytest.mark.parametrize(("number", "fault", "where", "deed"), [
+    ("C14", "a data worker crashes", READ, "segfault"),
+    ("C14", "a decoder crashes in its own process", DECODE, "segfault"),
+    ("C15", "a data worker hangs for ever", READ, "sleep"),
+    ("C15", "a decoder hangs for ever", DECODE, "sleep"),
 ])  # fmt: skip
-def test_a_clip_that_kills_its_decoder_is_named_and_the_run_goes_on(scene, show, number, fault, deed):
-    name = f"decoder-{deed}"
+def test_a_clip_that_kills_its_decoder_is_named_and_the_run_goes_on(scene, show, number, fault, where, deed):
+    name = f"decoder-{deed}-{where == READ}"
     limits = [
         "data.decode_timeout_seconds=1",
         "data.timeout_seconds=3",
         "data.min_failed_clips=100",
         "data.num_workers=2",
     ]
-    job = scene.finish(scene.start(name, *limits, ANY, harm=Harm(READ, deed, 6)))
+    job = scene.finish(scene.start(name, *limits, ANY, harm=Harm(where, deed, 6)))
     assert "quarantine" in job.output
     show(number, fault, Shown(said(job, "quarantine"), "-", None, 0))
 
