@@ -2,7 +2,7 @@
 
 import enum
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,8 @@ class Engine:
         self._grad_norm = 0.0
         self.moved: bool | None = None
         """Whether the last step moved the weights: not if a gradient was not finite on any rank. None before it."""
+        self.before_move: Callable[[], object] = lambda: None
+        """Called when all gradients are there, and weights and optimiser state are as they were since the last step."""
         offload = offload or OffloadConfig()
         self.traffic = plan_traffic(module, traffic or TrafficConfig(), device_type)
         self._state = named_state(optimizer)
@@ -180,6 +182,8 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         last = self.deepspeed.is_gradient_accumulation_boundary()
+        if last:
+            self.before_move()
         if last and self.zero_stage == 0:
             self._move_replicated()
         else:
