@@ -25,8 +25,9 @@ from kinema.data.refusals import Refusals, change_of_rights
 from kinema.data.rights import RightsPolicy, idle_words
 from kinema.data.sample import ClipRecord
 from kinema.data.shards import FORMAT_VERSION, DatasetIndex, index_name
-from kinema.data.store import MANIFEST
+from kinema.data.store import MANIFEST, Member
 from kinema.data.table import DTYPES, FACTS
+from kinema.data.windows import CachedWindow, Windows
 
 SHARD_BYTES = 2**34
 
@@ -116,6 +117,17 @@ def use(folder: Path) -> None:
           f"{private_mib():.0f} MiB of its own, peak {peak_mib():.0f} MiB with mapped pages")  # fmt: skip
 
 
+def cached_keys(index: DatasetIndex, shape: ClipShape) -> Windows:
+    """The places of a latent cache that has one window of every clip."""
+
+    def of_shard(number: int) -> list[CachedWindow]:
+        rows = range(number, min(number + 1000, len(index.entries)))
+        place = f"latents-{number:09d}.tar"
+        return [CachedWindow((f"{index.text('key', row)} {row}", shape), 0.0, place, Member(row, 1, 0)) for row in rows]
+
+    return Windows(of_shard(number) for number in range(0, len(index.entries), 1000))
+
+
 def start(folder: Path) -> None:
     """What a run asks of all its clips before its first step."""
     index, absent = DatasetIndex.load(folder, "train"), frozenset[Any]()
@@ -124,10 +136,12 @@ def start(folder: Path) -> None:
         private_mib(),
     )
 
-    def plan() -> Candidates:
-        return plan_clips(index, [ClipShape(17, 256, 448)], 8.0, Geometry(4, 8, (1, 2, 2)))[0]
+    shape = ClipShape(17, 256, 448)
 
-    planned = plan()
+    def plan() -> Candidates:
+        return plan_clips(index, [shape], 8.0, Geometry(4, 8, (1, 2, 2)))[0]
+
+    planned, places = plan(), list[Windows]()
     sources, licenses = index.columns.source.names, index.columns.license.names
     questions: dict[str, Callable[[], Any]] = {
         "plan_clips": plan,
@@ -139,8 +153,9 @@ def start(folder: Path) -> None:
         "captions in a text cache": lambda: sum(
             hashlib.sha256(caption.encode()).hexdigest() in absent for caption in index.table.texts("caption")
         ),
-        "clips in a latent cache": lambda: sum(
-            (index.text("key", clip.entry_index), clip.shape) in absent for clip in planned
+        "places of a latent cache": lambda: places.append(cached_keys(index, shape)),
+        "clips in that cache": lambda: places[0].lacking(
+            (f"{index.text('key', clip.entry_index)} {clip.entry_index}", clip.shape) for clip in planned
         ),
     }
     for what, ask in questions.items():

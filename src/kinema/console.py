@@ -138,10 +138,13 @@ def _several_ranks() -> bool:
 
 def missing_key(error: BaseException) -> str:
     """What is wrong with a key that a group does not have, and what to type; nothing for other errors."""
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ValidationError
 
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, ValidationError) and "dict is not a subclass of" in str(error):
+        new = error.full_key
+        return f"{new} is new and is given whole: '+...={{{new}:{{key:value}}}}', not '+...{new}.key=value'."
     if not isinstance(error, (ConfigAttributeError, ConfigKeyError)) or error.full_key is None:
         return ""
     parent, _, key = error.full_key.rpartition(".")

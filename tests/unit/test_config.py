@@ -24,7 +24,9 @@ from kinema.config import (
     to_dataclass,
 )
 from kinema.console import missing_key, run_script
+from kinema.training.guard import Guard, GuardConfig
 from kinema.training.optim import AdamW
+from kinema.training.signals import Signals, SignalsConfig, Warned
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NO_GROUPS = ("experiment", "prep")  # data_prep/prepare.py has its own root there
@@ -135,6 +137,8 @@ def test_a_mistyped_override_stops_composition(override):
         ("data.shaes=1", "data.shaes: there is no such key. Did you mean data.shapes?"),
         ("+data.mixture={a:{pth:x}}", "data.mixture.a.pth: there is no such key. Did you mean data.mixture.a.path?"),
         ("data.stages=[{untl_step:3}]", "untl_step: there is no such key. Did you mean until_step?"),
+        ("+data.mixture.mien.path=x", "mien is new and is given whole: '+...={mien:{key:value}}', "
+                                      "not '+...mien.key=value'."),
         ("data.mixture.mien.path=x", "data.mixture.mien: there is no such key. A new one is given whole: "
                                      "'+data.mixture={mien:{...}}'."),
     ],
@@ -230,3 +234,15 @@ def test_changes_are_listed_but_for_keys_that_change_no_number():
     assert changed_keys(before, now) == ["seed: 0 -> 3"]
     now = resolved_yaml(compose("train", ["parallel.precision=bfloat16", "data.prefetch=5"]))
     assert changed_keys(before, now) == ["parallel.precision: float32 -> bfloat16"]
+
+
+def test_limits_of_what_may_never_happen_are_in_force():
+    config = Config(
+        guard=GuardConfig(max_incidents=5, max_left_out=9),
+        signals=SignalsConfig(usr1=Warned.save, grace_seconds=60, requeue=True),
+    )
+    reads = Reads(config)
+    assert len(reads.unread()) == 5
+    assert Guard(config.guard).config.max_incidents == 5
+    assert Signals(config.signals).config.requeue
+    assert not reads.unread()

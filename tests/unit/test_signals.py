@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 
 import pytest
 
@@ -63,15 +64,41 @@ def test_nohup_is_respected():
     assert told(signal.SIGHUP, before=["nohup"])[1].endswith("None False")
 
 
-def test_the_end_of_a_slurm_jobs_time_stops_the_run_early_enough_for_its_save(monkeypatch):
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Inside of job 17; makes commands of Slurm that answer."""
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+
+    def answers(command, script):
+        (tmp_path / command).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / command).chmod(0o755)
+
+    return answers
+
+
+@pytest.mark.parametrize("newer_slurm", [True, False])
+def test_the_end_of_a_slurm_jobs_time_stops_the_run_early_enough_for_its_save(monkeypatch, slurm, newer_slurm):
+    if newer_slurm:
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 150))
+    else:
+        end = datetime.fromtimestamp(time.time() + 150).isoformat(timespec="seconds")
+        slurm("squeue", f'[ "$*" = "--noheader --job 17 --format %e" ] && echo {end}')
     signals = Signals(SignalsConfig(before_end_seconds=100))
     signals.look_at_clock()
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 150))
+    assert "job 17 ends at 2" in str(signals.find_end())
     signals.look_at_clock()
     assert signals.asked_to_stop is None
     signals.took(20.0, 80.0)
     signals.look_at_clock()
     assert "the end of the job's time in 200 s" in str(signals.asked_to_stop)
+
+
+def test_an_end_that_is_not_known_is_told(slurm):
+    slurm("squeue", "echo N/A")
+    assert "job 17 has no end that is known (N/A)" in str(Signals(SignalsConfig()).find_end())
+    slurm("squeue", "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1")
+    assert "(slurm_load_jobs error: Unable" in str(Signals(SignalsConfig()).find_end())
 
 
 def test_a_grace_too_short_for_a_save_is_told_once_with_the_seconds_it_takes():
@@ -81,16 +108,16 @@ def test_a_grace_too_short_for_a_save_is_told_once_with_the_seconds_it_takes():
     assert signals.took(1.0, 50.0) is None
 
 
-def test_requeue_asks_scontrol(tmp_path, monkeypatch):
+def test_requeue_asks_scontrol(tmp_path, monkeypatch, slurm):
     assert Signals(SignalsConfig()).requeue() is None
     signals = Signals(SignalsConfig(requeue=True))
-    assert "no Slurm job" in str(signals.requeue())
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\n")
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert signals.requeue() == "scontrol requeue 17: done (0)"
+    slurm("scontrol", f"echo $@ > {tmp_path}/asked")
+    assert signals.requeue() == "scontrol requeue 17: done"
     assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    slurm("scontrol", "echo Access denied >&2; exit 1")
+    assert signals.requeue() == "scontrol requeue 17: Access denied"
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert "no Slurm job" in str(signals.requeue())
 
 
 def test_restarts_by_machines_end_when_nothing_new_is_saved(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from kinema.data.decoders.video import DecodeError, Decoder
 from kinema.data.geometry import ClipShape
 from kinema.data.shards import DamagedSample, DatasetIndex, index_name, read_member, write_aside
 from kinema.data.store import Member, StoredFolder, WrongBytes, store_of
+from kinema.data.windows import CachedWindow, Windows
 
 FORMAT_VERSION = 2
 PREPROCESSING = "frames nearest in time; centre crop to the aspect ratio; antialiased bilinear resizing; -1 to 1"
@@ -177,8 +178,8 @@ class Place(NamedTuple):
 class LatentCache:
     """Read access to a folder of `LatentWriter`, or to one at an address, through the same door as shards."""
 
-    def __init__(self, folder: Path | StoredFolder, manifest: dict[str, Any], places: "_Places", named: str) -> None:
-        self.folder, self.manifest, self._places, self.named = folder, manifest, places, named
+    def __init__(self, folder: Path | StoredFolder, manifest: dict[str, Any], windows: Windows, named: str) -> None:
+        self.folder, self.manifest, self._windows, self.named = folder, manifest, windows, named
         self._store = store_of(folder)
         self.latent_shapes = {ClipShape(*shape): tuple(latent) for shape, latent in manifest["latent_shapes"]}
         """(C, t, h, w) of the latents of a clip shape."""
@@ -211,7 +212,7 @@ class LatentCache:
                     f"{name}={wanted}. Encode the latents again, {narrow}or type {named}=null to encode anew "
                     "in every step."
                 )
-        return cls(folder, manifest, _load_places(folder, manifest, named), named)
+        return cls(folder, manifest, _load_windows(folder, manifest, named), named)
 
     @property
     def failures(self) -> dict[str, str]:
@@ -222,16 +223,13 @@ class LatentCache:
         """Where a window of the clip lies, of those encoded the one that `draw` falls on; or why none does."""
         if key in self.failures:
             return Place(key, str(self.folder), None, self.failures[key])
-        windows = self._places[key, shape]
+        windows = self._windows[key, shape]
         return Place(key, *windows[draw % len(windows)])
 
     def check_covers(self, wanted: Iterable[tuple[str, ClipShape]]) -> None:
         """Raise ValueError unless every clip, in its shape, is cached or noted as failed."""
-        total, lacking = 0, list[str]()
-        for key, shape in wanted:
-            total += 1
-            if (key, shape) not in self._places and key not in self.failures:
-                lacking.append(key)
+        without, total = self._windows.lacking(wanted)
+        lacking = [key for key, _ in without if key not in self.failures]
         if lacking:
             raise ValueError(
                 f"{self.named}={self.folder} lacks {len(lacking)} of {total} clips, e.g. {lacking[0]}. "
@@ -239,8 +237,8 @@ class LatentCache:
             )
 
     def places(self) -> list[tuple[str, Member]]:
-        """Shard and place of every cached window."""
-        return [place for windows in self._places.values() for place in windows]
+        """Shard and place of every cached window, as they lie in the shards."""
+        return list(self._windows)
 
     def read(self, place: Place) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, float32 (C, t, h, w); raises DamagedSample if encoding the clip failed, or the bytes
@@ -286,10 +284,6 @@ def _layout(header: bytes) -> list[tuple[int, tuple[int, ...]]]:
     return [(len(header) + part["data_offsets"][0], tuple(part["shape"])) for part in parts]
 
 
-_Places = dict[tuple[str, ClipShape], list[tuple[str, Member]]]
-"""Of each clip in its shape the windows, by rising start."""
-
-
 def _identity(
     vae_hash: str, data_hash: str, shapes: Sequence[ClipShape], fps: float, decoder: Decoder
 ) -> dict[str, Any]:
@@ -305,17 +299,27 @@ def _identity(
     }
 
 
-def _load_places(folder: Path | StoredFolder, manifest: dict[str, Any], named: str) -> _Places:
-    found: dict[tuple[str, ClipShape], dict[float, tuple[str, Member]]] = {}
-    for shard in manifest["shards"]:
-        path = folder / shard["file"]
-        size = path.stat().st_size if path.is_file() else 0
-        if isinstance(folder, Path) and size != shard["bytes"]:  # elsewhere, `resolve_folder` looked
-            raise ValueError(f"{named}: {path} has {size} bytes, not {shard['bytes']}. Encode the latents again.")
-        content = path.with_name(index_name(path.name)).read_bytes()
-        if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
-            raise ValueError(f"{named}: the index of {path} was changed. Encode the latents again.")
-        for sample in json.loads(content)["samples"]:
-            windows = found.setdefault((sample["key"], ClipShape(*sample["shape"])), {})
-            windows[sample["start_seconds"]] = (shard["file"], Member(**sample["member"]))
-    return {clip: [place for _, place in sorted(windows.items())] for clip, windows in found.items()}
+def _load_windows(folder: Path | StoredFolder, manifest: dict[str, Any], named: str) -> Windows:
+    try:
+        return Windows(_windows_of(folder, shard) for shard in manifest["shards"])
+    except ValueError as error:
+        raise ValueError(f"{named}={folder}: {error}. Encode the latents again.") from error
+
+
+def _windows_of(folder: Path | StoredFolder, shard: dict[str, Any]) -> list[CachedWindow]:
+    path = folder / shard["file"]
+    size = path.stat().st_size if path.is_file() else 0
+    if isinstance(folder, Path) and size != shard["bytes"]:  # elsewhere, `resolve_folder` looked
+        raise ValueError(f"{path} has {size} bytes, not {shard['bytes']}")
+    content = path.with_name(index_name(path.name)).read_bytes()
+    if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
+        raise ValueError(f"the index of {path} was changed")
+    return [
+        CachedWindow(
+            (sample["key"], ClipShape(*sample["shape"])),
+            sample["start_seconds"],
+            shard["file"],
+            Member(**sample["member"]),
+        )
+        for sample in json.loads(content)["samples"]
+    ]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kinema.data.pack import Pack
 from kinema.data.shards import DatasetIndex
@@ -71,6 +71,9 @@ class Guard:
     """Clips of the present step that this rank was to show, and that are left out."""
     _incidents: int = 0
     _furthest: int = -1
+
+    def __post_init__(self) -> None:
+        self.config = replace(self.config)  # all of it counts as read: it is in force, also where nothing goes wrong
 
     @property
     def troubled(self) -> bool:

@@ -108,10 +108,7 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the last step; the exit status: 0, or 75 when a signal stopped the run after a checkpoint."""
-        self.saver.resume(self.steps, self._journal)
-        self._first_step = self.step
-        self.signals.catch()
-        self._count_restart()
+        self._resume()
         validation = self.load_validation() if self.load_validation and self.validation.every_steps else None
         self._tell_heldout_failures(validation or [])
         self.watchdog.start()
@@ -163,13 +160,22 @@ class Trainer:
         self._finish("finished", TRACKER_SECONDS)
         return Exit.done if passed else Exit.failed_check
 
+    def _resume(self) -> None:
+        """Go to the newest checkpoint, and be ready to stop again."""
+        self.saver.resume(self.steps, self._journal)
+        self._first_step = self.step
+        self.signals.catch()
+        if self.process.is_main and (line := self.signals.find_end()):
+            self.outputs.event(self.step, "slurm", line)
+        self._count_restart()
+
     def _leave_early(self, why: str) -> Exit:
         """The end of a run that was asked to stop, and has been saved."""
         self.saver.tell_uploads(UPLOADS_WHEN_STOPPED_SECONDS)
-        if self.process.is_main and (line := self.signals.requeue()):
-            self.outputs.event(self.step, "requeue", line)
         how = f"stopped by {why} at step {self.step}; the same command continues"
         self._finish(how, TRACKER_WHEN_STOPPED_SECONDS)
+        if self.process.is_main and (line := self.signals.requeue()):  # last: Slurm then ends this job
+            self.outputs.event(self.step, "requeue", line)
         return Exit.preempted
 
     def _is_to_save(self) -> bool:

@@ -2,12 +2,12 @@
 
 import enum
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from types import FrameType
 
 from kinema.exits import Exit
@@ -31,7 +31,7 @@ class SignalsConfig:
     grace_seconds: float = 30.0
     """Time between SIGTERM and SIGKILL where the run is; you are told when a step and a save take longer."""
     before_end_seconds: float = 120.0
-    """Stop so long before the end of a Slurm job's time (SLURM_JOB_END_TIME), or earlier if saving takes longer."""
+    """Stop so long before the end of a Slurm job's time, or earlier if saving takes longer."""
     requeue: bool = False
     """After such a stop, ask Slurm to queue the job again (`scontrol requeue`)."""
     restarts_without_progress: int = 3
@@ -44,6 +44,7 @@ class SignalsConfig:
 
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ANSWER_SECONDS = 20.0
 IMPATIENT_SECONDS = 5.0
 """A second signal after so long is of somebody who cannot wait; one before, of a launcher that passes it on."""
 
@@ -52,11 +53,12 @@ class Signals:
     """Signals that this rank has got, and how much time there is; what is done about them all ranks decide together."""
 
     def __init__(self, config: SignalsConfig) -> None:
-        self.config = config
+        self.config = replace(config)  # all of it counts as read: it is in force, also where no signal ever comes
         self.asked_to_stop: str | None = None
         """What asked for it, for people."""
         self.asked_to_save = False
         self._since = 0.0
+        self._job_end: float | None = None
         self._needed_seconds = 0.0
         self._told = False
 
@@ -76,12 +78,25 @@ class Signals:
         elif not self.asked_to_stop:
             self.asked_to_stop, self._since = signal.Signals(number).name, time.monotonic()
 
+    def find_end(self) -> str | None:
+        """Learn when the time of this Slurm job is over, for `look_at_clock`; what that is, in words."""
+        job = os.environ.get("SLURM_JOB_ID")
+        if job is None:
+            return None
+        end = os.environ.get("SLURM_JOB_END_TIME", "")  # Slurm 22.05, for one, does not set it
+        if not end.isdigit():
+            end = _ask_slurm(["squeue", "--noheader", "--job", job, "--format", "%e"])
+        try:
+            self._job_end = float(end) if end.isdigit() else datetime.fromisoformat(end).timestamp()
+        except ValueError:
+            return f"job {job} has no end that is known ({end}): the run stops before it only when it is sent a signal"
+        return f"job {job} ends at {datetime.fromtimestamp(self._job_end):%Y-%m-%d %H:%M:%S}"
+
     def look_at_clock(self) -> None:
         """Ask to stop when the time of the Slurm job is nearly over."""
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
-        if not self.asked_to_stop and end.isdigit():
+        if not self.asked_to_stop and self._job_end is not None:
             margin = max(self.config.before_end_seconds, 2 * self._needed_seconds)
-            if time.time() + margin > int(end):
+            if time.time() + margin > self._job_end:
                 self.asked_to_stop, self._since = f"the end of the job's time in {margin:.0f} s", time.monotonic()
 
     def took(self, step_seconds: float, save_seconds: float) -> str | None:
@@ -102,10 +117,15 @@ class Signals:
         job = os.environ.get("SLURM_JOB_ID")
         if not self.config.requeue:
             return None
-        if job is None or shutil.which("scontrol") is None:
-            return "signals.requeue=true, but this is no Slurm job (no SLURM_JOB_ID, or no scontrol): start it again."
-        try:
-            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=20, check=False)
-        except subprocess.TimeoutExpired:
-            return f"scontrol requeue {job} did not answer in 20 s: start it again by hand"
-        return f"scontrol requeue {job}: {(done.stderr or done.stdout).strip() or 'done'} ({done.returncode})"
+        if job is None:
+            return "signals.requeue=true, but this is no Slurm job (no SLURM_JOB_ID): start it again."
+        return f"scontrol requeue {job}: {_ask_slurm(['scontrol', 'requeue', job]) or 'done'}"
+
+
+def _ask_slurm(words: list[str]) -> str:
+    """What a command of Slurm answers, or why it does not."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"no answer: {error}"
+    return f"{done.stdout}{done.stderr}".strip()
