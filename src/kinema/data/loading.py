@@ -1,5 +1,7 @@
 """Packs in the order of the plan, read by worker processes."""
 
+import ctypes
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from kinema.data.cached_clips import CachedClips
@@ -15,6 +17,11 @@ from kinema.data.shards import DatasetIndex
 from kinema.data.workers import Readers, StepsAndLanes
 
 DECORD = DecodingRules()
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""As malloc.h has them."""
+KEPT_BYTES, LARGE_BYTES = 2**31 - 1, 64 << 20
+"""Free memory that a process keeps, as much as can be said, and the size from which a buffer is given back at once."""
 
 
 def make_loader(
@@ -43,6 +50,7 @@ def make_loader(
     a further process; `condemned` are the clips, by key, that are not tried, with the reason. `latents` of a mixture
     are a cache for each of its data sets, by name.
     """
+    _keep_freed_memory()
     contents: Contents
     if latents is None:
         compare = rights is not None
@@ -54,6 +62,18 @@ def make_loader(
     dataset = ClipReader(index, plan, contents, fps=fps, rights=rights, condemned=condemned)
     wanted = StepsAndLanes(range(start_step, start_step + num_steps), list(lanes))
     return _read(dataset, wanted, num_workers, prefetch, timeout_seconds)
+
+
+def _keep_freed_memory() -> None:
+    """Let this process and its workers use the buffers of one step again for the next.
+
+    glibc otherwise hands them back, and the kernel clears each page anew: half the time of reading small latents. Does
+    nothing with another C library, or where the environment says what malloc is to do.
+    """
+    if "MALLOC_TRIM_THRESHOLD_" in os.environ or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    libc.mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def _read(
