@@ -195,6 +195,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     arguments = parser.parse_args()
+    if arguments.clips < LANES * PACK:
+        parser.error(f"--clips {arguments.clips} do not fill one step. Type --clips {LANES * PACK} or more.")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         loaders = {"latents": latents, "video": video}[arguments.what](arguments, Path(folder))
