@@ -103,7 +103,6 @@ class Engine:
         traffic: TrafficConfig | None = None,
     ) -> None:
         import deepspeed
-        from deepspeed.utils import set_z3_leaf_module
 
         device_type = next(module.parameters()).device.type
 
@@ -121,10 +120,6 @@ class Engine:
         self.traffic = plan_traffic(module, traffic or TrafficConfig(), device_type)
         self._state = named_state(optimizer)
         numbers = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        if zero_stage == 3:
-            for part in module.modules():
-                if getattr(part, "is_compiled", False):
-                    set_z3_leaf_module(part, True)  # its weights come and go together: compiled code asks for none
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
