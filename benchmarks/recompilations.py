@@ -107,7 +107,7 @@ def timed(name: str, config: DiTConfig, seconds: float) -> None:
         return passes
 
     for case, of in cases.items():
-        off = max(float((step(compiled, pack, 0) - step(plain, pack, 0)).abs()) for pack in of)
+        off = max(float((step(compiled, pack, 0) - step(plain, pack, 0)).detach().abs()) for pack in of)
         assert off < 1e-5, f"{name}: losses differ by {off:.1e}"
         row = paired(run(compiled, of), run(plain, of), seconds).row(f"{name}, {case}")
         kept, other = (saved_bytes(partial(step, model, of[0], 0), model) for model in (compiled, plain))

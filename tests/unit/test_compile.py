@@ -11,6 +11,7 @@ from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.compiling import Compilations, Compile, compiler
 from kinema.distributed.engine import ParallelConfig
 from kinema.models.dit import TextEdge, make_denoiser
+from kinema.training.finetune import LoRA
 from tests.unit.test_activation_checkpointing import CHANNELS, DITS, TEXT, randomised
 from tests.unit.test_dit import extras_for, small
 
@@ -102,6 +103,31 @@ def test_every_family_compiled_is_the_uncompiled_one(name, dtype):
     print(f"{name} {dtype}: {off:.1e}, {first} graphs and {more} more")
     assert off < (1e-12 if dtype is torch.float64 else 1e-5)
     assert more == 0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", [traced, compiler], ids=["traced", "compiled"])
+def test_adapters_draw_the_same_dropout(how):
+    def adapted():
+        model = made(small(depth=2), torch.float64)
+        torch.manual_seed(1)
+        LoRA(rank=2, dropout=0.3).prepare(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model.double()
+
+    model, plain = adapted(), adapted()
+    model.compile_blocks(compiler() if how is compiler else traced)
+    counted, graphs = Compilations(), []
+    for shapes in MIXED:
+        found = []
+        for one in (model, plain):
+            torch.manual_seed(2)
+            found.append(passed(one, shapes))
+        assert furthest(*found) < 1e-12
+        graphs.append(counted.count())
+    assert graphs[0] == graphs[-1] > 0
 
 
 def test_blocks_alike_and_packs_unlike_are_compiled_once():
