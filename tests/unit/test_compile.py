@@ -27,10 +27,12 @@ MIXED = [
 @pytest.fixture(autouse=True)
 def _fresh():
     """Settings of the process as they were; nothing compiled before."""
+    import torch._functorch.config as kept
     import torch.fx.experimental._config as shapes
 
     torch._dynamo.reset()
-    with shapes.patch(backed_size_oblivious=False, use_duck_shape=True):
+    sizes = shapes.patch(backed_size_oblivious=False, use_duck_shape=True)
+    with sizes, kept.patch(ban_recompute_materialized_backward=True):
         yield
 
 
