@@ -87,39 +87,34 @@ def measure(rank: int, options: argparse.Namespace, port: int, folder: Path) -> 
     engine = engine_of(options.mib, options.stage)
     saver = saver_of(engine, folder / "kinema")
     stalls, totals, theirs, synced = [], [], [], []
-    ours_busy, theirs_busy = [], []
-    """Seconds on a core, which work beside it lengthens less."""
     for number in range(options.rounds + 1):
         step(engine, saver)
         forget_peak()
         before = memory_mib("VmRSS")
-        busy = time.thread_time()
         saver.save(must=False)
-        ours_busy.append(time.thread_time() - busy)
         save = saver._save
         assert save is not None
+        step(engine, saver)  # before which it waits for the copy; a real one is longer, and waits less
         saver.settle(must=True)
         if number == 0:
             first, rise = save.stall_seconds, memory_mib("VmHWM") - before
         stalls.append(save.stall_seconds)
         totals.append(saver.seconds)
         dist.barrier()
-        began, busy = time.perf_counter(), time.thread_time()
+        began = time.perf_counter()
         engine.deepspeed.save_checkpoint(str(folder / "deepspeed"), tag=f"step{number}")
         theirs.append(time.perf_counter() - began)
-        theirs_busy.append(time.thread_time() - busy)
         os.sync()  # it leaves its files to the system; ours are on the disk when they are published
         synced.append(time.perf_counter() - began)
         shutil.rmtree(folder / "deepspeed" / f"step{number - 1}", ignore_errors=True)
     if rank == 0:
         stall, total, peer, whole = (statistics.median(values[1:]) for values in (stalls, totals, theirs, synced))
-        own, other = (statistics.median(values[1:]) for values in (ours_busy, theirs_busy))
         mib = save.num_bytes / 2**20
         print(
             f"ZeRO {options.stage}, {options.ranks} ranks, {mib:.0f} MiB, torch {torch.__version__}, "
             f"load {os.getloadavg()[0]:.0f}: training waits {stall:.3f} s (the first time {first:.3f}), "
             f"DeepSpeed's save takes {peer:.2f} s ({stall / peer:.1%}), {whole:.2f} s until it is on the disk "
-            f"({stall / whole:.1%}); on a core {own:.3f} and {other:.2f} s ({own / other:.1%}). Until published "
+            f"({stall / whole:.1%}). Until published "
             f"{total:.2f} s, {mib / total:.0f} MiB/s. Memory of the main rank rose by {rise:.0f} MiB at most; its part "
             f"of the state is {mib / options.ranks:.0f} MiB"
         )

@@ -44,7 +44,7 @@ def engine_step(zero_stage: int, width: int, tokens: int) -> Step:
     module, optim = model(width), AdamW()
     engine = Engine(
         module, optim.build(module), zero_stage=zero_stage, precision=Precision.float32, accumulation=1,
-        gradient_clipping=optim.gradient_clipping,
+        gradient_clipping=optim.gradient_clipping, blocks=module.all_blocks(),
     )  # fmt: skip
     loss = loss_of(engine, tokens)
 

@@ -484,6 +484,7 @@ def build_engine(config: Config, model: DiT | Experts | CausalVAE, accumulation:
         gradient_clipping=config.optim.gradient_clipping,
         offload=config.parallel.offload,
         traffic=config.parallel.traffic,
+        blocks=model.all_blocks(),
     )
 
 

@@ -145,6 +145,7 @@ def built_engine(cell: Cell) -> tuple[Engine, ContextParallel]:
         model, torch.optim.AdamW(model.parameters(), weight_decay=0.0), zero_stage=cell.zero_stage,
         precision=Precision.float32, accumulation=cell.accumulation, gradient_clipping=1e6,
         traffic=TrafficConfig(bucket_elements=2000, resident_elements=100),  # several messages, cut weights
+        blocks=model.all_blocks(),
     )  # fmt: skip
     return engine, parallel
 

@@ -80,8 +80,9 @@ def largest_difference(name: str, stage: int, rank: int, compile_by: Compiler | 
         module.compile_blocks(compile_by)
     config, before = module.config, {k: v.clone() for k, v in module.state_dict().items()}
     engine = Engine(
-        module, optimizer(module), zero_stage=stage, precision=Precision.float32, accumulation=1, gradient_clipping=0.5
-    )
+        module, optimizer(module), zero_stage=stage, precision=Precision.float32, accumulation=1,
+        gradient_clipping=0.5, blocks=module.all_blocks(),
+    )  # fmt: skip
     for step in range(STEPS):
         engine.backward(loss(engine, config, step, rank))
         engine.step(1e-2)
@@ -100,8 +101,9 @@ def weights_after(kind: ActivationCheckpointing, stage: int, precision: Precisio
     keep_less(module.all_blocks(), kind)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine = Engine(
-        module, torch.optim.AdamW(trained), zero_stage=stage, precision=precision, accumulation=1, gradient_clipping=0.5
-    )
+        module, torch.optim.AdamW(trained), zero_stage=stage, precision=precision, accumulation=1,
+        gradient_clipping=0.5, blocks=module.all_blocks(),
+    )  # fmt: skip
     for step in range(STEPS):
         torch.manual_seed(10 * step + rank)
         engine.backward(loss(engine, config, step, rank))

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +66,7 @@ def train_while_saving(folder: Path, stage: int) -> None:
     saver = make_saver(folder / f"stage{stage}", engine, 2)
     run_steps(engine, mine(rank, world), 0, 2, saver.ema)
     before = everything(saver)
+    saver._thread.submit(time.sleep, 0.3)  # the copy begins late: what is about to move must wait for it
     saver.save(must=False)
     assert saver.store.steps() == []
     run_steps(engine, mine(rank, world), 2, 3, saver.ema)
@@ -145,5 +147,6 @@ def test_saves_on_two_ranks_while_training_goes_on_and_any_layout_reads_them(tmp
     told = [line for line in lines if line["kind"] == "checkpoint"]
     assert [line["step"] for line in told] == [2, 3]
     assert all(0 <= line["waited_seconds"] <= line["stall_seconds"] <= line["seconds"] for line in told)
+    assert told[0]["stall_seconds"] > 0.1
     failed = [json.loads(line) for line in (tmp_path / "full/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in failed if line.get("event") == "checkpoint failed"] == [2, 3, 4]

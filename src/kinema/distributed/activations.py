@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -78,7 +78,8 @@ class _Kept(TorchDispatchMode):
 
     Nor may what is kept be changed afterwards, as DeepSpeed's linear layer does: for inputs of more than two dimensions
     it adds the bias into the product, and the repetition would add it again. That layer saves memory by not keeping
-    weights for the backward, which a block that is repeated does not do anyway: so it gets torch's.
+    weights for the backward, which a block that is repeated does not do anyway: so such inputs get torch's. Others do
+    not, as a part of a block that is repeated for itself is repeated outside of this.
     """
 
     def __init__(self, mode: TorchDispatchMode, policy: Policy) -> None:
@@ -86,7 +87,7 @@ class _Kept(TorchDispatchMode):
         self.mode, self.policy = mode, policy
 
     def __enter__(self) -> Self:
-        self.outer_linear, F.linear = F.linear, LINEAR
+        self.outer_linear, F.linear = F.linear, partial(_linear, F.linear)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -102,6 +103,10 @@ class _Kept(TorchDispatchMode):
         if self.policy(None, func) is CheckpointPolicy.MUST_SAVE:
             return self.mode.__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
+
+
+def _linear(outer: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return (LINEAR if x.dim() > 2 else outer)(x, weight, bias)
 
 
 def _keep_attention(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:

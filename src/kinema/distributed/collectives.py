@@ -11,6 +11,8 @@ from torch import Tensor
 
 def all_sum(values: list[float]) -> list[float]:
     """Each value summed over all ranks, in float64."""
+    if dist.get_world_size() == 1:
+        return [float(value) for value in values]
     tensor = torch.tensor(values, dtype=torch.float64)
     if dist.get_backend() == "nccl":
         tensor = tensor.cuda()

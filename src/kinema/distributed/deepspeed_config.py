@@ -1,8 +1,6 @@
 """The whole DeepSpeed dictionary from typed fields, with nothing left to DeepSpeed's defaults, which change."""
 
 import enum
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +65,13 @@ class TrafficConfig:
     """Reduce gradients while the backward goes on; null does so on a GPU."""
     bucket_elements: int | None = None
     """Gradients that are reduced at once, and under ZeRO 3 weights that are fetched ahead; planned: one block."""
-    resident_elements: int | None = None
-    """ZeRO 3 keeps parameters of at most so many elements whole on every rank; planned: a sixteenth of all weights."""
+    resident_elements: int = 0
+    """ZeRO 3 keeps parameters of at most so many elements whole on every rank, but sends each for itself."""
 
     def __post_init__(self) -> None:
         if self.bucket_elements is not None and self.bucket_elements < 1:
             raise ValueError(f"parallel.traffic.bucket_elements={self.bucket_elements} must be at least 1.")
-        if self.resident_elements is not None and self.resident_elements < 0:
+        if self.resident_elements < 0:
             raise ValueError(f"parallel.traffic.resident_elements={self.resident_elements} must not be negative.")
 
 
@@ -81,8 +79,6 @@ MIN_BUCKET = 1 << 20
 """Smaller messages cost more to start than to send."""
 GATHER_MULTIPLE = 256
 """Of elements: DeepSpeed aligns what it gathers, and refuses odd sizes."""
-RESIDENT_SHARE = 1 / 16
-"""Of all weights: norms, biases and modulation are most messages and few bytes."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,8 @@ class Traffic:
         buckets = f"buckets of {_amount(self.bucket)} elements, overlap {'on' if self.overlap else 'off'}"
         if zero_stage < 3:
             return f"{buckets}, weights gathered by {_amount(self.gather)}"
-        return f"{buckets}, at most {_amount(self.live)} weights whole, tensors up to {_amount(self.resident)} always"
+        kept = f", tensors up to {_amount(self.resident)} always" if self.resident else ""
+        return f"{buckets}, at most {_amount(self.live)} weights whole{kept}"
 
 
 def _amount(elements: int) -> str:
@@ -129,19 +126,8 @@ def plan_traffic(module: nn.Module, wanted: TrafficConfig, device_type: str) -> 
         bucket=bucket,
         gather=-(-max(bucket, min(total, 1 << 29)) // GATHER_MULTIPLE) * GATHER_MULTIPLE,
         live=min(total, 3 * max(block, bucket)),
-        resident=_resident(sizes) if wanted.resident_elements is None else wanted.resident_elements,
+        resident=wanted.resident_elements,
     )
-
-
-def _resident(sizes: Sequence[int]) -> int:
-    """The largest size such that all parameters up to it are at most `RESIDENT_SHARE` of the weights."""
-    held, largest = 0, 0
-    for size, equals in itertools.groupby(sorted(sizes)):
-        held += size * len(list(equals))
-        if held > sum(sizes) * RESIDENT_SHARE:
-            break
-        largest = size
-    return largest
 
 
 def _elements(parameter: nn.Parameter) -> int:
@@ -183,7 +169,7 @@ def deepspeed_config(
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": gradient_clipping,
+        "gradient_clipping": gradient_clipping if zero_stage > 0 else 0.0,  # the engine measures, and clips, itself
         "prescale_gradients": False,
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},

@@ -2,7 +2,7 @@
 
 import enum
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kinema.distributed.activations import ActivationCheckpointing
+from kinema.distributed.blocks import gathered_whole, release_behind
 from kinema.distributed.compiling import Compile
 from kinema.distributed.deepspeed_config import OffloadConfig, TrafficConfig, deepspeed_config, plan_traffic
 from kinema.distributed.halo import SlabAxis
 from kinema.distributed.layout import Fill, layout_of
 from kinema.distributed.loss_scale import LossScale
 from kinema.distributed.optimizer_state import Placed, named_state, state_files
+
+CLIPPING_EPSILON = 1e-6
+"""Added to the norm that clipping divides by, as torch and DeepSpeed do."""
 
 
 class Precision(enum.Enum):
@@ -101,7 +105,9 @@ class Engine:
         gradient_clipping: float,
         offload: OffloadConfig | None = None,
         traffic: TrafficConfig | None = None,
+        blocks: Sequence[nn.Module] = (),
     ) -> None:
+        """`blocks` are the modules that repeat, each called as a whole: ZeRO 3 gathers and drops each at once."""
         import deepspeed
 
         device_type = next(module.parameters()).device.type
@@ -113,22 +119,30 @@ class Engine:
         self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.zero_stage = zero_stage
         self.accumulation = accumulation
+        self.gradient_clipping = gradient_clipping
         self._grad_norm = 0.0
         self.moved: bool | None = None
         """Whether the last step moved the weights: not if a gradient was not finite on any rank. None before it."""
+        self.before_move: Callable[[], object] = lambda: None
+        """Called when all gradients are there, and weights and optimiser state are as they were since the last step."""
         offload = offload or OffloadConfig()
         self.traffic = plan_traffic(module, traffic or TrafficConfig(), device_type)
         self._state = named_state(optimizer)
         numbers = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=deepspeed_config(
-                zero_stage, accumulation, gradient_clipping, self.traffic, offload, pin_memory=device_type == "cuda"
-            ),
-            dist_init_required=False,
+        config = deepspeed_config(
+            zero_stage, accumulation, gradient_clipping, self.traffic, offload, pin_memory=device_type == "cuda"
         )
-        self._group_of = {name: numbers[id(parameter)] for name, parameter in self.parameters().items()}
+        with gathered_whole(blocks):
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        if zero_stage == 3:
+            release_behind(blocks, self.deepspeed.optimizer.parameter_offload)
+        # A single rank has nothing to reduce, and DeepSpeed would copy all gradients there and back.
+        self.deepspeed.enable_backward_allreduce = zero_stage > 0 or dist.get_world_size() > 1
+        named = dict(self.module.named_parameters())
+        self._parameters = {name: named[name] for name in self.names}
+        self._group_of = {name: numbers[id(parameter)] for name, parameter in self._parameters.items()}
         self.layout = layout_of(self.parameters(), self._group_of, self.deepspeed.optimizer, zero_stage)
         if isinstance(optimizer, Placed):
             optimizer.place(self._moved(), self.layout)
@@ -148,8 +162,7 @@ class Engine:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in the module's order."""
-        named = dict(self.module.named_parameters())
-        return {name: named[name] for name in self.names}
+        return self._parameters
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, this micro-step's part of the global loss.
@@ -169,27 +182,41 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         last = self.deepspeed.is_gradient_accumulation_boundary()
-        if last and self.zero_stage == 0:  # DeepSpeed reports no norm without ZeRO
-            gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
-            if self.loss_scale is not None:
-                torch._foreach_div_(gradients, self.loss_scale.value)
-            self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
-            self.moved = math.isfinite(self._grad_norm)
-            if not self.moved:  # ZeRO looks for itself and moves nothing; here the update would make all weights NaN
-                self.deepspeed.zero_grad()
-                self.deepspeed.micro_steps += 1
-                self._update_loss_scale()
-                return
-        self.deepspeed.step()
+        if last:
+            self.before_move()
+        if last and self.zero_stage == 0:
+            self._move_replicated()
+        else:
+            self.deepspeed.step()
         if last and self.zero_stage > 0:
             self.moved = not self.deepspeed.optimizer.overflow
             self._grad_norm = float(self.deepspeed.get_global_grad_norm()) if self.moved else math.inf
-        if last:
-            self._update_loss_scale()
-
-    def _update_loss_scale(self) -> None:
-        if self.loss_scale is not None:
+        if last and self.loss_scale is not None:
             self.loss_scale.update(bool(self.moved))
+
+    def _move_replicated(self) -> None:
+        """The last micro-step without ZeRO, where DeepSpeed reports no norm, and would take another one to clip."""
+        self._measure_and_clip(self._gradients())
+        self.moved = math.isfinite(self._grad_norm)
+        if self.moved:  # ZeRO looks for itself and moves nothing; here the update would make all weights NaN
+            self.deepspeed.optimizer.step()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        self.deepspeed.micro_steps += 1
+
+    def _gradients(self) -> list[Tensor]:
+        """Zeros where the loss did not depend on a parameter, which is decayed all the same."""
+        for parameter in self._parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+
+    def _measure_and_clip(self, gradients: list[Tensor]) -> None:
+        if self.loss_scale is not None:
+            torch._foreach_div_(gradients, self.loss_scale.value)
+        self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        if 0 < self.gradient_clipping < (length := self._grad_norm + CLIPPING_EPSILON):
+            torch._foreach_mul_(gradients, self.gradient_clipping / length)
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all parameters, before clipping."""

@@ -89,6 +89,8 @@ def start_process(timeout_seconds: float, sequence_degree: int = 1) -> Process:
             )
     except dist.DistError as error:
         raise RanksMissing(_why_missing(str(error).splitlines()[0], timeout_seconds)) from error
+    # What DeepSpeed starts `numactl` for, again and again, under ZeRO 3 on a CPU; its CPU messages are set up by now.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Process(dist.get_rank(), local_rank, dist.get_world_size(), device, make_mesh(sequence_degree))
 
 
@@ -179,6 +181,13 @@ def seed_everything(seed: int) -> None:
     """Fix the global generators; training draws keyed noise and never depends on their state."""
     random.seed(seed)
     torch.manual_seed(seed)
+
+
+def seed_default(seed: int, device: torch.device) -> None:
+    """As `torch.manual_seed`, of what this device draws from: that one takes a stack for each kind that is missing."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 if __name__ == "__main__":  # set-up: compile now, so that no run has to

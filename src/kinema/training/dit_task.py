@@ -22,6 +22,7 @@ from kinema.data.pixels import to_model_range
 from kinema.diffusion.objective import Objective
 from kinema.diffusion.timesteps import in_range
 from kinema.distributed.engine import Engine
+from kinema.distributed.process import seed_default
 from kinema.models.dit import DiTConfig, check_grid
 from kinema.models.vae import CausalVAE, Posterior, VAEConfig
 from kinema.sampling.conditioner import Conditioner, Numbers, shown_frames
@@ -171,7 +172,7 @@ class DiTTask:
             self.engine.step(learning_rate)
         return {
             "loss": float(loss.detach()),
-            "clips": float((weights > 0).sum()),
+            "clips": float((pack.weights > 0).sum()),
             "tokens": float(sum(drawn.tokens)),
             "padding_tokens": float(sum(n for n, weight in zip(drawn.tokens, pack.weights, strict=True) if not weight)),
             "captions_dropped": float(sum(drawn.dropped)),
@@ -200,7 +201,7 @@ class DiTTask:
     def loss_of(self, pack: Pack, drawn: "Drawn") -> Tensor:
         """The losses (B,) of a pack's clips."""
         # Of the adapters' dropout, drawn by torch.
-        torch.manual_seed(keyed_seed(self.seed, "adapters", pack.step, pack.lane))
+        seed_default(keyed_seed(self.seed, "adapters", pack.step, pack.lane), self.device)
         return self.loss(drawn.latents, drawn.conditions, drawn.timesteps, drawn.noise, drawn.tokens)
 
     @torch.no_grad()
@@ -359,8 +360,8 @@ def by_noise_level(losses: Tensor, timesteps: Tensor, weights: Tensor) -> dict[s
     sums = torch.zeros(NOISE_BINS).index_add_(0, bins, losses * weights)
     counts = torch.zeros(NOISE_BINS).index_add_(0, bins, weights)
     return {
-        **{f"noise_sum_{i}": float(value) for i, value in enumerate(sums)},
-        **{f"noise_weight_{i}": float(value) for i, value in enumerate(counts)},
+        **{f"noise_sum_{i}": value for i, value in enumerate(sums.tolist())},
+        **{f"noise_weight_{i}": value for i, value in enumerate(counts.tolist())},
     }
 
 

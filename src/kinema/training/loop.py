@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
@@ -212,22 +212,51 @@ class Trainer:
         None if numbers were not sound: the run then stands where it is to go on from.
         """
         counted = packs if self.process.mesh.counts else []  # what ranks with the same packs see is counted once
-        # The weight of the whole step must be known before the first backward: failed clips count 0 everywhere.
+        total_weight = self._total_weight(packs, counted, clock)
+        if total_weight == 0:
+            return self._pass_over(counted)
+        learning_rate = self.learning_rate(self.step)
+        self.preflight.begin(packs)
+        sums, balance = self._run_lanes(packs, total_weight, learning_rate, clock)
+        totals, agreed = self._agree(packs, sums, balance, clock, stragglers)
+        withheld = totals.pop("withheld") > 0
+        if what := self.guard.trouble(self.step, totals["loss"], self.progress.losses, withheld=withheld):
+            self._go_back(what, totals["loss"])
+            return None
+        with clock.phase("optimizer"):
+            self.ema.update(self.step + 1)
+        self.preflight.end()
+        self._tell("straggler", stragglers.hear(agreed.seconds))
+        if agreed.compiled:
+            self._tell_compiled(again=self.step - self._first_step >= WARM_STEPS)
+        self._tell("spike", self.guard.warnings)
+        self._enter(counted, totals, clock, all_saved=agreed.saved == self.process.world_size)
+        self._heed(agreed)
+        totals["lanes/padding"] = totals.pop("padding_tokens") / totals["tokens"]
+        totals["lr"] = learning_rate
+        totals["grad_norm"] = self.task.engines()["model"].grad_norm()
+        return totals
+
+    def _total_weight(self, packs: list[Pack], counted: list[Pack], clock: Clock) -> float:
+        """The weight of the whole step, known before its first backward: failed clips count 0 everywhere.
+
+        0 if all that could be shown is left out; ValueError if nothing could be.
+        """
         weight = sum(float(pack.weights.sum()) for pack in counted)
         with clock.phase("sums"):
-            total_weight, left_out = all_sum([weight, self.guard.left_out])
-        if total_weight == 0 and left_out:
-            return self._pass_over(counted)
-        if total_weight == 0:
+            total, left_out = all_sum([weight, self.guard.left_out])
+        if total == 0 and not left_out:
             raise ValueError(
                 f"no clip of step {self.step} can be shown: {(packs[0].failures + packs[0].withdrawn)[:3]}. If "
                 "data.rights withdrew them, start a new run from the last checkpoint: another name, and init_from."
             )
-        learning_rate = self.learning_rate(self.step)
-        self.preflight.begin(packs)
-        sums, balance = self._run_lanes(packs, total_weight, learning_rate, clock)
-        engines = self.task.engines()
-        sums["withheld"] = float(any(engine.moved is False for engine in engines.values()))
+        return total
+
+    def _agree(
+        self, packs: list[Pack], sums: dict[str, float], balance: Balance, clock: Clock, stragglers: Stragglers
+    ) -> tuple[dict[str, float], "Agreed"]:
+        """The sums over all ranks and, in the same message, what each has to say besides."""
+        sums["withheld"] = float(any(engine.moved is False for engine in self.task.engines().values()))
         sums["failures"] = float(sum(len(pack.failures) for pack in packs))
         sums["fallbacks"] = float(sum(len(pack.fallbacks) for pack in packs))
         wishes = [float(self.signals.asked_to_stop is not None), float(self.signals.asked_to_save)]
@@ -239,23 +268,16 @@ class Trainer:
         ]
         with clock.phase("sums"):
             over_ranks = all_sum([*own, *self._once([*sums.values(), *balance.values()])])
-        (stop, save, saved, compiled, *times), over_ranks = over_ranks[: len(own)], over_ranks[len(own) :]
+        (stop, save, saved, compiled, *seconds), over_ranks = over_ranks[: len(own)], over_ranks[len(own) :]
         totals = {**dict(zip(sums, over_ranks, strict=False)), **Balance.summary(over_ranks[len(sums) :])}
-        withheld = totals.pop("withheld") > 0
-        if what := self.guard.trouble(self.step, totals["loss"], self.progress.losses, withheld=withheld):
-            self._go_back(what, totals["loss"])
-            return None
-        with clock.phase("optimizer"):
-            self.ema.update(self.step + 1)
-        self.preflight.end()
-        self._tell("straggler", stragglers.hear(times))
-        if compiled:
-            self._tell_compiled(again=self.step - self._first_step >= WARM_STEPS)
-        self._tell("spike", self.guard.warnings)
+        return totals, Agreed(stop > 0, save > 0, int(saved), compiled > 0, seconds)
+
+    def _enter(self, counted: list[Pack], totals: dict[str, float], clock: Clock, *, all_saved: bool) -> None:
+        """The step is done: into the account of what was shown, the journal, and the quarantine; a collective."""
         self.guard.has_moved(self.step)
         self.signals.look_at_clock()
         self.progress.add(counted, totals["loss"])
-        if saved == self.process.world_size:
+        if all_saved:
             with clock.phase("checkpoint"):
                 self.saver.advance()
         if self.logging.keys:
@@ -264,14 +286,13 @@ class Trainer:
             self._quarantine([failure for pack in counted for failure in pack.failures])
         if totals.pop("fallbacks"):
             self._tell_fallbacks([fallback for pack in counted for fallback in pack.fallbacks])
-        self._stop = next(filter(None, gather_objects(self.signals.asked_to_stop))) if stop else None
-        self._save_now = save > 0
-        if save:
+
+    def _heed(self, agreed: "Agreed") -> None:
+        """What signals asked any rank for."""
+        self._stop = next(filter(None, gather_objects(self.signals.asked_to_stop))) if agreed.stop else None
+        self._save_now = agreed.save
+        if agreed.save:
             self.signals.asked_to_save = False
-        totals["lanes/padding"] = totals.pop("padding_tokens") / totals["tokens"]
-        totals["lr"] = learning_rate
-        totals["grad_norm"] = engines["model"].grad_norm()
-        return totals
 
     def _run_lanes(
         self, packs: list[Pack], total_weight: float, learning_rate: float, clock: Clock
@@ -406,6 +427,18 @@ class Trainer:
             if tracker.problem or tracker.dropped:
                 detail = f"{tracker.problem or 'no error'}, {tracker.dropped} records dropped; metrics.jsonl has all"
                 self.outputs.event(self.step, "tracker", detail)
+
+
+class Agreed(NamedTuple):
+    """What the ranks tell one another beside the sums of a step."""
+
+    stop: bool
+    save: bool
+    saved: int
+    """Ranks that wait for nobody but the others to go on with a save."""
+    compiled: bool
+    seconds: list[float]
+    """Of all ranks, for `Stragglers.hear`."""
 
 
 class Window:

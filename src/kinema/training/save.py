@@ -53,6 +53,8 @@ class Save:
     step: int
     aside: Path
     documents: Documents
+    copied: Future[Any]
+    """Done when weights and state may move again."""
     work: Future[Any]
     is_written: bool = False
     """Whether all ranks have written their files."""

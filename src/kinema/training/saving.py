@@ -58,8 +58,9 @@ class Saver:
     _failed_saves: int = 0
     _saved_step: int = -1
 
-    # Saving. The step waits for a copy of what this rank owns. A thread writes it; when every rank has told that its
-    # files are on the disk (`vote`, which travels with the step's sums), a thread of the main rank seals and publishes.
+    # Saving. A thread copies what this rank owns while the next step computes its gradients: nothing moves before they
+    # are there, and what is about to move waits for the copy (`hold_still`). Then it writes; when every rank has told
+    # that its files are on the disk (`vote`, which travels with the step's sums), the main rank's seals and publishes.
 
     def save(self, *, must: bool) -> None:
         """Begin to save the state after the step that the run is at; a collective. Nothing if it is saved already.
@@ -118,14 +119,25 @@ class Saver:
         for event in self.uploads.take_events():
             self.outputs.event(**event)
 
+    def hold_still(self) -> None:
+        """Before weights, average or optimiser state move: wait until a save that has begun has copied them."""
+        if self._save is not None and not self._save.copied.done():
+            called = time.perf_counter()
+            futures.wait([self._save.copied])
+            self._save.stall_seconds += time.perf_counter() - called
+
     def _begin(self, step: int) -> "Save":
-        """Copy what this rank owns, and what the main rank says of it, and let a thread write it."""
+        """Let a thread copy what this rank owns, and write it beside what the main rank says of it."""
         self._token = self._token or from_main(secrets.token_hex(4))
-        files = self._memory.copy(self._pieces())
         rank, ranks = self.process.rank, self.process.world_size
         aside = self.store.aside(step, self._token)
-        parts = {part_name(name, rank, ranks): pieces for name, pieces in files.items()}
-        return Save(step, aside, self._documents(step), self._thread.submit(write_part, aside, parts))
+        parts = {part_name(name, rank, ranks): pieces for name, pieces in self._pieces().items()}
+        for engine in self.task.engines().values():
+            engine.before_move = self.hold_still
+        self._memory.look_now()
+        copied = self._thread.submit(self._memory.copy, parts)
+        written = self._thread.submit(lambda: write_part(aside, copied.result()))
+        return Save(step, aside, self._documents(step), copied, written)
 
     def _pieces(self) -> dict[str, list[Piece]]:
         """What this rank writes, by file."""

@@ -30,12 +30,19 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._copies: dict[tuple[str, str], Tensor] = {}
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+
+    def look_now(self) -> None:
+        """On a GPU: `copy`, which another thread may call, is to wait for what was computed by now, and no longer."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
 
     def copy(self, files: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
         """The pieces of each file as they are now. The copy before, if there was one, is overwritten."""
-        copies = {file: [self._copy(file, piece) for piece in pieces] for file, pieces in files.items()}
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            copies = {file: [self._copy(file, piece) for piece in pieces] for file, pieces in files.items()}
+        if self._stream is not None:
+            self._stream.synchronize()
         return copies
 
     def _copy(self, file: str, piece: Piece) -> Piece:
