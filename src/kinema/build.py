@@ -559,7 +559,7 @@ def assemble(
         make_samples=make_samples,
         guard=Guard(config.guard, from_main(Skips.read(run.folder) if process.is_main else Skips())),
         signals=Signals(config.signals),
-        watchdog=Watchdog(config.watchdog, process.rank),
+        watchdog=Watchdog(config.watchdog, process.rank, process.world_size, run.folder),
         unread_keys=unread_keys,
     )
 

@@ -74,6 +74,7 @@ def test_secrets_are_in_no_file_and_no_message(scene, variables, server, tmp_pat
     uploaded = list(boto3.resource("s3").Bucket("bucket").objects.all())
     assert any(entry.key.endswith("manifest.json") for entry in uploaded)
     assert [entry.key for entry in uploaded if leaks(entry.get()["Body"].read())] == []
+    assert "tracker:" not in trained.output, "Weights & Biases has taken everything"
     [tracked] = scene.run("secrets").rglob("*.wandb")
     assert b"127.0.0.1" in tracked.read_bytes(), "the rest of the address is told"
 

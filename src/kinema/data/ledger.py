@@ -12,7 +12,7 @@ from kinema.data.shards import DatasetIndex
 
 
 class DataBudgetError(Exception):
-    """More clips are damaged than data.max_failed_fraction allows."""
+    """More clips are damaged than data.max_failed_fraction allows, or none of a step can be shown."""
 
 
 @dataclass

@@ -3,11 +3,10 @@
 import enum
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -29,8 +28,6 @@ class ActivationCheckpointing(enum.Enum):
 
 
 aten = torch.ops.aten
-LINEAR = F.linear
-"""torch's own, before the first engine of ZeRO 3 puts DeepSpeed's in its place, for good."""
 PRODUCTS = frozenset([aten.mm.default, aten.addmm.default, aten.convolution.default, aten.mkldnn_convolution.default])
 """Matrix products and convolutions. A product of batches is not one: unfused attention makes its scores with it."""
 FOUND = frozenset(
@@ -75,24 +72,11 @@ class _Kept(TorchDispatchMode):
 
     It wants the repetition to be the same, operation by operation. Under ZeRO 3 it is not: weights are gathered inside
     a block when they are missing, and by the time of the backward others are.
-
-    Nor may what is kept be changed afterwards, as DeepSpeed's linear layer does: for inputs of more than two dimensions
-    it adds the bias into the product, and the repetition would add it again. That layer saves memory by not keeping
-    weights for the backward, which a block that is repeated does not do anyway: so such inputs get torch's. Others do
-    not, as a part of a block that is repeated for itself is repeated outside of this.
     """
 
     def __init__(self, mode: TorchDispatchMode, policy: Policy) -> None:
         super().__init__()
         self.mode, self.policy = mode, policy
-
-    def __enter__(self) -> Self:
-        self.outer_linear, F.linear = F.linear, partial(_linear, F.linear)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        F.linear = self.outer_linear
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -103,10 +87,6 @@ class _Kept(TorchDispatchMode):
         if self.policy(None, func) is CheckpointPolicy.MUST_SAVE:
             return self.mode.__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
-
-
-def _linear(outer: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return (LINEAR if x.dim() > 2 else outer)(x, weight, bias)
 
 
 def _keep_attention(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:

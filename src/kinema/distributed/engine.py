@@ -17,6 +17,7 @@ from kinema.distributed.compiling import Compile
 from kinema.distributed.deepspeed_config import OffloadConfig, TrafficConfig, deepspeed_config, plan_traffic
 from kinema.distributed.halo import SlabAxis
 from kinema.distributed.layout import Fill, layout_of
+from kinema.distributed.linear import mend_linear
 from kinema.distributed.loss_scale import LossScale
 from kinema.distributed.optimizer_state import Placed, named_state, state_files
 
@@ -136,6 +137,7 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )
+        mend_linear()
         if zero_stage == 3:
             release_behind(blocks, self.deepspeed.optimizer.parameter_offload)
         # A single rank has nothing to reduce, and DeepSpeed would copy all gradients there and back.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from kinema.data.ledger import Quarantine
+from kinema.data.ledger import DataBudgetError, Quarantine
 from kinema.data.pack import Failure, Fallback, Pack
 from kinema.data.plan import Plan
 from kinema.data.quarantine import write_failures
@@ -240,13 +240,13 @@ class Trainer:
     def _total_weight(self, packs: list[Pack], counted: list[Pack], clock: Clock) -> float:
         """The weight of the whole step, known before its first backward: failed clips count 0 everywhere.
 
-        0 if all that could be shown is left out; ValueError if nothing could be.
+        0 if all that could be shown is left out; DataBudgetError if nothing could be.
         """
         weight = sum(float(pack.weights.sum()) for pack in counted)
         with clock.phase("sums"):
             total, left_out = all_sum([weight, self.guard.left_out])
         if total == 0 and not left_out:
-            raise ValueError(
+            raise DataBudgetError(
                 f"no clip of step {self.step} can be shown: {(packs[0].failures + packs[0].withdrawn)[:3]}. If "
                 "data.rights withdrew them, start a new run from the last checkpoint: another name, and init_from."
             )

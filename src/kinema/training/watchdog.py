@@ -21,6 +21,9 @@ PHASES = ("data", "sums", "encode", "forward", "backward", "discriminator", "opt
           "sample", "between")  # fmt: skip
 """Where a rank can be; in `sums` it waits for all others, and `between` is everything that has no name of its own."""
 
+HANGS = "hangs"
+"""Folder of a run that several machines share; absent while there was no hang."""
+
 
 @dataclass
 class WatchdogConfig:
@@ -59,9 +62,10 @@ class WatchdogConfig:
 class Watchdog:
     """Shows where this rank is, and starts the process that looks at it. Does nothing before `start`."""
 
-    def __init__(self, config: WatchdogConfig, rank: int) -> None:
+    def __init__(self, config: WatchdogConfig, rank: int, ranks: int, run_dir: Path) -> None:
+        """`ranks` are those of all machines, which tell one another of a hang in `run_dir`."""
         self.config = config
-        self.rank = rank
+        self.rank, self.ranks, self.run_dir = rank, ranks, run_dir
         self._longest: dict[str, float] = {}
         self._beat = Beat(os.getpid(), 0.0, 0.0, 0, 0, "between")
         self._shown: Heartbeat | None = None
@@ -76,7 +80,8 @@ class Watchdog:
         self._shown = Heartbeat(folder / f"rank-{self.rank}")
         self._show("between", time.monotonic())
         faulthandler.register(STACKS, file=2, all_threads=True)  # answers even while Python's lock is held
-        command = [sys.executable, "-m", "kinema.training.watcher", str(os.getpid()), str(self.rank), str(folder)]
+        told = [os.getpid(), self.rank, self.ranks, folder, self.run_dir.resolve() / HANGS / token]
+        command = [sys.executable, "-m", "kinema.training.watcher", *map(str, told)]
         self._watcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         threading.Thread(target=self._obey, daemon=True).start()
 
@@ -99,7 +104,7 @@ class Watchdog:
         if self._watcher and shown:
             self._watcher.kill()
             self._watcher.wait()
-            leave(shown.path, shown.path.with_name("hang"))
+            leave(shown.path)
 
     def _show(self, phase: str, now: float) -> None:
         assert self._shown is not None

@@ -1,16 +1,20 @@
-"""The process beside a rank that ends it when it hangs: `python -m kinema.training.watcher PID RANK FOLDER`.
+"""The process beside a rank that ends it when it hangs: `python -m kinema.training.watcher PID RANK OF FOLDER SHARED`.
 
 A process of its own, because a rank that is stopped, or holds Python's lock, could not watch itself. When the phase
 of any rank of this machine is overdue, one watcher says where every rank is and whom the others wait for; each has
-its rank print its Python stacks and ends it.
+its rank print its Python stacks and ends it. FOLDER holds the heartbeats of this machine; where the OF ranks have
+several machines, these tell one another in SHARED, which lies in the run folder.
 """
 
+import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from kinema.exits import Exit
 from kinema.launching import leave_status
@@ -22,24 +26,47 @@ TURN_SECONDS = 0.3
 LAST_SECONDS = 3.0
 """For a rank to end by itself."""
 STACKS = signal.SIGUSR2
+ASKED_SECONDS = 2.0
+"""How often a machine looks whether another has found a hang and asks where its ranks are."""
+OTHERS_SECONDS = 8.0
+"""How long it is given to answer, through a file system that hosts share."""
 
 
-def watch(pid: int, rank: int, folder: Path) -> None:
+class Place(NamedTuple):
+    """Where a rank is, as its machine tells others."""
+
+    host: str
+    pid: int
+    step: int
+    entries: int
+    phase: str
+    seconds: float
+    """Since the phase began."""
+    stopped: bool
+
+
+def watch(pid: int, rank: int, ranks: int, folder: Path, shared: Path) -> None:
     """Until the rank is gone, or a hang has been dealt with."""
     own, hang = Heartbeat(folder / f"rank-{rank}"), folder / "hang"
     overdue: Beat | None = None
+    asked = time.monotonic()
     while os.getppid() == pid:
         beat = own.read()
         if is_overdue(beat) and beat == overdue:  # twice the same: no reading in the middle of a writing
             with suppress(FileExistsError):
-                hang.touch(exist_ok=False)
-                print(report(folder), file=sys.stderr, flush=True)
+                (folder / "finder").touch(exist_ok=False)
+                print(report(places_everywhere(folder, shared, ranks), ranks), file=sys.stderr, flush=True)
+                hang.touch()
         overdue = beat if is_overdue(beat) else None
         if hang.exists():
             end(pid, rank, own, folder)
             break
+        if rank == ranks_in(folder)[0] and time.monotonic() - asked > ASKED_SECONDS:
+            asked = time.monotonic()
+            if shared.exists():
+                tell(folder, shared)
         time.sleep(POLL_SECONDS)
-    leave(own.path, hang)
+    leave(own.path)
 
 
 def is_overdue(beat: Beat) -> bool:
@@ -47,30 +74,75 @@ def is_overdue(beat: Beat) -> bool:
     return 0 < beat.deadline < time.monotonic()
 
 
-def report(folder: Path) -> str:
-    """Where every rank of this machine is, and whom the others wait for."""
+def places(folder: Path) -> dict[int, Place]:
+    """Where every rank of this machine is."""
     beats = {rank: Heartbeat(folder / f"rank-{rank}").read() for rank in ranks_in(folder)}
-    now = time.monotonic()
-    lines = [
-        f"  rank {rank} (process {beat.pid}{', stopped' if is_stopped(beat.pid) else ''}): phase {beat.phase} of step "
-        f"{beat.step + 1} for {now - beat.since:.0f} s"
+    host, now = os.uname().nodename, time.monotonic()
+    return {
+        rank: Place(host, beat.pid, beat.step, beat.entries, beat.phase, now - beat.since, is_stopped(beat.pid))
         for rank, beat in beats.items()
+    }
+
+
+def places_everywhere(folder: Path, shared: Path, ranks: int) -> dict[int, Place]:
+    """Where every rank is, of all machines that answer in time."""
+    found = places(folder)
+    deadline = time.monotonic() + OTHERS_SECONDS
+    if len(found) < ranks:
+        with suppress(OSError):  # a full or lost file system must not keep this machine from ending its ranks
+            shared.mkdir(parents=True, exist_ok=True)
+            tell(folder, shared)
+    while len(found) < ranks and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        found = told(shared) | places(folder)
+    return dict(sorted(found.items()))
+
+
+def tell(folder: Path, shared: Path) -> None:
+    """Write down where the ranks of this machine are, for others."""
+    here = places(folder)
+    path = shared / f"ranks-{min(here)}.json"
+    with suppress(OSError):
+        path.with_suffix(".part").write_text(json.dumps(here))
+        path.with_suffix(".part").rename(path)
+
+
+def told(shared: Path) -> dict[int, Place]:
+    """What all machines have written down."""
+    found: dict[int, Place] = {}
+    with suppress(OSError):
+        for path in shared.glob("ranks-*.json"):
+            found |= {int(rank): Place(*place) for rank, place in json.loads(path.read_text()).items()}
+    return found
+
+
+def report(found: dict[int, Place], ranks: int) -> str:
+    """Where every rank is, and whom the others wait for."""
+    lines = [
+        f"  rank {rank} (process {place.pid} on {place.host}{', stopped' if place.stopped else ''}): "
+        f"phase {place.phase} of step {place.step + 1} for {place.seconds:.0f} s"
+        for rank, place in found.items()
     ]
-    return "\n".join([f"error: a hang on {os.uname().nodename}: {verdict(beats)}", *lines])
+    missing = sorted(set(range(ranks)) - set(found))
+    if missing:
+        lines.append(f"  rank {', '.join(map(str, missing))}: on machines that did not say where they are")
+    return "\n".join([f"error: a hang on {os.uname().nodename}: {verdict(found, missing)}", *lines])
 
 
-def verdict(beats: dict[int, Beat]) -> str:
+def verdict(found: dict[int, Place], missing: Iterable[int] = ()) -> str:
     """The guilty ranks by name: those that are stopped, or else those that are furthest behind the others."""
-    guilty = [rank for rank, beat in beats.items() if is_stopped(beat.pid)]
-    behind = min((beat.step, beat.entries) for beat in beats.values())
-    guilty = guilty or [rank for rank, beat in beats.items() if (beat.step, beat.entries) == behind]
-    if len(guilty) == len(beats) > 1:
+    guilty = [rank for rank, place in found.items() if place.stopped]
+    behind = min((place.step, place.entries) for place in found.values())
+    guilty = guilty or [rank for rank, place in found.items() if (place.step, place.entries) == behind]
+    if len(guilty) == len(found) and missing:
+        return "all its ranks are in the same phase, and other machines do not answer: look there, and at the network"
+    if len(guilty) == len(found) > 1:
         return (
-            "all its ranks are in the same phase: either they wait for another machine, the network or the device, or "
-            "one of them does something else, as its stack below tells"
+            "all ranks are in the same phase: either they wait for the network or the device, or one of them does "
+            "something else, as its stack below tells"
         )
-    named = " and ".join(f"rank {rank}, in phase {beats[rank].phase}" for rank in guilty)
-    return f"{named}, is not moving" + (", and the others wait for it" if len(beats) > 1 else "")
+    named = " and ".join(f"rank {rank}, in phase {found[rank].phase}" for rank in guilty)
+    return f"{named}, is not moving" + (", and the others wait for it" if len(found) > 1 else "")
 
 
 def end(pid: int, rank: int, own: Heartbeat, folder: Path) -> None:
@@ -106,16 +178,17 @@ def is_stopped(pid: int) -> bool:
         return False
 
 
-def leave(path: Path, hang: Path) -> None:
+def leave(path: Path) -> None:
     """Take the rank's file away, and the folder with the last one."""
     path.unlink(missing_ok=True)
     with suppress(OSError):
-        if not ranks_in(hang.parent):
-            hang.unlink(missing_ok=True)
-            hang.parent.rmdir()
+        if not ranks_in(path.parent):
+            for mark in ("finder", "hang"):
+                (path.parent / mark).unlink(missing_ok=True)
+            path.parent.rmdir()
 
 
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the rank deals with these
-    watch(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    watch(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), Path(sys.argv[5]))

@@ -25,7 +25,7 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(scene, show, number, fault,
     statuses = job.wait(90)
     assert set(statuses) <= {71, -9}
     assert 71 in statuses
-    line = said(job, f"rank {harm.rank}.* is not moving|all its ranks are in the same phase")
+    line = said(job, f"rank {harm.rank}.* is not moving|all ranks are in the same phase")
     assert f"stacks of rank {harm.rank}" in job.output
     recovery, lost = scene.continues(name, *WATCHED, ranks=2)
     assert lost <= MOST_LOST
