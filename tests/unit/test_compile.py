@@ -11,6 +11,8 @@ from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.compiling import Compilations, Compile, compiler
 from kinema.distributed.engine import ParallelConfig
 from kinema.models.dit import TextEdge, make_denoiser
+from kinema.models.dit.compiled import token_rows
+from kinema.models.dit.segments import Rows
 from kinema.training.finetune import LoRA
 from tests.unit.test_activation_checkpointing import CHANNELS, DITS, TEXT, randomised
 from tests.unit.test_dit import extras_for, small
@@ -105,6 +107,19 @@ def test_every_family_compiled_is_the_uncompiled_one(name, dtype):
     print(f"{name} {dtype}: {off:.1e}, {first} graphs and {more} more")
     assert off < (1e-12 if dtype is torch.float64 else 1e-5)
     assert more == 0
+
+
+@pytest.mark.parametrize("lengths", [(2, 0, 3), (0, 0), (4,)])
+def test_rows_of_tokens_are_rows_of_lengths(lengths):
+    """Also of rows that no token here has, as of a share of a pack, or of the other segments."""
+    first, count = 2, 6
+    vectors = torch.randn(count, 4, dtype=torch.float64, requires_grad=True)
+    found = token_rows(Rows(lengths, first), count, vectors.device).of(vectors)
+    of_tokens = torch.arange(first, first + len(lengths)).repeat_interleave(torch.tensor(lengths))
+    assert torch.equal(found, vectors[of_tokens])
+    weights = torch.randn(len(found), 4, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(found, vectors, weights)
+    torch.testing.assert_close(grad, torch.zeros_like(grad).index_add(0, of_tokens, weights))
 
 
 @pytest.mark.soak
