@@ -9,6 +9,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.balance import WAN, published_mixture
 from benchmarks.pairing import paired
+from benchmarks.saved import saved_bytes
 from kinema.distributed.compiling import Compilations, compiler
 from kinema.models.dit import DiT, DiTConfig
 from kinema.models.dit.segments import Grid
@@ -105,9 +107,11 @@ def timed(name: str, config: DiTConfig, seconds: float) -> None:
         return passes
 
     for case, of in cases.items():
-        off = max(float((step(compiled, pack, 0) - step(plain, pack, 0)).abs()) for pack in of)
+        off = max(float((step(compiled, pack, 0) - step(plain, pack, 0)).detach().abs()) for pack in of)
         assert off < 1e-5, f"{name}: losses differ by {off:.1e}"
-        print(paired(run(compiled, of), run(plain, of), seconds).row(f"{name}, {case}"), flush=True)
+        row = paired(run(compiled, of), run(plain, of), seconds).row(f"{name}, {case}")
+        kept, other = (saved_bytes(partial(step, model, of[0], 0), model) for model in (compiled, plain))
+        print(f"{row} {kept / other:.2f} |", flush=True)
 
 
 def main() -> None:
@@ -126,7 +130,8 @@ def main() -> None:
         config = OmegaConf.to_object(OmegaConf.merge(DiTConfig, values))
         print(f"| {name} | {recompilations(config, arguments.steps)}", flush=True)
     if arguments.seconds:
-        print("\n| model, packs | compiled, s | uncompiled, s | times as fast (quartiles) |\n|---|---|---|---|")
+        print("\n| model, packs | compiled, s | uncompiled, s | times as fast (quartiles) | kept, of uncompiled |")
+        print("|---" * 5 + "|")
         for name, config in TIMED.items():
             timed(name, config, arguments.seconds)
 

@@ -250,10 +250,6 @@ def build_dit(config: Config, run: Run, process: Process, unread_keys: Callable[
 
 def build_vae(config: Config, run: Run, process: Process, unread_keys: Callable[[], str | None]) -> Trainer:
     """The trainer of `task=vae`."""
-    if config.parallel.compile is not Compile.none:
-        raise ValueError(
-            f"parallel.compile={config.parallel.compile.value}: a VAE has no such blocks. Type parallel.compile=none."
-        )
     model = CausalVAE(config.vae)
     geometry = Geometry(*model.geometry_strides, (1, 1, 1))
     data = build_data(config, geometry, process, run, vae_hash=None)

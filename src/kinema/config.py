@@ -19,6 +19,7 @@ from kinema.console import first_cause, missing_key
 from kinema.data.address import redacted
 from kinema.data.config import DataConfig
 from kinema.diffusion.objective import DDPM, RectifiedFlow
+from kinema.distributed.compiling import Compile
 from kinema.distributed.engine import ParallelConfig
 from kinema.identity import digest
 from kinema.models.dit import DiTConfig
@@ -189,6 +190,8 @@ def to_config(composed: DictConfig) -> Config:
             raise ValueError("finetune=lora adapts a DiT, task=dit. Type finetune=full or finetune=parts for a VAE.")
         if config.init_from is None:
             raise ValueError("finetune=lora adapts trained weights. Type init_from=DIR, an imported model or a run.")
+    if config.parallel.compile is Compile.blocks and not isinstance(config.task, DiTTaskConfig):
+        raise ValueError("parallel.compile=blocks compiles blocks of a DiT, task=dit. Type parallel.compile=none.")
     vae_class = VAECheckpoint if isinstance(config.task, DiTTaskConfig) else VAEConfig
     if not isinstance(config.vae, vae_class):
         kind = "from_run, a trained VAE" if vae_class is VAECheckpoint else "an architecture such as vae=causal_tiny"

@@ -11,6 +11,7 @@ from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.engine import Engine, Precision
 from kinema.distributed.footprint import LiveBytes, Sharding, optimizer_bytes, states
 from kinema.models.dit import Activation, DiT, DiTConfig, Extras, ModulationSource, NormKind, TextEdge, TextEmbedding
+from kinema.models.dit.compiled import Compiler
 from kinema.training.ema import EMA, EMAConfig
 from kinema.training.finetune import LoRA
 from tests.ranks import run_ranks
@@ -73,8 +74,10 @@ def reference(name: str) -> Iterator[tuple[str, Tensor]]:
     yield from module.state_dict().items()
 
 
-def largest_difference(name: str, stage: int, rank: int) -> float:
+def largest_difference(name: str, stage: int, rank: int, compile_by: Compiler | None = None) -> float:
     module = model(name)
+    if compile_by is not None:
+        module.compile_blocks(compile_by)
     config, before = module.config, {k: v.clone() for k, v in module.state_dict().items()}
     engine = Engine(
         module, optimizer(module), zero_stage=stage, precision=Precision.float32, accumulation=1,
@@ -156,7 +159,7 @@ def memory_beside_the_formula(stage: int, ranks: int) -> float:
             engine.backward(engine(torch.ones(1, 512)).square().mean())
             engine.step(1e-3)
             ema.update(step + 1)
-    sharding = Sharding(stage, ranks, engine.traffic.bucket, engine.traffic.live)
+    sharding = Sharding(stage, ranks, engine.traffic.bucket, engine.traffic.whole)
     return live.peak / states(count, 0, state, 1, sharding).total
 
 

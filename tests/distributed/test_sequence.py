@@ -20,6 +20,7 @@ from kinema.models.dit import DiTConfig
 from kinema.training.shared_packs import read_once
 from tests.distributed.sequence_cases import GRIDS, WORDS, Inputs, configs, model
 from tests.ranks import run_ranks
+from tests.unit.test_compile import traced
 
 pytestmark = pytest.mark.distributed
 
@@ -151,8 +152,7 @@ def differences(config: DiTConfig, group: Ulysses, *, compiled: bool = False, cl
     expected, gradients = passed(module, inputs)
     module.share_tokens(group)
     if compiled:
-        for block in module.blocks:
-            block.compile(backend="aot_eager")
+        module.compile_blocks(traced)
     outputs, parts = passed(module, inputs)
     assert [part is None for part in parts] == [gradient is None for gradient in gradients]
     ours, theirs = ([x for x in each if x is not None] for each in (parts, gradients))

@@ -11,6 +11,9 @@ from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.compiling import Compilations, Compile, compiler
 from kinema.distributed.engine import ParallelConfig
 from kinema.models.dit import TextEdge, make_denoiser
+from kinema.models.dit.compiled import token_rows
+from kinema.models.dit.segments import Rows
+from kinema.training.finetune import LoRA
 from tests.unit.test_activation_checkpointing import CHANNELS, DITS, TEXT, randomised
 from tests.unit.test_dit import extras_for, small
 
@@ -26,10 +29,12 @@ MIXED = [
 @pytest.fixture(autouse=True)
 def _fresh():
     """Settings of the process as they were; nothing compiled before."""
+    import torch._functorch.config as kept
     import torch.fx.experimental._config as shapes
 
     torch._dynamo.reset()
-    with shapes.patch(backed_size_oblivious=False, use_duck_shape=True):
+    sizes = shapes.patch(backed_size_oblivious=False, use_duck_shape=True)
+    with sizes, kept.patch(ban_recompute_materialized_backward=True):
         yield
 
 
@@ -104,6 +109,44 @@ def test_every_family_compiled_is_the_uncompiled_one(name, dtype):
     assert more == 0
 
 
+@pytest.mark.parametrize("lengths", [(2, 0, 3), (0, 0), (4,)])
+def test_rows_of_tokens_are_rows_of_lengths(lengths):
+    """Also of rows that no token here has, as of a share of a pack, or of the other segments."""
+    first, count = 2, 6
+    vectors = torch.randn(count, 4, dtype=torch.float64, requires_grad=True)
+    found = token_rows(Rows(lengths, first), count, vectors.device).of(vectors)
+    of_tokens = torch.arange(first, first + len(lengths)).repeat_interleave(torch.tensor(lengths))
+    assert torch.equal(found, vectors[of_tokens])
+    weights = torch.randn(len(found), 4, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(found, vectors, weights)
+    torch.testing.assert_close(grad, torch.zeros_like(grad).index_add(0, of_tokens, weights))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", [traced, compiler], ids=["traced", "compiled"])
+def test_adapters_draw_the_same_dropout(how):
+    def adapted():
+        model = made(small(depth=2), torch.float64)
+        torch.manual_seed(1)
+        LoRA(rank=2, dropout=0.3).prepare(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model.double()
+
+    model, plain = adapted(), adapted()
+    model.compile_blocks(compiler() if how is compiler else traced)
+    counted, graphs = Compilations(), []
+    for shapes in MIXED:
+        found = []
+        for one in (model, plain):
+            torch.manual_seed(2)
+            found.append(passed(one, shapes))
+        assert furthest(*found) < 1e-12
+        graphs.append(counted.count())
+    assert graphs[0] == graphs[-1] > 0
+
+
 def test_blocks_alike_and_packs_unlike_are_compiled_once():
     """The first pack is the worst teacher: one clip of one token, with a caption of one."""
     few, many = (made(small(depth=depth), torch.float64) for depth in (1, 12))
@@ -139,7 +182,11 @@ def test_compiled_blocks_are_computed_again(kind):
     model, plain = made(config, torch.float64), made(config, torch.float64)
     keep_less(model.all_blocks(), kind)
     model.compile_blocks(traced)
-    assert furthest(passed(model, MIXED[0]), passed(plain, MIXED[0])) < 1e-12
+    counted, graphs = Compilations(), []
+    for shapes in MIXED[:2]:
+        assert furthest(passed(model, shapes), passed(plain, shapes)) < 1e-12
+        graphs.append(counted.count())
+    assert graphs[0] == graphs[1] > 0
 
 
 @pytest.mark.parametrize(

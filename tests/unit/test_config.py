@@ -195,6 +195,8 @@ def test_a_group_that_the_task_never_reads_is_refused():
     with pytest.raises(ValueError, match=r"model=DiTConfig is given, but task=vae reads none\. .* type ~model\."):
         to_config(compose("train", ["task=vae", "model=dit_tiny"]))
     assert to_config(compose("train", ["task=vae", "model=dit_tiny", "~model"])).model is None
+    with pytest.raises(ValueError, match=r"parallel\.compile=blocks compiles blocks of a DiT, task=dit"):
+        to_config(compose("train", ["task=vae", "parallel.compile=blocks"]))
 
 
 def test_keys_that_nothing_reads_are_found_and_reading_clears_them():

@@ -27,13 +27,16 @@ WARM_STEPS = 2
 def compiler() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """What compiles a function of tensors once for all their shapes, as a whole or not at all.
 
-    Sizes of 0 and 1 are like any others, and two that happen to be equal may differ next time; both are settings of the
-    whole process. Dropout draws what it draws uncompiled.
+    Sizes of 0 and 1 are like any others, and two that happen to be equal may differ next time. What is element-wise is
+    computed again in the backward, also where a product there reads it, as the uncompiled layers do. These are settings
+    of the whole process. Dropout draws what it draws uncompiled.
     """
+    import torch._functorch.config as kept
     import torch.fx.experimental._config as shapes
 
     shapes.backed_size_oblivious = True
     shapes.use_duck_shape = False
+    kept.ban_recompute_materialized_backward = False
     return partial(
         torch.compile, fullgraph=True, dynamic=True, recompile_limit=MOST_KINDS, options={"fallback_random": True}
     )

@@ -18,18 +18,16 @@ from kinema.models.dit.axes import (
 from kinema.models.dit.conditioning import LinearModulation, LowRankModulation, TableModulation
 from kinema.models.dit.config import DiTConfig
 from kinema.models.dit.layers import (
-    Block,
     FeedForward,
     HeadShape,
     JointAttention,
     SegmentAttention,
     SingleStream,
-    Slots,
     Stream,
-    Sublayer,
 )
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import Span
+from kinema.models.dit.sublayers import Block, Slots, Sublayer
 
 WHOLE = ("shift", "scale", "gate")
 GATED = ("gate",)

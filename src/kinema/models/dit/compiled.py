@@ -109,7 +109,8 @@ def _sum_of_rows(tokens: Tensor, counts: Tensor) -> Tensor:
     """tokens (N, D), counts (R,) of each row -> sums (R, D). A compiler does not look inside, nor at the counts."""
     neighbours = runs(counts.tolist())
     parts = tokens.split([rows * count for rows, count in neighbours])
-    return torch.cat([part.view(rows, count, -1).sum(1) for part, (rows, count) in zip(parts, neighbours, strict=True)])
+    pairs = zip(parts, neighbours, strict=True)
+    return torch.cat([part.unflatten(0, (rows, count)).sum(1) for part, (rows, count) in pairs])
 
 
 @_sum_of_rows.register_fake

@@ -7,8 +7,9 @@ from torch import nn
 
 from kinema.models.dit.conditioning import AttentionPooling, ExactLinear
 from kinema.models.dit.config import DiTConfig
-from kinema.models.dit.layers import Counts, Sublayer
+from kinema.models.dit.layers import Counts
 from kinema.models.dit.segments import Grid, seen
+from kinema.models.dit.sublayers import Sublayer
 
 EDGES = {
     "patch_embedding": "video",

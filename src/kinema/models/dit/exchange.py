@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from kinema.models.attention import attention_of
 from kinema.models.dit.conditioning import ExactLinear, TimestepEmbedding
 from kinema.models.dit.config import DiTConfig
-from kinema.models.dit.layers import HeadShape, SegmentAttention, Sublayer
+from kinema.models.dit.layers import HeadShape, SegmentAttention
 from kinema.models.dit.norms import Norm
 from kinema.models.dit.segments import Segments, Tokens
+from kinema.models.dit.sublayers import Sublayer
 
 VIDEO, AUDIO = ("video",), ("audio",)
 WHOLE = ("shift", "scale", "gate")

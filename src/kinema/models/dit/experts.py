@@ -10,9 +10,9 @@ from kinema.models.dit.axes import Expert
 from kinema.models.dit.compiled import Compiler
 from kinema.models.dit.config import DiTConfig
 from kinema.models.dit.extras import Extras
-from kinema.models.dit.layers import Block
 from kinema.models.dit.model import NO_EXTRAS, DiT
 from kinema.models.dit.segments import Grid
+from kinema.models.dit.sublayers import Block
 from kinema.models.dit.timesteps import Timesteps
 from kinema.models.sequence import SequenceGroup
 

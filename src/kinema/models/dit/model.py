@@ -24,9 +24,10 @@ from kinema.models.dit.extras import Extras
 from kinema.models.dit.front import Entered, Front
 from kinema.models.dit.heads import Heads, Predictions
 from kinema.models.dit.inputs import check_extras, check_pack
-from kinema.models.dit.layers import Block, JointAttention, Linear, SegmentAttention, SingleStream, Sublayer
+from kinema.models.dit.layers import JointAttention, Linear, SegmentAttention, SingleStream
 from kinema.models.dit.patches import patchify
 from kinema.models.dit.segments import Grid, Rows, Tokens
+from kinema.models.dit.sublayers import Block, Sublayer
 from kinema.models.dit.timesteps import Timesteps
 from kinema.models.sequence import SequenceGroup
 
