@@ -184,7 +184,7 @@ def states_of(config: Config, model: nn.Module, ranks: int) -> States:
         config.parallel.zero_stage,
         ranks,
         traffic.bucket,
-        traffic.live,
+        traffic.whole,
         optimizer_on_host=offload.optimizer is not OptimizerOffload.none,
         weights_on_host=offload.parameters is not ParameterOffload.none,
     )

@@ -159,7 +159,7 @@ def memory_beside_the_formula(stage: int, ranks: int) -> float:
             engine.backward(engine(torch.ones(1, 512)).square().mean())
             engine.step(1e-3)
             ema.update(step + 1)
-    sharding = Sharding(stage, ranks, engine.traffic.bucket, engine.traffic.live)
+    sharding = Sharding(stage, ranks, engine.traffic.bucket, engine.traffic.whole)
     return live.peak / states(count, 0, state, 1, sharding).total
 
 

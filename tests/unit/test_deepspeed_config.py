@@ -29,7 +29,8 @@ def test_a_bucket_is_one_block():
     assert planned.overlap
     assert planned.bucket == 4096 * 4096 + 4096
     assert planned.live == 3 * planned.bucket
-    assert planned.line(3) == "buckets of 16.8 M elements, overlap on, at most 50.3 M weights whole"
+    assert planned.whole == planned.live + 9 * 4096  # and the first layer
+    assert planned.line(3) == "buckets of 16.8 M elements, overlap on, at most 50.4 M weights whole"
     kept = plan_traffic(model, TrafficConfig(resident_elements=32768), "cuda")
     assert kept.line(3).endswith("weights whole, tensors up to 32,768 always")
 

@@ -91,7 +91,9 @@ class Traffic:
     gather: int
     """Weights gathered at once after a step of ZeRO 1 or 2."""
     live: int
-    """Weights that ZeRO 3 holds whole at a time."""
+    """Weights of blocks that ZeRO 3 holds whole at a time."""
+    whole: int
+    """With those that lie in no block, which stay whole from the forward to the backward."""
     resident: int
     """Largest parameter that ZeRO 3 always holds whole."""
 
@@ -103,7 +105,7 @@ class Traffic:
         if zero_stage < 3:
             return f"{buckets}, weights gathered by {_amount(self.gather)}"
         kept = f", tensors up to {_amount(self.resident)} always" if self.resident else ""
-        return f"{buckets}, at most {_amount(self.live)} weights whole{kept}"
+        return f"{buckets}, at most {_amount(self.whole)} weights whole{kept}"
 
 
 def _amount(elements: int) -> str:
@@ -120,12 +122,16 @@ def plan_traffic(module: nn.Module, wanted: TrafficConfig, device_type: str) -> 
     lists = [child for child in module.modules() if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1]
     blocks = [sum(map(_elements, block.parameters())) for members in lists for block in members]
     block = max([*sizes, *blocks])
+    repeating = [members for members in module.modules() if isinstance(members, nn.ModuleList)]
+    repeated = {id(p): _elements(p) for members in repeating for p in members.parameters()}
     bucket = wanted.bucket_elements or min(total, max(block, MIN_BUCKET))
+    live = min(total, 3 * max(block, bucket))
     return Traffic(
         overlap=device_type == "cuda" if wanted.overlap is None else wanted.overlap,
         bucket=bucket,
         gather=-(-max(bucket, min(total, 1 << 29)) // GATHER_MULTIPLE) * GATHER_MULTIPLE,
-        live=min(total, 3 * max(block, bucket)),
+        live=live,
+        whole=min(total, live + total - sum(repeated.values())),
         resident=wanted.resident_elements,
     )
 
