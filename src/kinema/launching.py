@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
 
 from kinema.exits import Exit
 
@@ -30,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     # Workers would otherwise find the addresses of dead ones in the launcher's own store after a restart.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    signal.signal(signal.SIGUSR1, _pass_on)
     with tempfile.TemporaryDirectory(prefix="kinema-status-") as folder:
         os.environ[FOLDER] = folder
         try:
@@ -42,6 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
             statuses = list(last_statuses().values())
             return Exit.preempted if statuses and set(statuses) == {Exit.preempted} else 128 + int(stop.sigval)
     return Exit.done
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """A warning of the scheduler is for the ranks, who know what to do; torchrun passes on only what ends them."""
+    for pids in Path("/proc/self/task").glob("*/children"):
+        for pid in map(int, pids.read_text().split()):
+            os.kill(pid, number)
 
 
 def cause(statuses: list[int]) -> int:

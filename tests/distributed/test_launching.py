@@ -33,8 +33,9 @@ def main():
         fail("model.width=3 is odd", 64)
     if way == "dies once" and rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    if way == "stopped" or (way == "refused" and rank == 0):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75 if way == "stopped" else 69))
+    if way in ("stopped", "warned") or (way == "refused" and rank == 0):
+        awaited = signal.SIGUSR1 if way == "warned" else signal.SIGTERM
+        signal.signal(awaited, lambda *_: sys.exit(69 if way == "refused" else 75))
         (folder / f"ready-{rank}").touch()
         time.sleep(60)
 
@@ -61,16 +62,17 @@ def ready(folder: Path) -> None:
 
 
 def test_the_status_of_the_run_comes_through_and_only_what_may_do_better_starts_again(tmp_path):
-    expected = {"refused": (64, "0000"), "dies once": (0, "0011"), "stopped": (75, "00")}
+    expected = {"refused": (64, "0000"), "dies once": (0, "0011"), "stopped": (75, "00"), "warned": (75, None)}
     folders = {way: tmp_path / way.replace(" ", "-") for way in expected}
     for folder in folders.values():
         folder.mkdir()
     running = {way: launch(folder, way) for way, folder in folders.items()}
-    ready(folders["stopped"])
-    running["stopped"].send_signal(signal.SIGTERM)
+    for way, number in {"stopped": signal.SIGTERM, "warned": signal.SIGUSR1}.items():
+        ready(folders[way])
+        running[way].send_signal(number)
     for way, (status, starts) in expected.items():
         assert running[way].wait(timeout=90) == status, (way, (folders[way] / "log").read_text()[-3000:])
-        if way != "refused":
+        if starts and way != "refused":
             assert "".join(sorted((folders[way] / "starts").read_text())) == starts
 
 

@@ -10,6 +10,8 @@ from kinema.identity import fingerprint_like
 from kinema.training.checkpoint import CheckpointError, CheckpointStore, json_writer, tensor_writer, text_writer
 from kinema.training.verbs.average import weighted_sum
 
+STEP = "checkpoints/step-00000006"
+
 
 def tensors(step):
     draw = torch.Generator().manual_seed(step)
@@ -22,6 +24,8 @@ def save(run, step, changed=None):
     writers = {
         "model.safetensors": tensor_writer(changed or tensors(step)),
         "ema.safetensors": tensor_writer(ema),
+        "ema_0.050.safetensors": tensor_writer({name: value * 3 for name, value in tensors(step).items()}),
+        "seen.safetensors": tensor_writer({"run/times": torch.tensor([step])}),
         "optimizer.safetensors": tensor_writer({"model/exp_avg/w": torch.ones(5, 7)}),
         "training.json": json_writer({"step": step}),
         "manifest.json": json_writer(manifest),
@@ -58,7 +62,7 @@ def test_ls_shows_what_is_there_and_names_damage(source, capsys):
     assert lines[0].split() == ["checkpoint", "age", "MiB", "files", "kind", "verified", "what"]
     assert "DAMAGED   seal.json cannot be read" in lines[1]
     assert "DAMAGED   model.safetensors has 5 bytes" in lines[2]
-    assert lines[3].split()[3:] == ["0.0", "6", "state", "whole", "dit", "ema", "crc32-0"]
+    assert lines[3].split()[3:] == ["0.0", "8", "state", "whole", "dit", "ema", "crc32-0"]
     assert lines[4] == "3 checkpoint(s), 2 damaged"
     status, text = kinema(capsys, "checkpoint", "ls", source)
     assert "1 damaged; --verify reads them all" in text
@@ -73,6 +77,9 @@ def test_verify_passes_whole_ones_and_fails_for_damage_and_for_nan(source, capsy
     assert "DAMAGED: w in model.safetensors holds a number that is not finite" in text
     status, text = kinema(capsys, "checkpoint", "verify", source)
     assert (status, text.splitlines()[-1]) == (66, "FAIL: 3 of 4 are whole")
+    CheckpointStore(source).publish(8, {"ema_0.100.safetensors": tensor_writer({"w": torch.tensor([float("inf")])})})
+    status, text = kinema(capsys, "checkpoint", "verify", source / "checkpoints/step-00000008")
+    assert (status, "w in ema_0.100.safetensors holds a number that is not finite" in text) == (66, True)
 
 
 def test_convert_to_many_ranks_and_back_gives_every_tensor_and_document_again(source, tmp_path, capsys):
@@ -80,12 +87,15 @@ def test_convert_to_many_ranks_and_back_gives_every_tensor_and_document_again(so
     assert kinema(capsys, "checkpoint", "convert", tmp_path / "four", "--to", tmp_path / "one")[0] == 0
     four, one = CheckpointStore(tmp_path / "four").newest(), CheckpointStore(tmp_path / "one").newest()
     assert len(four.files("model")) == 4
-    for name in ("model", "ema", "optimizer"):
+    for name in ("model", "ema", "ema_0.050", "optimizer"):
         expected = CheckpointStore(source).open(6).tensors(name)
         for made in (four, one):
             assert made.tensors(name).keys() == expected.keys()
             assert all(torch.equal(value, expected[key]) for key, value in made.tensors(name).items())
+    assert len(four.files("ema_0.050")) == 4
     assert one.document("training") == {"step": 6}
+    assert {path.name for path in one.folder.iterdir()} == {path.name for path in (source / STEP).iterdir()}
+    assert (four.folder / "seen.safetensors").read_bytes() == (source / STEP / "seen.safetensors").read_bytes()
     marks = four.document("manifest")["fingerprints"]
     assert marks == one.document("manifest")["fingerprints"]
     assert fingerprint_like(marks["ema"], one.tensors("ema")) == marks["ema"]
@@ -100,6 +110,7 @@ def test_rounded_weights_are_for_sampling_and_hold_no_state(source, tmp_path, ca
     small = CheckpointStore(tmp_path / "small").newest()
     assert small.tensors("model")["w"].dtype == torch.bfloat16
     assert torch.equal(small.tensors("model")["w"], tensors(6)["w"].bfloat16())
+    assert small.tensors("ema_0.050")["w"].dtype == torch.bfloat16
     assert not (small.folder / "training.json").exists()
     with pytest.raises(CheckpointError, match="holds no optimizer"):
         small.files("optimizer")

@@ -27,6 +27,7 @@ from kinema.console import missing_key, run_script
 from kinema.training.guard import Guard, GuardConfig
 from kinema.training.optim import AdamW
 from kinema.training.signals import Signals, SignalsConfig, Warned
+from kinema.training.spikes import SpikeAction, SpikeConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NO_GROUPS = ("experiment", "prep")  # data_prep/prepare.py has its own root there
@@ -240,11 +241,15 @@ def test_changes_are_listed_but_for_keys_that_change_no_number():
 
 def test_limits_of_what_may_never_happen_are_in_force():
     config = Config(
-        guard=GuardConfig(max_incidents=5, max_left_out=9),
+        guard=GuardConfig(max_incidents=5, max_left_out=9, spike=SpikeConfig(deviations=9)),
         signals=SignalsConfig(usr1=Warned.save, grace_seconds=60, requeue=True),
     )
     reads = Reads(config)
-    assert len(reads.unread()) == 5
+    assert len(reads.unread()) == 6
     assert Guard(config.guard).config.max_incidents == 5
     assert Signals(config.signals).config.requeue
     assert not reads.unread()
+    config = Config(guard=GuardConfig(spike=SpikeConfig(SpikeAction.ignore, deviations=9)))
+    reads = Reads(config)
+    Guard(config.guard)
+    assert reads.unread() == ["guard.spike.deviations"]

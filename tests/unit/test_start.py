@@ -1,9 +1,23 @@
 """A run that starts from other weights: in the same latents, or said."""
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from kinema.training.checkpoint import CheckpointStore, json_writer
+from kinema.distributed.mesh import Mesh
+from kinema.distributed.process import Process
+from kinema.training.checkpoint import CheckpointError, CheckpointStore, json_writer, tensor_writer
+from kinema.training.saving import initial_weights
 from kinema.training.start import check_same_data, check_same_vae
+
+ALONE = Process(0, 0, 1, torch.device("cpu"), Mesh())
+
+
+@pytest.fixture(name="group")
+def make_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def published(folder, manifest):
@@ -31,3 +45,10 @@ def test_a_run_goes_on_in_the_data_that_it_began_with_and_in_no_other(tmp_path):
         ValueError, match=r"data\.path: the data set has changed since step-00000000, from hash 1+ to 2+"
     ):
         check_same_data(found, "2" * 64)
+
+
+def test_no_run_goes_on_from_weights_alone(tmp_path, group):
+    model, store = torch.nn.Linear(2, 2), CheckpointStore(tmp_path)
+    store.publish(3, {"model.safetensors": tensor_writer(model.state_dict())})
+    with pytest.raises(CheckpointError, match=r"step-00000003 holds weights only.* init_from=.*/step-00000003\.$"):
+        initial_weights(store, ALONE, model)

@@ -74,6 +74,8 @@ class Guard:
 
     def __post_init__(self) -> None:
         self.config = replace(self.config)  # all of it counts as read: it is in force, also where nothing goes wrong
+        if self.config.spike.action is not SpikeAction.ignore:
+            self.config.spike = replace(self.config.spike)
 
     @property
     def troubled(self) -> bool:

@@ -1,6 +1,7 @@
 """One save under way: what each rank writes, and what the main rank makes of it when all have written."""
 
 import itertools
+import re
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -10,11 +11,13 @@ from typing import Any
 from kinema.data.sightings import SeenKeys
 from kinema.identity import fingerprint_of_checksums
 from kinema.training.checkpoint import (
+    Checkpoint,
     CheckpointStore,
     FileSum,
     Writer,
     fsync,
     json_writer,
+    read_seal,
     text_writer,
     write_json,
     write_synced,
@@ -105,6 +108,17 @@ def write_part(aside: Path, files: dict[str, list[Piece]]) -> dict[str, Written]
 def part_name(name: str, rank: int, ranks: int) -> str:
     """The file that one rank writes of `model`, `ema` or `optimizer`."""
     return f"{name}-{rank + 1:05d}-of-{ranks:05d}.safetensors" if ranks > 1 else f"{name}.safetensors"
+
+
+def sets_in(checkpoint: Checkpoint) -> list[str]:
+    """What a checkpoint holds tensors of, each by itself or in parts: `model`, each of its averages, `optimizer`."""
+    stems = (Path(file).stem for file in read_seal(checkpoint.folder)["files"] if is_part(file))
+    return list(dict.fromkeys(re.sub(r"-\d{5}-of-\d{5}$", "", stem) for stem in stems))
+
+
+def is_part(file: str) -> bool:
+    """Whether `part_name` named this file of a checkpoint; the others are its documents."""
+    return file.endswith(".safetensors") and file != KEYS
 
 
 def fingerprints_of(parts: dict[str, Written]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from kinema.training.progress import Progress
 from kinema.training.save import Documents, Save, part_name, problem_of, write_part
 from kinema.training.seen import data_seen, seen_by
 from kinema.training.snapshot import HostMemory, owned
-from kinema.training.start import check_same_data
+from kinema.training.start import check_goes_on, check_same_data
 from kinema.training.task import Task
 
 
@@ -282,6 +282,7 @@ def initial_weights(store: CheckpointStore, process: Process, module: torch.nn.M
     found = from_main(store.newest(report=lambda line: None) if process.is_main else None)
     if found is None:
         return
+    check_goes_on(found)
     prefix = "" if name == "model" else f"{name}/"
     own = {f"{prefix}{key}": parameter for key, parameter in module.named_parameters()}
     with found.stored("model" if name == "model" else "optimizer") as stored, torch.no_grad():

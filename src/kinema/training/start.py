@@ -2,7 +2,16 @@
 
 from typing import Any
 
-from kinema.training.checkpoint import Checkpoint
+from kinema.training.checkpoint import Checkpoint, CheckpointError
+
+
+def check_goes_on(found: Checkpoint) -> None:
+    """Refuse weights alone (of `kinema checkpoint convert --weights-only`, or `average`): CheckpointError."""
+    if not (found.folder / "training.json").exists():
+        raise CheckpointError(
+            f"{found.folder} holds weights only, and no run can go on from it. Start a new one from them: another "
+            f"name, and init_from={found.folder}."
+        )
 
 
 def check_same_data(found: Checkpoint, now: str) -> None:

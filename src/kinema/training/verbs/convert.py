@@ -7,13 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kinema.training.checkpoint import Checkpoint, read_seal
+from kinema.training.checkpoint import Checkpoint
 from kinema.training.run_folder import checkpoint_of
+from kinema.training.save import sets_in
 from kinema.training.verbs.found import add_path
-from kinema.training.verbs.remade import DOCUMENTS, remake
+from kinema.training.verbs.remade import documents_of, remake
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHTS = ("model", "ema")
+STATE = "optimizer"
+"""The one set of tensors that only training needs."""
+CONFIG = "config.yaml"
+"""The one document beside the manifest that goes with weights alone."""
 
 
 def convert(
@@ -21,15 +25,14 @@ def convert(
 ) -> Path:
     """Write `source` into the new run folder `to` as `ranks` ranks would; returns the new checkpoint's folder.
 
-    Anything but float32 is for sampling: no run may go on from rounded weights, so that its state is left out.
+    All that the checkpoint holds goes along. Anything but float32 is for sampling: no run may go on from rounded
+    weights, so that its state is left out.
     """
     if ranks < 1:
         raise ValueError(f"--ranks {ranks} must be at least 1.")
     weights_only = weights_only or dtype != "float32"
-    held = set(read_seal(source.folder)["files"])
-    names = [name for name in (*WEIGHTS, "optimizer") if any(file.startswith(name) for file in held)]
-    kept = [name for name in names if name in WEIGHTS or not weights_only]
-    documents = tuple(name for name in DOCUMENTS if name in held and (name == "config.yaml" or not weights_only))
+    kept = [name for name in sets_in(source) if name != STATE or not weights_only]
+    documents = tuple(name for name in documents_of(source) if name == CONFIG or not weights_only)
 
     def cast(name: str) -> dict[str, Tensor]:
         tensors = source.tensors(name)

@@ -15,14 +15,15 @@ from kinema.training.checkpoint import (
     Writer,
     json_writer,
     link_writer,
+    read_seal,
     write_synced,
 )
 from kinema.training.pieces import Written, share, whole, write_pieces
-from kinema.training.save import fingerprints_of, part_name
+from kinema.training.save import fingerprints_of, is_part, part_name
 
 CARRIED = ("vae", "base")
 """What a run folder holds beside its checkpoints, and the sampler needs."""
-DOCUMENTS = ("training.json", "seen.safetensors", "config.yaml")
+MANIFEST = "manifest.json"
 
 
 def remake(
@@ -53,11 +54,16 @@ def remake(
     manifest = {**source.document("manifest"), **(note or {}), "fingerprints": fingerprints_of(parts)}
     writers: dict[str, Writer] = {name: link_writer(source.folder / name) for name in documents}
     files = {name: FileSum(found.num_bytes, found.crc32) for name, found in parts.items()}
-    for name, write in {**writers, "manifest.json": json_writer(manifest)}.items():
+    for name, write in {**writers, MANIFEST: json_writer(manifest)}.items():
         files[name] = write_synced(aside / name, write)
     store.seal(aside, source.step, files)
     _carry(source.folder.parent.parent, to)
     return store.announce(source.step)
+
+
+def documents_of(source: Checkpoint) -> list[str]:
+    """The files of a checkpoint beside its tensors and its manifest, which `remake` writes anew."""
+    return [file for file in read_seal(source.folder)["files"] if not is_part(file) and file != MANIFEST]
 
 
 def _carry(run: Path, to: Path) -> None:

@@ -3,30 +3,26 @@
 import argparse
 import time
 
-from kinema.training.checkpoint import Checkpoint, CheckpointError, read_seal, verify
+from kinema.training.checkpoint import Checkpoint, read_seal, verify
 from kinema.training.pieces import PieceError
+from kinema.training.save import sets_in
 from kinema.training.verbs.found import add_path, found
 
 EXIT_DAMAGED = 66
 """That of a run which finds no checkpoint to go on from, too."""
-FILES = ("model", "ema", "optimizer")
 
 
 def problem_in(checkpoint: Checkpoint) -> str | None:
     """What is wrong with a checkpoint: a changed byte, a missing piece, a number that is not finite."""
     if damage := verify(checkpoint.folder):
         return damage
-    for name in FILES:
-        try:
-            paths = checkpoint.files(name)
-        except CheckpointError:
-            continue  # weights alone, or adapters
+    for name in sets_in(checkpoint):
         try:
             with checkpoint.stored(name) as stored:
                 for key in stored.shapes:
                     tensor = stored.full(key)
                     if tensor.is_floating_point() and not tensor.isfinite().all():
-                        return f"{key} in {paths[0].name} holds a number that is not finite"
+                        return f"{key} in {checkpoint.files(name)[0].name} holds a number that is not finite"
         except PieceError as error:
             return str(error)
     return None
