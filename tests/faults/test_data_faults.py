@@ -136,6 +136,22 @@ def test_workers_stopped_by_the_scheduler_accuse_no_clip(sound, monkeypatch):
     assert not any(pack.failures for pack in packs)
 
 
+@pytest.mark.parametrize(("times", "condemned"), [(1, []), (9, ["clip-013"])])
+def test_a_clip_is_tried_once_more_when_somebody_else_killed_its_worker(sound, monkeypatch, times, condemned):
+    left = multiprocessing.Value("i", times)
+
+    def kill():
+        with left.get_lock():
+            left.value -= 1
+        if left.value >= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    harmed(monkeypatch, 13, kill)
+    failures = [failure.key for pack in packs_of(sound, num_workers=1) for failure in pack.failures]
+    assert failures == condemned
+    assert left.value == (7 if condemned else -1)
+
+
 def test_full_shared_memory_is_named(sound, monkeypatch):
     harmed(monkeypatch, 13, lambda: os.kill(os.getpid(), signal.SIGBUS))
     with pytest.raises(DataWorkerError, match=r"/dev/shm.*data\.prefetch"):

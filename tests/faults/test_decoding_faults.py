@@ -100,6 +100,35 @@ def test_a_clip_that_kills_or_hangs_its_decoder_costs_itself_and_nothing_else(
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(one.frames, other.frames, strict=True))
 
 
+def killed(times):
+    """Harm as the kernel does it where memory runs out, so many times."""
+    left = multiprocessing.Value("i", times)
+
+    def harm():
+        with left.get_lock():
+            left.value -= 1
+        if left.value >= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return harm
+
+
+def test_a_clip_whose_decoder_somebody_else_killed_is_tried_once_more(monkeypatch):
+    content, shape = numbered_video([i / 10 for i in range(20)]), ClipShape(5, 32, 32)
+    decode, harm, decoder = decode_clip, killed(1), ClipDecoder(DecodingRules())
+    monkeypatch.setattr(clip_decoder, "decode_clip", lambda *given, **options: (harm(), decode(*given, **options))[1])
+    decoded = decoder.decode(content, shape, 8, 0.0)
+    assert decoded.refusals == [(Decoder.decord, "decord: decoding it killed the process (exit code -9)")]
+    assert torch.equal(decoded.frames, decoder.decode(content, shape, 8, 0.0).frames)
+    decoder.close()
+
+
+def test_a_clip_whose_decoder_is_killed_twice_is_condemned(index, monkeypatch):
+    calls = harmful_decoder(monkeypatch, killed(2))
+    (failure,) = failures_of(packs_of(index))
+    assert (failure.key, failure.fatal, calls.value) == ("clip-013", True, 2)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_condemned_clip_is_not_tried_again_in_later_epochs_nor_after_resuming(index, monkeypatch, tmp_path, workers):
     calls = harmful_decoder(monkeypatch, crash)

@@ -95,5 +95,25 @@ def test_the_limit_is_a_share_and_a_number(index):
     assert "data.max_failed_fraction=0.25" in message
     assert "3 x no video stream" in message
     assert "clips-000000.tar (2)" in message
-    ledger.record(pack([0, 1, 2, 3]), index)
-    quarantine.check(ledger)  # 3 of 12
+    assert 'quarantine.jsonl in the run\'s folder names the clips; one with "fatal": true is tried again' in message
+
+
+def test_a_damaged_clip_counts_once_however_often_and_wherever_it_is_shown(index):
+    quarantine, ranks = Quarantine(max_failed_fraction=0.125, min_failed_clips=0), [Ledger(), Ledger()]
+    for epoch in range(6):
+        ranks[epoch % 2].record(pack(range(8), failed=[5], epoch=epoch), index)
+    ranks[0].merge(Ledger.from_dict(json.loads(json.dumps(ranks[1].to_dict()))))
+    assert ranks[0].total.failed == 6
+    assert (ranks[0].damaged_clips, ranks[0].distinct_clips) == (1, 8)
+    quarantine.check(ranks[0])
+    ranks[0].record(pack([2], failed=[2], epoch=6), index)
+    with pytest.raises(DataBudgetError, match=r"^2 of .*7 x no video stream"):
+        quarantine.check(ranks[0])
+
+
+def test_the_names_of_damaged_clips_stay_few_and_their_number_true(index, monkeypatch):
+    monkeypatch.setattr("kinema.data.ledger.MOST_NAMES", 2)
+    ledger = Ledger()
+    ledger.record(pack([0, 1, 2, 3], failed=[0, 1, 2, 3]), index)
+    assert len(ledger.damaged) == 3
+    assert ledger.damaged_clips == 4

@@ -2,6 +2,7 @@
 
 import math
 import mmap
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor
 from kinema.data.decoders.video import DecodeError, Decoder, DecoderDied
 from kinema.data.decoding import check_installed, decode_clip
 from kinema.data.geometry import ClipShape
-from kinema.data.isolation import CallDied, Isolated
+from kinema.data.isolation import CallDied, CallKilled, Isolated
 
 OVERHEAD_MIB = 1024
 """Of a decoding process beside pictures: libraries, the file, the decoder's own frames."""
@@ -60,15 +61,24 @@ class ClipDecoder:
     def decode(
         self, mp4: bytes, shape: ClipShape, fps: float, start_seconds: float, crop: tuple[float, float] = (0.5, 0.5)
     ) -> Decoded:
-        """As `decode_clip`; raises DecodeError with the decoders' reasons, DecoderDied if one of them died."""
+        """As `decode_clip`; raises DecodeError with the decoders' reasons, DecoderDied if one of them died.
+
+        A decoder whose process somebody else killed is tried once more: the kernel takes any process where memory is
+        short, so that one such death accuses no clip. It stands among the refusals.
+        """
         refusals: list[tuple[Decoder, str]] = []
         died = False
-        for decoder in self.rules.decoders:
+        due = deque(self.rules.decoders)
+        while due:
+            decoder = due.popleft()
             try:
                 frames = self._decode_with(decoder, shape, (mp4, shape, fps, start_seconds, decoder, crop))
             except DecodeError as error:
+                if isinstance(error.__cause__, CallKilled) and decoder not in (tried for tried, _ in refusals):
+                    due.appendleft(decoder)
+                else:
+                    died |= isinstance(error, DecoderDied)
                 refusals.append((decoder, str(error)))
-                died |= isinstance(error, DecoderDied)
             else:
                 return Decoded(frames, decoder, refusals)
         kind = DecoderDied if died else DecodeError

@@ -25,6 +25,10 @@ class CallDied(Exception):
     """A call killed its process, or was killed because it took too long; the message says which."""
 
 
+class CallKilled(CallDied):
+    """The process of a call got a SIGKILL that its caller did not send, as the kernel sends where memory runs out."""
+
+
 class Isolated:
     """Calls a function in a forked process, which is killed from outside when a call takes too long.
 
@@ -59,13 +63,15 @@ class Isolated:
                 raise CallDied(f"takes over {self.timeout_seconds:g} s")
             succeeded, result = pipe.recv()
         except (EOFError, ConnectionError):
-            raise CallDied(f"killed the process (exit code {self.close()})") from None
+            code = self.close()
+            kind = CallKilled if code == -signal.SIGKILL else CallDied
+            raise kind(f"killed the process (exit code {code})") from None
         if not succeeded:
             raise result
         return result
 
     def close(self) -> int | None:
-        """Kill the process, if there is one; returns the exit code that it has, or had before."""
+        """Kill the process, if there is one; returns the exit code that it had before, None if it had none."""
         pipe, self._pipe = self._pipe, None
         if pipe is None:
             return None
@@ -137,8 +143,8 @@ def _as_sendable(error: Exception) -> Exception:
     return error
 
 
-def _end(pid: int) -> int:
-    """Kill a child and wait for it; returns the exit code it has, or had before."""
+def _end(pid: int) -> int | None:
+    """Kill a child and wait for it; returns the exit code it had before, None if it had none."""
     for _ in range(20):  # let one that died tell its own exit code
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
@@ -146,7 +152,8 @@ def _end(pid: int) -> int:
         time.sleep(0.005)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.waitpid(pid, 0)
+    return None
 
 
 def _address_space() -> int:

@@ -10,6 +10,9 @@ from kinema.data.entry import ClipEntry
 from kinema.data.pack import Pack
 from kinema.data.shards import DatasetIndex
 
+QUARANTINE = "quarantine.jsonl"
+"""File of a run's folder that lists its failed clips."""
+
 
 class DataBudgetError(Exception):
     """More clips are damaged than data.max_failed_fraction allows, or none of a step can be shown."""
@@ -86,6 +89,19 @@ class Ledger:
         """Times that a clip of the plan was left out of a step, by reason."""
         self.fallbacks: Counter[str] = Counter()
         """Decoded clips by `decord -> pyav: reason`."""
+        self.damaged: Counter[str] = Counter()
+        """Times that each clip failed, by key; a clip fails again in every epoch."""
+
+    @property
+    def damaged_clips(self) -> int:
+        """Distinct clips that failed; those beyond a rank's first MOST_NAMES count at every showing."""
+        return len(self.damaged) + max(0, self.damaged[OTHERS] - 1)
+
+    @property
+    def distinct_clips(self) -> int:
+        """Distinct clips that were asked for: those shown in a first epoch, and those that failed."""
+        total = self.total
+        return total.decoded - total.repeated + self.damaged_clips
 
     @property
     def shards(self) -> dict[str, Account]:
@@ -110,6 +126,8 @@ class Ledger:
                     account.withdrawn += 1
                 else:
                     account.failed += 1
+            if weight <= 0 and key not in withdrawn:
+                self.damaged[key if key in self.damaged or len(self.damaged) < MOST_NAMES else OTHERS] += 1
         self.reasons.update(failure.reason for failure in pack.failures)
         self.withdrawn.update(left.reason for left in pack.withdrawn)
         self.fallbacks.update(fallback.cause() for fallback in pack.fallbacks)
@@ -183,7 +201,7 @@ class Ledger:
         return ledger
 
     def _counters(self) -> dict[str, Counter[str]]:
-        return {name: getattr(self, name) for name in ("reasons", "left_out", "withdrawn", "fallbacks")}
+        return {name: getattr(self, name) for name in ("reasons", "left_out", "withdrawn", "fallbacks", "damaged")}
 
     def _accounts(self, entry: ClipEntry) -> list[Account]:
         return [self._account(kind, name_of(entry)) for kind, name_of in BY.items()]
@@ -198,7 +216,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Quarantine:
-    """The limit on damaged clips: they are counted and skipped until there are too many."""
+    """The limit on damaged clips: distinct ones are counted and skipped until there are too many."""
 
     max_failed_fraction: float
     min_failed_clips: int
@@ -208,17 +226,19 @@ class Quarantine:
 
     def check(self, ledger: Ledger) -> None:
         """Raise DataBudgetError, with the commonest reasons, when the ledger's failures or fallbacks exceed a limit."""
-        total = ledger.total
-        self._check_fallbacks(ledger.fallbacks, total.clips)
-        if total.failed <= max(self.min_failed_clips, self.max_failed_fraction * total.clips):
+        self._check_fallbacks(ledger.fallbacks, ledger.total.clips)
+        damaged, clips = ledger.damaged_clips, ledger.distinct_clips
+        if damaged <= max(self.min_failed_clips, self.max_failed_fraction * clips):
             return
         reasons = "; ".join(f"{count} x {reason}" for reason, count in ledger.reasons.most_common(5))
         worst = sorted(ledger.shards.items(), key=lambda named: -named[1].failed)[:3]
         shards = ", ".join(f"{name} ({account.failed})" for name, account in worst)
         raise DataBudgetError(
-            f"{total.failed} of {total.clips} clips ({total.failed / total.clips:.1%}) are damaged, more "
-            f"than data.max_failed_fraction={self.max_failed_fraction:g} allows. Reasons: {reasons}. "
-            f"Worst shards: {shards}. Run `kinema data check` on the data set, or raise the limit on purpose."
+            f"{damaged} of {clips} clips ({damaged / clips:.1%}) are damaged, more "
+            f"than data.max_failed_fraction={self.max_failed_fraction:g} allows. Reasons, by showing: {reasons}. "
+            f'Worst shards: {shards}. {QUARANTINE} in the run\'s folder names the clips; one with "fatal": true is '
+            "tried again when its lines there are deleted. Run `kinema data check` on the data set, or raise the limit "
+            "on purpose."
         )
 
     def _check_fallbacks(self, fallbacks: Counter[str], clips: int) -> None:

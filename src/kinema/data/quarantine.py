@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from kinema.data.ledger import QUARANTINE
 from kinema.data.pack import Failure
-
-QUARANTINE = "quarantine.jsonl"
 
 
 def write_failures(run_folder: Path, step: int, failures: Iterable[Failure]) -> None:

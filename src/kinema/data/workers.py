@@ -42,6 +42,7 @@ class Readers:
         self.dataset, self.num_workers, self.prefetch = dataset, num_workers, prefetch
         self.timeout_seconds = timeout_seconds
         self.restarts_in_a_row = 0
+        self._killed_at: set[str] = set()  # clips at which somebody else killed a worker once
         # Of each worker: its process, the entry that it decodes or -1, and since when (nanoseconds).
         dataset.progress = torch.full((num_workers, 3), -1, dtype=torch.int64).share_memory_()
         self.packs: Iterator[tuple[Pack, Tensor]] = iter(())
@@ -123,7 +124,9 @@ class Readers:
             if entry < 0:
                 continue
             key = self.dataset.index.key(entry)
-            if worker in dead and dead[worker] != -signal.SIGTERM:  # that is the scheduler's doing, not the clip's
+            if dead.get(worker) == -signal.SIGKILL and key not in self._killed_at:
+                self._killed_at.add(key)  # once more: the kernel kills any process where memory is short
+            elif worker in dead and dead[worker] != -signal.SIGTERM:  # that is the scheduler's doing, not the clip's
                 condemned[key] = f"decoding it killed the process (exit code {dead[worker]})"
             elif hung and now - since > 0.5e9 * self.timeout_seconds:
                 condemned[key] = f"decoding it takes over data.timeout_seconds={self.timeout_seconds:g}"
