@@ -66,6 +66,7 @@ from kinema.training.run_folder import (
     Weights,
     carry_base,
     carry_vae,
+    check_changes,
     checkpoint_of,
     load_vae,
     load_weights,
@@ -74,7 +75,6 @@ from kinema.training.run_folder import (
     remove_refused,
     rights_of_plan,
     unadapted,
-    write_config,
 )
 from kinema.training.saving import Saver, initial_weights
 from kinema.training.seen import Start
@@ -102,7 +102,7 @@ class Run:
 
 @contextmanager
 def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Run]:
-    """Open the run folder on the main rank, check it against the configuration.
+    """Open the run folder on the main rank, check it against the configuration, which is kept once the run goes on.
 
     Of a run that is refused while it is built, no folder is left.
     """
@@ -119,7 +119,8 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
                 Mirror(config.checkpoint.remote, run_dir).restore(CheckpointStore(run_dir), told)
             began = stored.exists() and bool(CheckpointStore(run_dir).steps())  # a failed start binds nobody
             differences = changed_keys(stored.read_text(), config_yaml) if began else []
-            for line in write_config(run_dir, config_yaml, differences, config.allow_config_change):
+            check_changes(run_dir, differences, config.allow_config_change)
+            for line in differences:
                 outputs.event(0, "configuration changed", line)
         except ValueError as error:
             problem = str(error)

@@ -74,6 +74,9 @@ def test_two_ranks_then_one_then_two_follow_the_same_trajectory(whole):
         *torchrun(2),
         *dit_command(whole, name, STEPS, *SAMPLES, allow, "parallel.zero_stage=3", "data.num_workers=2"),
     )
+    kept = (whole / "runs" / name / "config.yaml").read_text()
+    assert kept == (checkpoint(whole, name, STEPS) / "config.yaml").read_text()
+    assert "zero_stage: 3" in kept
     expected = losses(whole, "whole")
     assert losses(whole, name) == pytest.approx(expected, rel=1e-4)
     ours, theirs = (Checkpoint(checkpoint(whole, n, STEPS)).tensors("ema") for n in (name, "whole"))

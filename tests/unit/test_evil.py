@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from kinema.data.address import Address
+from kinema.data.config import DataConfig
 from kinema.data.latents import LatentCache
+from kinema.data.mixture import SourceConfig
 from kinema.data.shards import DatasetIndex
+from kinema.data.storage import StorageConfig, resolve_cache
 from kinema.training.checkpoint import CheckpointStore
 
 FOUND: list[tuple] = []
@@ -93,4 +96,8 @@ def test_an_address_that_runs_a_command_is_refused(tmp_path):
     for address in (f"pipe:touch {tmp_path}/canary", f"pipe://touch {tmp_path}/canary", "exec:touch x"):
         with pytest.raises(ValueError, match=r"data\.path="):
             Address.parse(address)
+        with pytest.raises(ValueError, match=r"data\.latents=.* must be a folder, or begin with one of file, http"):
+            resolve_cache(address, "latents.json", tmp_path, StorageConfig(), "data.latents")
+        with pytest.raises(ValueError, match=r"data\.mixture\.two\.path="):
+            DataConfig(mixture={"two": SourceConfig(path=address)})
     assert not (tmp_path / "canary").exists()

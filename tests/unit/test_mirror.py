@@ -102,8 +102,10 @@ def test_uploads_in_the_background_are_told_and_the_seal_comes_last(endpoint, tm
     assert [line.endswith("seal.json HTTP/1.1") for line in served].count(True) == len(served) // 4  # the others before
 
 
-@pytest.mark.parametrize("address", ["/plain/folder", "https://host/x", "s3://user:secret@bucket/x", "pipe:rm"])
+@pytest.mark.parametrize(
+    "address", ["/plain/folder", "https://host/x", "s3://user:secret@bucket/x", "pipe:rm", "nope://x"]
+)
 def test_what_is_no_writable_address_without_secrets_is_refused(tmp_path, address):
-    with pytest.raises(ValueError, match="must") as error:
+    with pytest.raises(ValueError, match=r"^checkpoint\.remote=.* must") as error:
         Mirror(address, tmp_path)
     assert "secret" not in str(error.value)

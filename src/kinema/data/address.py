@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from braceexpand import braceexpand
 
 REMOTE_SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
-"""Address schemes that data.path may have; never `pipe`, which runs commands."""
+"""Address schemes that data.path may have, or another key for a folder; never `pipe`, which runs commands."""
 HIDDEN = "***"
 
 
@@ -18,14 +18,14 @@ class Address:
     text: str
 
     @classmethod
-    def parse(cls, text: str) -> "Address | None":
-        """The address, or None for a plain path; ValueError for a scheme outside REMOTE_SCHEMES."""
+    def parse(cls, text: str, key: str = "data.path") -> "Address | None":
+        """The address, or None for a plain path; ValueError that names `key` for a scheme outside REMOTE_SCHEMES."""
         scheme, colon, _ = text.partition(":")
         if not colon:
             return None
         if scheme not in REMOTE_SCHEMES:
             raise ValueError(
-                f"data.path={redacted(text)} must be a folder, or begin with one of {', '.join(REMOTE_SCHEMES)}."
+                f"{key}={redacted(text)} must be a folder, or begin with one of {', '.join(REMOTE_SCHEMES)}."
             )
         return cls(text)
 

@@ -28,7 +28,7 @@ def open_caches(data: DataConfig, index: DatasetIndex, vae_hash: str | None) -> 
         raise ValueError(f"{cached}: a VAE trains on frames. Type {none}.")
     return {
         name: LatentCache.load(
-            resolve_cache(folder, MANIFEST, data.cache_folder, data.storage),
+            resolve_cache(folder, MANIFEST, data.cache_folder, data.storage, key),
             vae_hash=str(vae_hash),
             data_hash=part.hash,
             shapes=data.all_shapes,

@@ -116,8 +116,9 @@ class DataConfig:
         for name in ("num_workers", "min_failed_clips"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 0.")
-        paths = [source.path for source in self.mixture.values()] or [self.path]
-        if any(map(Address.parse, paths)) and self.storage.patience_seconds > self.timeout_seconds / 2:
+        paths = {f"data.mixture.{name}.path": source.path for name, source in self.mixture.items()}
+        addresses = [Address.parse(path, key) for key, path in (paths or {"data.path": self.path}).items()]
+        if any(addresses) and self.storage.patience_seconds > self.timeout_seconds / 2:
             raise ValueError(
                 f"data.timeout_seconds={self.timeout_seconds:g} must be at least "
                 f"{math.ceil(2 * self.storage.patience_seconds)}, twice as long as data.storage may wait for a store "

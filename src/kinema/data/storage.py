@@ -52,9 +52,14 @@ def resolve_folder(
     return _mirrored(address, MANIFEST, cache_folder, settings, cache)
 
 
-def resolve_cache(path: str, manifest: str, cache_folder: str | Path, settings: StorageConfig) -> Path | StoredFolder:
-    """As `resolve_folder`, for a folder of cached values whose shards another file than a data set's names."""
-    address, cache_folder = Address.parse(path), Path(cache_folder).expanduser()
+def resolve_cache(
+    path: str, manifest: str, cache_folder: str | Path, settings: StorageConfig, named: str
+) -> Path | StoredFolder:
+    """As `resolve_folder`, for a folder of cached values whose shards another file than a data set's names.
+
+    Errors begin with the key that it is `named` by.
+    """
+    address, cache_folder = Address.parse(path, named), Path(cache_folder).expanduser()
     if address is None:
         return Path(path)
     limit = int(settings.cache_gib * 2**30)

@@ -163,6 +163,7 @@ class Trainer:
     def _resume(self) -> None:
         """Go to the newest checkpoint, and be ready to stop again."""
         self.saver.resume(self.steps, self._journal)
+        self.saver.keep_config()
         self._first_step = self.step
         self.signals.catch()
         if self.process.is_main and (line := self.signals.find_end()):

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kinema.data.address import Address
+from kinema.data.address import REMOTE_SCHEMES, Address
 from kinema.data.remote import StorageConfig, open_filesystem
 from kinema.data.transient import is_transient, pause_seconds
 from kinema.training.checkpoint import SEAL, Checkpoint, CheckpointError, CheckpointStore, folder_name, read_seal
 
 RUN_FILES = ("rights.json",)
 """What a run that goes on elsewhere needs beside its checkpoints."""
+WRITABLE_SCHEMES = tuple(scheme for scheme in REMOTE_SCHEMES if scheme not in ("http", "https"))
 Result = TypeVar("Result")
 
 
@@ -23,11 +24,12 @@ class Mirror:
 
     def __init__(self, address: str, run_dir: Path, settings: StorageConfig | None = None) -> None:
         """Nothing is asked of the store yet. ValueError for an address that is none, or that holds a secret."""
-        parsed = Address.parse(address)
-        if parsed is None or str(parsed) != address or parsed.scheme in ("http", "https"):
+        parsed = Address(address)
+        if parsed.scheme not in WRITABLE_SCHEMES or str(parsed) != address:
             raise ValueError(
-                f"checkpoint.remote={parsed or address} must be a folder such as s3://BUCKET/FOLDER that can be "
-                "written to, without user, password or query: credentials belong into the environment."
+                f"checkpoint.remote={parsed} must be a folder such as s3://BUCKET/FOLDER that can be written to (it "
+                f"begins with one of {', '.join(WRITABLE_SCHEMES)}), without user, password or query: credentials "
+                "belong into the environment."
             )
         self.address = Address(parsed.of(run_dir.name))
         self._run_dir, self._settings = run_dir, settings or StorageConfig()

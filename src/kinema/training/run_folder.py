@@ -64,18 +64,21 @@ def open_run_folder(run_dir: Path) -> TextIO:
     return lock
 
 
-def write_config(run_dir: Path, config_yaml: str, differences: list[str], allowed: bool) -> list[str]:
-    """Keep the configuration beside the run; refuse one that would make other numbers than the run began with.
+def check_changes(run_dir: Path, differences: list[str], allowed: bool) -> None:
+    """Refuse a configuration that would make other numbers than the run began with.
 
-    `differences` are those to the stored one, as `changed_keys` lists them; returned when they are allowed.
+    `differences` are those to the stored one, as `changed_keys` lists them.
     """
     if differences and not allowed:
         raise ValueError(
             f"name={run_dir.name}: this run began with another configuration ({'; '.join(differences)}). Choose "
             f"another name for a new run, or allow_config_change=true to continue with these changes."
         )
+
+
+def keep_config(run_dir: Path, config_yaml: str) -> None:
+    """Put the configuration beside a run that goes on with it."""
     replace_text(run_dir / "config.yaml", config_yaml)
-    return differences
 
 
 def rights_of_plan(run_dir: Path, now: RightsPolicy, began: bool) -> RightsPolicy:

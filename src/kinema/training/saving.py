@@ -23,10 +23,11 @@ from kinema.training.mirror import Uploads
 from kinema.training.outputs import Outputs
 from kinema.training.pieces import Piece, PieceError, StoredTensors, share, whole
 from kinema.training.progress import Progress
+from kinema.training.run_folder import keep_config
 from kinema.training.save import Documents, Save, part_name, problem_of, write_part
 from kinema.training.seen import data_seen, seen_by
 from kinema.training.snapshot import HostMemory, owned
-from kinema.training.start import check_goes_on, check_same_data
+from kinema.training.start import check_averages, check_goes_on, check_same_data
 from kinema.training.task import Task
 
 
@@ -227,9 +228,15 @@ class Saver:
         self.outputs.event(step, "resume", f"from {found.folder.name} on {self.process.world_size} rank(s)")
         return True
 
+    def keep_config(self) -> None:
+        """Write the configuration into the run folder: after `resume`, so that a start that fails changes nothing."""
+        if self.process.is_main:
+            keep_config(self.outputs.run_dir, self.config_yaml)
+
     def _check(self, found: Checkpoint, last_step: int) -> None:
         """Refuse to go on where another run would come of it."""
         check_same_data(found, self.manifest["data"]["hash"])
+        check_averages(found, self.ema)
         training = found.document("training")
         if training["step"] > last_step:
             raise ValueError(

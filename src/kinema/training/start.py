@@ -3,6 +3,8 @@
 from typing import Any
 
 from kinema.training.checkpoint import Checkpoint, CheckpointError
+from kinema.training.ema import EMA
+from kinema.training.save import sets_in
 
 
 def check_goes_on(found: Checkpoint) -> None:
@@ -11,6 +13,17 @@ def check_goes_on(found: Checkpoint) -> None:
         raise CheckpointError(
             f"{found.folder} holds weights only, and no run can go on from it. Start a new one from them: another "
             f"name, and init_from={found.folder}."
+        )
+
+
+def check_averages(found: Checkpoint, wanted: EMA) -> None:
+    """Refuse averages that the run has not kept from its first step on (`ema.power`)."""
+    held = sets_in(found)
+    if missing := sorted(wanted.averages.keys() - held):
+        raise ValueError(
+            f"ema.power={wanted.config.power}: {found.folder} holds no {', '.join(missing)}, and an average begins "
+            "with its run. Leave those lengths out, or start a new run from these weights: another name, and "
+            f"init_from={found.folder}."
         )
 
 
