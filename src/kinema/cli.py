@@ -60,7 +60,7 @@ def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int
     add_arguments: Callable[[argparse.ArgumentParser], None] = module.add_arguments
     add_arguments(parser)
     try:
-        return int(module.run(parser.parse_args(words)))
+        return int(module.run(parser.parse_intermixed_args(words)))  # KEY=VALUE on either side of options
     except StoreDown as error:
         print(f"error: {error}", file=sys.stderr)
         return Exit.unavailable

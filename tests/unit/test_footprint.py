@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.saved import saved_bytes
 from kinema import plan
+from kinema.cli import run_verb
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.engine import Precision
 from kinema.distributed.footprint import LiveBytes, Sharding, activations, states
@@ -200,3 +201,10 @@ def test_a_plan_says_what_it_assumes_of_files_that_are_not_there(capsys):
 def test_a_plan_refuses_ranks_that_do_not_divide_the_lanes(capsys):
     with pytest.raises(ValueError, match=r"data\.lanes=2 must be a multiple of the number of data ranks 3"):
         planned(capsys, *TINY, "--ranks", "3")
+
+
+def test_words_may_stand_on_either_side_of_options(capsys):
+    words = ["--clips", "1", "model=wan_tiny", "--ranks", "2", "data.lanes=2", "--text-tokens", "8", "text.width=48"]
+    assert run_verb("plan", "kinema.plan", "plan", words) == 0
+    assert "2 rank(s)" in (told := capsys.readouterr().out)
+    assert "a step of 2 such packs" in told
