@@ -183,6 +183,7 @@ def test_a_value_of_the_wrong_type_is_refused(override):
         ("steps=0", "steps=0 must be at least 1"),
         ("parallel.zero_stage=4", "parallel.zero_stage=4 must be 0, 1, 2 or 3"),
         ("optim.learning_rate=-1", "optim.learning_rate=-1.0 must be positive"),
+        ("watchdog.factor=0.5", "watchdog.factor=0.5 must be at least 1"),
         ("name=a/b", "name='a/b' must be a folder name"),
         ("~model", "model is missing"),
     ],

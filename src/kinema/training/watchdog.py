@@ -34,7 +34,7 @@ class WatchdogConfig:
     floor_seconds: float = 600.0
     """No phase is taken for a hang before this."""
     factor: float = 10.0
-    """Nor before so many times the longest that it has ever taken."""
+    """Nor before so many times, at least 1, the longest that it has ever taken."""
     first_seconds: float = 3600.0
     """Nor, the first time, before this: compilers and caches start then."""
     limit_seconds: dict[str, float] = field(default_factory=dict)
@@ -50,6 +50,8 @@ class WatchdogConfig:
         for name in ("floor_seconds", "factor", "first_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"watchdog.{name}={getattr(self, name)} must be positive.")
+        if self.factor < 1:
+            raise ValueError(f"watchdog.factor={self.factor} must be at least 1: a phase may take what it has taken.")
 
     def limit(self, phase: str, longest: float | None) -> float:
         """Seconds that a phase may take whose longest so far was this (None: it has never been)."""
