@@ -13,10 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kinema.config import Config, compose_training
 from kinema.data.geometry import ClipShape, Geometry
+from kinema.data.plan import lanes_of
 from kinema.distributed.activations import ActivationCheckpointing
 from kinema.distributed.deepspeed_config import OptimizerOffload, ParameterOffload, plan_traffic
 from kinema.distributed.engine import Precision
 from kinema.distributed.footprint import GIB, Activations, Sharding, States, activations, optimizer_bytes, states
+from kinema.given import Given, given_by
 from kinema.interop.comparing import Sample
 from kinema.models.dit import DiT, make_denoiser
 from kinema.models.dit.segments import Grid
@@ -26,21 +28,6 @@ from kinema.training.dit_task import DiTTaskConfig
 
 FASTEST_FIRST = list(ActivationCheckpointing)
 """From the kind that computes least again; the first that fits is recommended."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """A pack's clips, and what a configuration leaves to the files that it names."""
-
-    shape: Sequence[int] | None = None
-    """Frames, height, width; None is the first of `data.shapes`."""
-    clips: int | None = None
-    """None is as many as `data.max_pack_tokens` allows."""
-    strides: Sequence[int] = (4, 8)
-    """Of the VAE, in time and space."""
-    latent_channels: int = 16
-    text_width: int = 4096
-    text_tokens: int = 512
 
 
 @dataclass(frozen=True)
@@ -64,14 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device-gib", type=float, default=80.0, help="memory of a device")
     parser.add_argument("--peak-tflops", type=float, help="of a device, in the precision of the run; gives seconds")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("FRAMES", "HEIGHT", "WIDTH"),
-                        help="of the clips of a pack; the first of data.shapes")  # fmt: skip
-    parser.add_argument("--clips", type=int, help="in a pack; as many as data.max_pack_tokens allows")
-    parser.add_argument(
-        "--strides", type=int, nargs=2, default=Given.strides, help="of the VAE (task=dit), in time and space"
-    )
+                        help="of the clips of a pack; the largest of data.shapes")  # fmt: skip
+    parser.add_argument("--clips", type=int, help="in a pack; as many as the data.* words bring to a lane")
+    parser.add_argument("--strides", type=int, nargs=2, help="of the VAE (task=dit), in time and space; as vae.path")
     for name, what in {"latent_channels": "VAE", "text_width": "text encoder", "text_tokens": "caption"}.items():
         option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=getattr(Given, name), help=f"of the {what} (task=dit)")
+        parser.add_argument(option, type=int, help=f"of the {what} (task=dit); as the words and their files say")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,7 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     degree = config.parallel.sequence_degree
     if arguments.ranks % degree:
         raise ValueError(f"--ranks {arguments.ranks} must be a multiple of parallel.sequence_degree={degree}.")
-    job = job_of(config, Given(**{one.name: getattr(arguments, one.name) for one in fields(Given)}))
+    lanes_of(0, arguments.ranks // degree, config.data.lanes)  # raises where the run would not start
+    typed = {one.name: getattr(arguments, one.name) for one in fields(Given)}
+    assumed: list[str] = []
+    job = job_of(config, given_by(config, {name: value for name, value in typed.items() if value is not None}, assumed))
     with FakeTensorMode():
         model = made(config, job)
     held, weights = states_of(config, model, arguments.ranks), sum(p.numel() for p in model.parameters())
@@ -98,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
         if chosen is None and together <= arguments.device_gib * GIB:
             chosen = kind
     print(f"\n{flops_line(config, job, arguments)}")
+    for what in assumed:
+        print(f"ASSUMED {what}")
     if chosen is None:
         print(f"NO KIND FITS {arguments.device_gib:g} GiB: shard more (parallel.zero_stage, --ranks), raise "
               "parallel.sequence_degree, or shorten the pack (data.max_pack_tokens)")  # fmt: skip
@@ -109,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
 def composed(words: list[str]) -> Config:
     """The configuration as the training command with these words composes it; a VAE need not be there."""
     told = any(word.startswith(("task=", "vae", "experiment=")) for word in words)
-    return compose_training(words if told else [*words, "vae.path=unread"])
+    return compose_training(words if told else [*words, "vae.path=nowhere"])
 
 
 def job_of(config: Config, given: Given) -> Job:

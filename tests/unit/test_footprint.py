@@ -16,9 +16,13 @@ from kinema import plan
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.engine import Precision
 from kinema.distributed.footprint import LiveBytes, Sharding, activations, states
+from kinema.doctor.job import check_memory
+from kinema.given import Given, given_by
+from kinema.identity import to_plain
 from kinema.interop.presets import PRESETS
 from kinema.models.dit import DiT, DiTConfig
 from kinema.models.vae import CausalVAE, VAEConfig
+from kinema.training.checkpoint import CheckpointStore, json_writer
 from kinema.training.finetune import LoRA
 from tests.unit.test_activation_checkpointing import CONFIGS, DITS
 
@@ -90,13 +94,11 @@ def test_activations_beside_adapters_are_foretold():
 
 
 def test_a_plan_of_adapters_counts_gradients_of_what_is_trained_alone():
-    parser = argparse.ArgumentParser()
-    plan.add_arguments(parser)
     found = []
     for words in (["model=wan_tiny"], ["model=wan_tiny", "finetune=lora", "init_from=runs/any"]):
         config = plan.composed(words)
         with FakeTensorMode():
-            model = plan.made(config, plan.dit_job(config, parser.parse_args(words)))
+            model = plan.made(config, plan.dit_job(config, Given()))
         found.append(plan.states_of(config, model, 1))
         assert found[-1].gradients == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole, adapters = found
@@ -137,15 +139,9 @@ def planned(capsys, *words):
     return status, capsys.readouterr().out
 
 
-WAN = ["model=wan_1_3b", "--shape", "81", "480", "832", "--clips", "1"]
-
-
 def test_a_published_model_has_the_published_number_of_operations():
     """849 TFLOP a sample of 32,760 tokens: by the formula for one layer of Wan, thirty times and three times."""
-    parser = argparse.ArgumentParser()
-    plan.add_arguments(parser)
-    arguments = parser.parse_args(WAN)
-    job = plan.dit_job(plan.composed(arguments.words), arguments)
+    job = plan.dit_job(plan.composed(["model=wan_1_3b"]), Given([81, 480, 832], clips=1))
     tokens, words, width, hidden, layers = 32760, 512, 1536, 8960, 30
     linear = 8 * width**2 * tokens + 4 * width**2 * (tokens + words) + 4 * width * hidden * tokens
     attention = 4 * width * tokens**2
@@ -168,3 +164,39 @@ def test_a_plan_recommends_the_fastest_kind_that_fits(capsys):
 def test_a_plan_refuses_ranks_that_the_sequence_degree_does_not_divide(capsys):
     with pytest.raises(ValueError, match=r"--ranks 3 must be a multiple of parallel.sequence_degree=2"):
         planned(capsys, "parallel.sequence_degree=2", "--ranks", "3")
+
+
+TINY = ["model=wan_tiny", "data.shapes=[[1,32,32],[17,64,64]]", "data.clips_per_step=4", "data.lanes=2"]
+
+
+@pytest.fixture
+def vae_path(tmp_path):
+    """A run folder whose manifest alone is there: all that a plan reads of a VAE."""
+    manifest = {"vae": {"config": to_plain(VAEConfig(latent_channels=8))}}
+    CheckpointStore(tmp_path / "vae").publish(1, {"manifest.json": json_writer(manifest)})
+    return tmp_path / "vae"
+
+
+def test_a_plan_has_the_facts_of_the_files_and_words_as_the_doctor_has(capsys, vae_path):
+    words = [*TINY, f"vae.path={vae_path}", "text.width=48", "text.max_tokens=24"]
+    given = given_by(plan.composed(words))
+    assert given == Given([17, 64, 64], 2, (4, 8), 8, 48, 24)
+    _, told = planned(capsys, *words)
+    assert "a pack of 2 clip(s) of [17, 64, 64]: 160 tokens" in told
+    assert "a step of 2 such packs" in told
+    assert "ASSUMED" not in told
+    assert "for a pack of 2 clip(s) of [17, 64, 64]: 160 tokens" in check_memory(plan.composed(words), 1).found
+
+
+def test_a_plan_says_what_it_assumes_of_files_that_are_not_there(capsys):
+    _, told = planned(capsys, *TINY, "--latent-channels", "8")
+    assert [line for line in told.splitlines() if line.startswith("ASSUMED")] == [
+        "ASSUMED --strides 4 8 (vae.path=nowhere is not there)"
+    ]
+    with pytest.raises(ValueError, match=r"vae\.path=nowhere holds no checkpoint"):
+        given_by(plan.composed(TINY))  # as the doctor asks
+
+
+def test_a_plan_refuses_ranks_that_do_not_divide_the_lanes(capsys):
+    with pytest.raises(ValueError, match=r"data\.lanes=2 must be a multiple of the number of data ranks 3"):
+        planned(capsys, *TINY, "--ranks", "3")

@@ -1,21 +1,18 @@
 """Checks of one job: its configuration, its data, the models that it reads, and the memory that its state takes."""
 
-import math
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kinema.conditioning.text import CombinedText, HashText, PretrainedText, TextCache, build_text_encoder
+from kinema.conditioning.text import CombinedText, PretrainedText, TextCache
 from kinema.config import Config, compose_training
-from kinema.data.geometry import Geometry
 from kinema.data.planning import open_index
 from kinema.distributed.footprint import GIB
 from kinema.doctor.finding import Check, Finding, Level, graded
-from kinema.identity import from_plain
-from kinema.models.vae import VAEConfig
-from kinema.plan import Given, job_of, kinds, made, states_of
+from kinema.given import given_by
+from kinema.plan import job_of, kinds, made, states_of
 from kinema.training.dit_task import DiTTaskConfig
 from kinema.training.run_folder import checkpoint_of, load_vae
 
@@ -96,32 +93,6 @@ def check_memory(config: Config, world_size: int) -> Finding:
     needed = state + peak
     said = advice if needed > CROWDED * room else ""
     return graded("memory", f"{told} on {where}", fail=said if needed > room else "", warn=said)
-
-
-def given_by(config: Config) -> Given:
-    """The largest clips, as many as come to a lane, and what the files that the job reads say of their latents."""
-    shape = max(config.data.shapes, key=math.prod)
-    if not isinstance(config.task, DiTTaskConfig):
-        return Given(config.task.crop or shape)
-    manifest = checkpoint_of(config.vae.path, "vae.path").document("manifest")
-    vae = from_plain(manifest["vae"]["config"], VAEConfig)
-    geometry = Geometry(vae.temporal_stride, vae.spatial_stride, tuple(config.model.patch_size))
-    fitting = config.data.max_pack_tokens // math.prod(geometry.token_grid(geometry.check(shape)))
-    clips = fitting if config.data.tokens_per_step else math.ceil(config.data.clips_per_step / config.data.lanes)
-    strides = vae.temporal_stride, vae.spatial_stride
-    return Given(shape, max(1, min(clips, fitting)), strides, vae.latent_channels, text_width(config))
-
-
-def text_width(config: Config) -> int:
-    """Width of the embeddings; raises ValueError where only the loaded encoder tells it."""
-    if isinstance(config.text, HashText):
-        return build_text_encoder(config.text).width
-    if isinstance(config.text, PretrainedText):
-        from transformers import AutoConfig
-
-        told = AutoConfig.from_pretrained(config.text.path)
-        return int(getattr(told, "text_config", told).hidden_size)
-    raise ValueError("several text encoders at once: their width is known when they are loaded, at the start.")
 
 
 def _room() -> tuple[float, str]:
