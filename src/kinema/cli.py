@@ -67,8 +67,10 @@ def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int
     except ValueError as error:
         if "KINEMA_TRACEBACK" in os.environ:
             raise
+        from kinema.training.checkpoint import CheckpointError  # and with it torch
+
         print(f"error: {error}", file=sys.stderr)
-        return Exit.configuration
+        return Exit.checkpoint if isinstance(error, CheckpointError) else Exit.configuration
 
 
 def overview(group: str = "") -> str:

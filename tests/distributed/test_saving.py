@@ -1,6 +1,7 @@
 """Saving on several ranks: training meanwhile changes nothing, any layout reads it, a failure is everybody's."""
 
 import json
+import re
 import resource
 import time
 from pathlib import Path
@@ -64,6 +65,7 @@ def train_while_saving(folder: Path, stage: int) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     engine = build(stage, LANES // world)
     saver = make_saver(folder / f"stage{stage}", engine, 2)
+    saver.plan = SimpleNamespace(state=lambda step: time.sleep(0.1) or {"cursor": step})  # is waited for, and counts
     run_steps(engine, mine(rank, world), 0, 2, saver.ema)
     before = everything(saver)
     saver._thread.submit(time.sleep, 0.3)  # the copy begins late: what is about to move must wait for it
@@ -148,5 +150,7 @@ def test_saves_on_two_ranks_while_training_goes_on_and_any_layout_reads_them(tmp
     assert [line["step"] for line in told] == [2, 3]
     assert all(0 <= line["waited_seconds"] <= line["stall_seconds"] <= line["seconds"] for line in told)
     assert told[0]["stall_seconds"] > 0.1
+    events = [line["detail"] for line in lines if line["kind"] == "event" and line["event"] == "checkpoint"]
+    assert re.fullmatch(r"published, \d+\.\d MiB in \d+\.\d\d s, of which training waited 0\.\d\d s", events[0])
     failed = [json.loads(line) for line in (tmp_path / "full/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in failed if line.get("event") == "checkpoint failed"] == [2, 3, 4]

@@ -134,6 +134,19 @@ def test_average_is_the_mean_and_says_of_what(source, tmp_path, capsys):
     assert "two checkpoints or more" in text
 
 
+def test_a_mean_with_a_damaged_one_says_which_are_whole(source, tmp_path, capsys):
+    (source / "checkpoints/step-00000004/model.safetensors").write_bytes(b"short")
+    status, text = kinema(capsys, "checkpoint", "average", source, "--to", tmp_path / "mean", "--weights", "raw")
+    assert (status, text.count("\n"), (tmp_path / "mean").exists()) == (66, 1, False)
+    assert "step-00000004 is damaged: model.safetensors has 5 bytes" in text
+    assert "Type --steps 2 6, or --last N," in text
+    assert kinema(capsys, "checkpoint", "average", source, "--to", tmp_path / "mean", "--steps", 2, 6)[0] == 0
+    status, text = kinema(capsys, "checkpoint", "average", source, "--to", tmp_path / "x", "--last", 2)
+    assert (status, "Too few are left" in text) == (66, True)
+    status, text = kinema(capsys, "checkpoint", "convert", source / "checkpoints/step-00000004", "--to", tmp_path / "x")
+    assert (status, "is damaged" in text) == (66, True)
+
+
 def test_factors_weigh_and_other_models_are_refused(source, tmp_path):
     pair = [(CheckpointStore(source).open(step), "model") for step in (2, 4)]
     found = weighted_sum(pair, [3.0, -2.0])["b"]

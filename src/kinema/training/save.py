@@ -59,6 +59,8 @@ class Save:
     copied: Future[Any]
     """Done when weights and state may move again."""
     work: Future[Any]
+    began: float
+    """When the loop asked for it (`time.perf_counter`): all seconds count from there."""
     is_written: bool = False
     """Whether all ranks have written their files."""
     stall_seconds: float = 0.0
@@ -68,7 +70,6 @@ class Save:
     num_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
     """What a person should know of, though the checkpoint was published."""
-    began: float = field(default_factory=time.perf_counter)
     ended: float = 0.0
 
     def publish(self, store: CheckpointStore, written: list[dict[str, Written]], run_dir: Path) -> None:
@@ -83,7 +84,7 @@ class Save:
         self.num_bytes, self.ended = sum(found.num_bytes for found in files.values()), time.perf_counter()
 
     def record(self) -> dict[str, Any]:
-        """A `checkpoint` record of the metrics: seconds of this step, of writing and publishing, and the size."""
+        """A `checkpoint` record of the metrics: seconds waited, those for the save before, all of it; and the size."""
         return {
             "kind": "checkpoint",
             "step": self.step,
@@ -92,6 +93,12 @@ class Save:
             "seconds": self.ended - self.began,
             "mib": self.num_bytes / 2**20,
         }
+
+    def line(self) -> str:
+        """The record for people."""
+        of_it = f"of which training waited {self.stall_seconds:.2f} s"
+        before = f" ({self.waited_seconds:.2f} s for the save before)" if self.waited_seconds >= 0.005 else ""
+        return f"published, {self.num_bytes / 2**20:.1f} MiB in {self.ended - self.began:.2f} s, {of_it}{before}"
 
 
 def write_part(aside: Path, files: dict[str, list[Piece]]) -> dict[str, Written]:

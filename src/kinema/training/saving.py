@@ -53,7 +53,7 @@ class Saver:
     _save: "Save | None" = None
     """The one save that is not published yet."""
     seconds: float = 0.0
-    """What the last save took, from its beginning to its publication."""
+    """What the last save took, from the call to its publication."""
     _token: str = ""
     """Tells the files of this start from those that an earlier one, or a rank of it that lives on, leaves behind."""
     _failed_saves: int = 0
@@ -75,7 +75,7 @@ class Saver:
             self.settle(must=False)  # at most one at a time: it would need memory for a second copy
             waited = time.perf_counter() - called
             self._saved_step = step
-            self._save = self._begin(step)
+            self._save = self._begin(step, called)
             self._save.waited_seconds = waited
             self._save.stall_seconds = time.perf_counter() - called
         if must:
@@ -127,7 +127,7 @@ class Saver:
             futures.wait([self._save.copied])
             self._save.stall_seconds += time.perf_counter() - called
 
-    def _begin(self, step: int) -> "Save":
+    def _begin(self, step: int, called: float) -> "Save":
         """Let a thread copy what this rank owns, and write it beside what the main rank says of it."""
         self._token = self._token or from_main(secrets.token_hex(4))
         rank, ranks = self.process.rank, self.process.world_size
@@ -138,7 +138,7 @@ class Saver:
         self._memory.look_now()
         copied = self._thread.submit(self._memory.copy, parts)
         written = self._thread.submit(lambda: write_part(aside, copied.result()))
-        return Save(step, aside, self._documents(step), copied, written)
+        return Save(step, aside, self._documents(step), copied, written, called)
 
     def _pieces(self) -> dict[str, list[Piece]]:
         """What this rank writes, by file."""
@@ -185,8 +185,7 @@ class Saver:
             self.uploads.offer(self.store.at(save.step))
         for warning in save.warnings:
             self.outputs.event(save.step, "checkpoint", warning)
-        waited = f"training waited {record['stall_seconds']:.2f} s of {record['seconds']:.2f} s"
-        self.outputs.event(save.step, "checkpoint", f"published, {record['mib']:.1f} MiB; {waited}")
+        self.outputs.event(save.step, "checkpoint", save.line())
 
     def _count_failure(self, step: int, problem: str, must: bool) -> None:
         self._failed_saves += 1

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinema.training.checkpoint import Checkpoint, CheckpointStore
+from kinema.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from kinema.training.ema import average_name
 from kinema.training.profiles import Profile, distance, exponent_of, factors_of
 from kinema.training.run_folder import Weights
@@ -83,12 +83,27 @@ def _write(parts: Sequence[Part], factors: Sequence[float], to: Path, said: dict
 
 
 def chosen(run: Path, steps: Sequence[int], last: int | None, least: int = 2) -> list[Checkpoint]:
-    """The checkpoints of a run that are to be averaged, each verified; ValueError unless there are `least` or more."""
+    """The checkpoints of a run that are to be averaged, each verified; ValueError unless there are `least` or more.
+
+    CheckpointError names all that are damaged or not there, and says which to take.
+    """
     store = CheckpointStore(run)
     wanted = sorted(set(steps)) or store.steps()[-(last or 0) :]
     if len(wanted) < least:
         raise ValueError(f"a mean takes two checkpoints or more; {run} has {store.steps()}. Type --steps or --last.")
-    return [store.open(step) for step in wanted]
+    opened: dict[int, Checkpoint] = {}
+    problems = []
+    for step in wanted:
+        try:
+            opened[step] = store.open(step)
+        except CheckpointError as error:
+            problems.append(str(error).rstrip("."))
+    if problems:
+        advice = (
+            f"Type --steps {' '.join(map(str, opened))}, or --last N" if len(opened) >= least else "Too few are left"
+        )
+        raise CheckpointError(f"{'; '.join(problems)}. {advice}, for a mean of whole ones alone.")
+    return list(opened.values())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
