@@ -84,10 +84,13 @@ class Job:
 
     def _stop_others(self, asked: float, now: float) -> None:
         for rank, pid in enumerate(self.pids):
-            if rank not in self.statuses and not asked:
-                os.kill(pid, signal.SIGTERM)
-            elif rank not in self.statuses and now - asked > STOP_SECONDS:
-                os.kill(pid, signal.SIGKILL)
+            if rank in self.statuses:
+                continue
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and is about to be told so
+                if not asked:
+                    os.kill(pid, signal.SIGTERM)
+                elif now - asked > STOP_SECONDS:
+                    os.kill(pid, signal.SIGKILL)
 
 
 class Warm:

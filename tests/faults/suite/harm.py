@@ -122,7 +122,10 @@ def _sleep(seconds: float) -> Deed:
 
 
 def _hold_the_interpreter(arguments: tuple[Any, ...]) -> None:
-    ctypes.PyDLL(None).sleep(FOR_EVER)  # unlike CDLL it keeps Python's lock: no other thread of this rank runs
+    library = ctypes.PyDLL(None)  # unlike CDLL it keeps Python's lock: no other thread of this rank runs
+    mutex = ctypes.create_string_buffer(64)  # zeros are an open one; a second locking waits for ever, signals or not
+    for _ in range(2):
+        library.pthread_mutex_lock(mutex)
 
 
 DEEDS: dict[str, Deed] = {
