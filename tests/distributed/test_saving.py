@@ -115,6 +115,7 @@ def a_rank_cannot_write(folder: Path) -> None:
     dist.barrier()
     assert sorted(path.name for path in (folder / "full/checkpoints").iterdir()) == ["latest", "step-00000001"]
     assert verify(folder / "full/checkpoints/step-00000001") is None
+    dist.barrier()  # both have looked
     saver.save(must=True)  # the same step again, now that there is room
     assert saver.store.steps() == [1, 4]
 

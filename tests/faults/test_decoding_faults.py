@@ -80,7 +80,7 @@ def spin():
     [
         (crash, r"decoding it killed the process \(exit code -11\)"),
         (lambda: os._exit(3), r"killed the process \(exit code 3\)"),
-        (spin, "decoding it takes over 1 s"),
+        (spin, "decoding it takes over 2 s"),
     ],
     ids=["crash", "exit", "hang"],
 )
@@ -89,8 +89,8 @@ def test_a_clip_that_kills_or_hangs_its_decoder_costs_itself_and_nothing_else(
 ):
     calls = harmful_decoder(monkeypatch, harm)
     began = time.monotonic()
-    actual = packs_of(index, num_workers=workers, decoding=DecodingRules(timeout_seconds=1.0))
-    assert time.monotonic() - began < 8
+    actual = packs_of(index, num_workers=workers, decoding=DecodingRules(timeout_seconds=2.0))
+    assert time.monotonic() - began < 12
     assert [(failure.key, failure.fatal) for failure in failures_of(actual)] == [("clip-013", True)]
     assert re.search(reason, failures_of(actual)[0].reason)
     assert calls.value == 1
