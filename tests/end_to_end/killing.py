@@ -73,3 +73,15 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 180) -> No
     while process.poll() is None and not condition():
         assert time.monotonic() < deadline, "the run does not move"
         time.sleep(0.01)
+
+
+def killed(left):
+    """Harm as the kernel does it where memory runs out: SIGKILL to as many processes as the shared number says."""
+
+    def harm():
+        with left.get_lock():
+            left.value -= 1
+        if left.value >= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return harm

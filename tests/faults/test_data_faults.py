@@ -14,6 +14,7 @@ from kinema.data.ledger import DataBudgetError, Ledger, Quarantine
 from kinema.data.loading import make_loader
 from kinema.data.shards import DatasetIndex
 from kinema.data.workers import DataWorkerError
+from tests.end_to_end.killing import killed
 from tests.unit.clips import SHAPES, build, make_plan
 
 CLIPS = 40
@@ -139,14 +140,7 @@ def test_workers_stopped_by_the_scheduler_accuse_no_clip(sound, monkeypatch):
 @pytest.mark.parametrize(("times", "condemned"), [(1, []), (9, ["clip-013"])])
 def test_a_clip_is_tried_once_more_when_somebody_else_killed_its_worker(sound, monkeypatch, times, condemned):
     left = multiprocessing.Value("i", times)
-
-    def kill():
-        with left.get_lock():
-            left.value -= 1
-        if left.value >= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    harmed(monkeypatch, 13, kill)
+    harmed(monkeypatch, 13, killed(left))
     failures = [failure.key for pack in packs_of(sound, num_workers=1) for failure in pack.failures]
     assert failures == condemned
     assert left.value == (7 if condemned else -1)

@@ -23,6 +23,7 @@ from kinema.data.ledger import DataBudgetError, Ledger, Quarantine
 from kinema.data.loading import make_loader
 from kinema.data.pack import Failure
 from kinema.data.quarantine import condemned_clips, write_failures
+from tests.end_to_end.killing import killed
 from tests.unit.clips import SHAPES, build, make_plan, numbered_video
 
 HARMFUL = {13}
@@ -100,22 +101,9 @@ def test_a_clip_that_kills_or_hangs_its_decoder_costs_itself_and_nothing_else(
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(one.frames, other.frames, strict=True))
 
 
-def killed(times):
-    """Harm as the kernel does it where memory runs out, so many times."""
-    left = multiprocessing.Value("i", times)
-
-    def harm():
-        with left.get_lock():
-            left.value -= 1
-        if left.value >= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return harm
-
-
 def test_a_clip_whose_decoder_somebody_else_killed_is_tried_once_more(monkeypatch):
     content, shape = numbered_video([i / 10 for i in range(20)]), ClipShape(5, 32, 32)
-    decode, harm, decoder = decode_clip, killed(1), ClipDecoder(DecodingRules())
+    decode, harm, decoder = decode_clip, killed(multiprocessing.Value("i", 1)), ClipDecoder(DecodingRules())
     monkeypatch.setattr(clip_decoder, "decode_clip", lambda *given, **options: (harm(), decode(*given, **options))[1])
     decoded = decoder.decode(content, shape, 8, 0.0)
     assert decoded.refusals == [(Decoder.decord, "decord: decoding it killed the process (exit code -9)")]
@@ -124,7 +112,7 @@ def test_a_clip_whose_decoder_somebody_else_killed_is_tried_once_more(monkeypatc
 
 
 def test_a_clip_whose_decoder_is_killed_twice_is_condemned(index, monkeypatch):
-    calls = harmful_decoder(monkeypatch, killed(2))
+    calls = harmful_decoder(monkeypatch, killed(multiprocessing.Value("i", 2)))
     (failure,) = failures_of(packs_of(index))
     assert (failure.key, failure.fatal, calls.value) == ("clip-013", True, 2)
 
