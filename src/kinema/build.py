@@ -116,7 +116,7 @@ def start_run(config: Config, config_yaml: str, process: Process) -> Iterator[Ru
             stored = run_dir / "config.yaml"
             if config.checkpoint.remote is not None:
                 told = functools.partial(outputs.event, 0, "resume")
-                Mirror(config.checkpoint.remote, run_dir).restore(CheckpointStore(run_dir), told)
+                Mirror.below(config.checkpoint.remote, run_dir).restore(told)
             began = stored.exists() and bool(CheckpointStore(run_dir).steps())  # a failed start binds nobody
             differences = changed_keys(stored.read_text(), config_yaml) if began else []
             check_changes(run_dir, differences, config.allow_config_change)
@@ -537,7 +537,7 @@ def assemble(
             manifest=manifest,
             config_yaml=run.config_yaml,
             progress=progress,
-            uploads=Uploads(Mirror(remote, run.folder)) if remote is not None and process.is_main else None,
+            uploads=Uploads(Mirror.below(remote, run.folder)) if remote is not None and process.is_main else None,
         ),
         progress=progress,
         preflight=Preflight(
@@ -623,7 +623,7 @@ def describe_run(
     parallel = config.parallel
     tqdm.write(
         f"run {run.folder}: {parameters / 1e6:.2f} M parameters, config {record['config_hash'][:8]}, "
-        f"{process.world_size} rank(s) on {process.device}, ZeRO {parallel.zero_stage}, {parallel.precision.value}, "
+        f"{process.world_size} rank(s) on {process.device}, {parallel.line()}, "
         f"{engine.traffic.line(parallel.zero_stage)}"
     )
     tqdm.write(trained)

@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("kinema.plan", "say what a training command takes: memory of a rank, operations of a step"),
     "checkpoint ls": ("kinema.training.verbs.ls", "list the checkpoints of a run"),
     "checkpoint verify": ("kinema.training.verbs.verify", "read every byte of a run's checkpoints and check it"),
+    "checkpoint fetch": ("kinema.training.verbs.fetch", "bring a run from an address, every byte verified"),
     "checkpoint convert": ("kinema.training.verbs.convert", "rewrite a checkpoint for so many ranks, or its weights"),
     "checkpoint average": ("kinema.training.verbs.average", "average the weights of several checkpoints"),
     "torchrun": ("kinema.launching", "start ranks as torchrun does, and end with the exit status of the run"),

@@ -9,6 +9,8 @@ from typing import Any
 from kinema.conditioning.text import CombinedText, HashText, PretrainedText, build_text_encoder
 from kinema.config import Config
 from kinema.data.geometry import Geometry
+from kinema.data.plan import lanes_of
+from kinema.distributed.mesh import data_ranks
 from kinema.identity import from_plain
 from kinema.models.vae import VAEConfig
 from kinema.training.dit_task import DiTTaskConfig
@@ -51,6 +53,11 @@ def given_by(config: Config, typed: Mapping[str, Any] | None = None, assumed: li
         geometry = Geometry(found["strides"][0], found["strides"][1], tuple(config.model.patch_size))
         found["clips"] = _clips(config, geometry, found["shape"])
     return Given(**found)
+
+
+def lanes_of_rank(config: Config, ranks: int) -> int:
+    """How many lanes each of so many ranks serves; ValueError where a run would not start with them."""
+    return len(lanes_of(0, data_ranks(ranks, config.parallel.sequence_degree), config.data.lanes))
 
 
 def text_width(config: Config, assumed: list[str] | None = None) -> int:

@@ -13,12 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kinema.config import Config, compose_training
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.plan import lanes_of
 from kinema.distributed.activations import ActivationCheckpointing
 from kinema.distributed.deepspeed_config import OptimizerOffload, ParameterOffload, plan_traffic
 from kinema.distributed.engine import Precision
 from kinema.distributed.footprint import GIB, Activations, Sharding, States, activations, optimizer_bytes, states
-from kinema.given import Given, given_by
+from kinema.given import Given, given_by, lanes_of_rank
 from kinema.interop.comparing import Sample
 from kinema.models.dit import DiT, make_denoiser
 from kinema.models.dit.segments import Grid
@@ -63,9 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 1 if no kind of activation checkpointing fits."""
     config = composed(arguments.words)
     degree = config.parallel.sequence_degree
-    if arguments.ranks % degree:
-        raise ValueError(f"--ranks {arguments.ranks} must be a multiple of parallel.sequence_degree={degree}.")
-    lanes_of(0, arguments.ranks // degree, config.data.lanes)  # raises where the run would not start
+    lanes_of_rank(config, arguments.ranks)  # raises where the run would not start
     typed = {one.name: getattr(arguments, one.name) for one in fields(Given)}
     assumed: list[str] = []
     job = job_of(config, given_by(config, {name: value for name, value in typed.items() if value is not None}, assumed))
@@ -73,8 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         model = made(config, job)
     held, weights = states_of(config, model, arguments.ranks), sum(p.numel() for p in model.parameters())
     parallel = config.parallel
-    print(f"{weights / 1e6:,.2f} M parameters, {job.pack}; {arguments.ranks} rank(s), ZeRO {parallel.zero_stage}, "
-          f"sequence degree {degree}, {parallel.precision.value}")  # fmt: skip
+    print(f"{weights / 1e6:,.2f} M parameters, {job.pack}; {arguments.ranks} rank(s), {parallel.line()}")
     print(held.line())
     print(f"\n{'activations':>12}{'kept GiB':>10}{'peak GiB':>10}{'with states':>13}{'computed again':>16}")
     chosen = None

@@ -2,13 +2,16 @@
 
 import shutil
 
+import boto3
 import pytest
 import torch
 
 from kinema import cli
 from kinema.identity import fingerprint_like
 from kinema.training.checkpoint import CheckpointError, CheckpointStore, json_writer, tensor_writer, text_writer
+from kinema.training.mirror import Mirror
 from kinema.training.verbs.average import weighted_sum
+from tests.servers import s3_server
 
 STEP = "checkpoints/step-00000006"
 
@@ -160,7 +163,7 @@ def test_help_of_the_group_names_its_verbs(capsys):
     status, text = kinema(capsys, "checkpoint", "--help")
     assert status == 0
     assert [line.split()[2] for line in text.splitlines() if line.startswith("  kinema")] == [
-        "ls", "verify", "convert", "average"
+        "ls", "verify", "fetch", "convert", "average"
     ]  # fmt: skip
     assert kinema(capsys, "checkpoint", "frobnicate")[0] == 64
 
@@ -179,3 +182,47 @@ def test_multiples_stay_for_ever_and_nothing_goes_before_a_newer_one_is_whole(tm
     shutil.rmtree(store.at(12).folder)
     store.publish(12, {"training.json": json_writer({"step": 12})})
     assert store.steps() == [10, 12]
+
+
+def test_a_run_at_an_address_is_listed_verified_and_fetched(source, tmp_path, capsys):
+    with s3_server("bucket"):
+        mirror, address = Mirror.below("s3://bucket/all", source), "s3://bucket/all/run"
+        for step in (2, 4):
+            mirror.upload(CheckpointStore(source).at(step))
+        status, text = kinema(capsys, "checkpoint", "ls", address)
+        assert status == 0
+        assert [line.split()[0] for line in text.splitlines()[1:3]] == ["step-00000002", "step-00000004"]
+        assert "2 checkpoint(s), 0 damaged" in text
+
+        broken = source / "checkpoints/step-00000004/model.safetensors"
+        content = broken.read_bytes()
+        boto3.resource("s3").Bucket("bucket").Object(f"all/run/step-00000004/{broken.name}").put(Body=content[:-1])
+        status, text = kinema(capsys, "checkpoint", "verify", address)
+        assert status == 66
+        assert "step-00000004: DAMAGED: model.safetensors has" in text
+        assert "FAIL: 1 of 2 are whole" in text
+
+        status, text = kinema(capsys, "checkpoint", "fetch", address, "--to", tmp_path / "here", "--step", 4)
+        assert status == 66
+        assert "model.safetensors has" in text
+        status, text = kinema(capsys, "checkpoint", "fetch", address, "--to", tmp_path / "here")
+        assert status == 0
+        assert "skipped a damaged checkpoint: step 4" in text
+        fetched = CheckpointStore(tmp_path / "here").newest().folder
+        assert same_files(fetched, source / "checkpoints/step-00000002")
+        assert CheckpointStore(tmp_path / "here/vae").steps() == [1]
+        assert (tmp_path / "here/config.yaml").read_text() == "name: x\n"
+
+        status, text = kinema(capsys, "checkpoint", "fetch", address, "--to", tmp_path / "here")
+        assert (status, "holds checkpoints already, of steps [2]" in text) == (64, True)
+        status, text = kinema(capsys, "checkpoint", "fetch", "s3://bucket/all", "--to", tmp_path / "other")
+        assert (status, "no such checkpoint; there are []" in text) == (66, True)
+    status, text = kinema(capsys, "checkpoint", "convert", address, "--to", tmp_path / "other")
+    assert (status, "first: kinema checkpoint fetch s3://bucket/all/run" in text) == (2, True)
+
+
+def same_files(one, other):
+    names = {path.name for path in one.iterdir()}
+    return names == {path.name for path in other.iterdir()} and all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in names
+    )

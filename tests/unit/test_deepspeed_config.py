@@ -67,6 +67,7 @@ def test_deepspeed_knows_every_key_and_takes_every_value():
         (2, OffloadConfig(parameters=ParameterOffload.cpu), "Type parallel.zero_stage=3"),
         (2, OffloadConfig(OptimizerOffload.nvme), "type both a folder and nvme"),
         (2, OffloadConfig(OptimizerOffload.cpu, nvme_path="/disk"), "type both a folder and nvme"),
+        (2, OffloadConfig(OptimizerOffload.nvme, nvme_path="/nmve/kinema"), "there is no folder /nmve"),
     ],
 )
 def test_what_cannot_be_offloaded_is_refused(stage, offload, message):

@@ -84,6 +84,15 @@ def test_a_job_that_does_not_compose_is_a_finding():
     assert found.advice == "optim.lerning_rate: there is no such key. Did you mean optim.learning_rate?"
 
 
+def test_ranks_that_do_not_divide_the_lanes_fail():
+    config = compose_training(["task=vae", "data.lanes=4", "parallel.sequence_degree=2"])
+    assert "2 to a pack, 2 of data.lanes=4 each" in job.check_ranks(config, 4).found
+    with pytest.raises(ValueError, match=r"data.lanes=4 must be a multiple of the number of data ranks 3"):
+        job.check_ranks(config, 6)
+    with pytest.raises(ValueError, match=r"parallel.sequence_degree=2 must divide the number of ranks, 3"):
+        job.check_ranks(config, 3)
+
+
 def test_memory_is_that_of_the_states_and_of_a_packs_activations(monkeypatch):
     config = compose_training(["task=vae", "vae.width=32", "data.shapes=[[17,64,64]]"])
     monkeypatch.setattr(job, "_room", lambda: (100.0, "this machine"))

@@ -163,7 +163,7 @@ def test_a_plan_recommends_the_fastest_kind_that_fits(capsys):
 
 
 def test_a_plan_refuses_ranks_that_the_sequence_degree_does_not_divide(capsys):
-    with pytest.raises(ValueError, match=r"--ranks 3 must be a multiple of parallel.sequence_degree=2"):
+    with pytest.raises(ValueError, match=r"parallel.sequence_degree=2 must divide the number of ranks, 3"):
         planned(capsys, "parallel.sequence_degree=2", "--ranks", "3")
 
 

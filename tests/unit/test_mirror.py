@@ -31,9 +31,10 @@ def save(run, step):
 
 def test_a_checkpoint_comes_back_on_another_machine(endpoint, tmp_path):
     run = tmp_path / "one/run"
-    mirror = Mirror("s3://bucket/here", run, QUICK)
+    mirror = Mirror.below("s3://bucket/here", run, QUICK)
     (run).mkdir(parents=True)
     (run / "rights.json").write_text("{}")
+    CheckpointStore(run / "vae").publish(7, {"ema.safetensors": tensor_writer({"v": torch.ones(3)})})
     for step in (2, 4):
         assert mirror.upload(save(run, step)) > 400
     assert mirror.upload(CheckpointStore(run).open(4)) == 0  # it is there
@@ -41,18 +42,19 @@ def test_a_checkpoint_comes_back_on_another_machine(endpoint, tmp_path):
 
     elsewhere, told = tmp_path / "two/run", []
     elsewhere.mkdir(parents=True)
-    Mirror("s3://bucket/here", elsewhere, QUICK).restore(CheckpointStore(elsewhere), told.append)
+    Mirror.below("s3://bucket/here", elsewhere, QUICK).restore(told.append)
     found = CheckpointStore(elsewhere).newest()
     assert found.step == 4
     assert torch.equal(found.tensors("model")["w"], torch.full((100,), 4.0))
     assert (elsewhere / "config.yaml").read_text() == "name: run\n"
     assert (elsewhere / "rights.json").read_text() == "{}"
+    assert torch.equal(CheckpointStore(elsewhere / "vae").newest().tensors("ema")["v"], torch.ones(3))
     assert told == ["step-00000004 was fetched from s3://bucket/here/run"]
 
 
 def test_a_folder_without_its_seal_is_no_checkpoint_and_damage_falls_back(endpoint, tmp_path):
     run = tmp_path / "run"
-    mirror = Mirror("s3://bucket/broken", run, QUICK)
+    mirror = Mirror.below("s3://bucket/broken", run, QUICK)
     for step in (1, 2, 3):
         mirror.upload(save(run, step))
     bucket = boto3.resource("s3").Bucket("bucket")
@@ -61,22 +63,22 @@ def test_a_folder_without_its_seal_is_no_checkpoint_and_damage_falls_back(endpoi
     content = bytearray(bucket.Object(path).get()["Body"].read())
     content[-1] ^= 1
     bucket.Object(path).put(Body=bytes(content))
-    other, told = tmp_path / "other", []
-    found = Mirror("s3://bucket/broken", run, QUICK).fetch_newest(CheckpointStore(other), told.append)
+    told = []
+    found = Mirror.below("s3://bucket/broken", tmp_path / "other/run", QUICK).fetch_newest(told.append)
     assert found.step == 1
     assert verify(found.folder) is None
     assert "step 2 of s3://bucket/broken/run: model.safetensors has changed" in told[0]
     bucket.Object("broken/run/step-00000001/model.safetensors").delete()
     with pytest.raises(CheckpointError, match="nobody can say what to go on from"):
-        Mirror("s3://bucket/broken", run, QUICK).restore(CheckpointStore(tmp_path / "third"), told.append)
-    assert CheckpointStore(tmp_path / "third").steps() == []
+        Mirror.below("s3://bucket/broken", tmp_path / "third/run", QUICK).restore(told.append)
+    assert CheckpointStore(tmp_path / "third/run").steps() == []
 
 
 def test_a_store_that_does_not_answer_costs_an_event_and_no_time(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
-    uploads = Uploads(Mirror("s3://bucket/down", tmp_path, QUICK))
+    uploads = Uploads(Mirror.below("s3://bucket/down", tmp_path, QUICK))
     began = time.monotonic()
     for step in (1, 2, 3):
         uploads.offer(save(tmp_path, step))
@@ -86,12 +88,12 @@ def test_a_store_that_does_not_answer_costs_an_event_and_no_time(tmp_path, monke
     assert {event["event"] for event in events} <= {"upload failed", "upload left out"}
     assert [event["step"] for event in events if event["event"] == "upload failed"][-1] == 3
     with pytest.raises(CheckpointError, match="nobody can say what to go on from"):
-        Mirror("s3://bucket/down", tmp_path, QUICK).restore(CheckpointStore(tmp_path / "x"), print)
+        Mirror.below("s3://bucket/down", tmp_path / "x", QUICK).restore(print)
 
 
 def test_uploads_in_the_background_are_told_and_the_seal_comes_last(endpoint, tmp_path, caplog):
     caplog.set_level("INFO", "werkzeug")
-    uploads = Uploads(Mirror("s3://bucket/later", tmp_path / "run", QUICK))
+    uploads = Uploads(Mirror.below("s3://bucket/later", tmp_path / "run", QUICK))
     for step in (1, 2, 3):
         uploads.offer(save(tmp_path / "run", step))
     uploads.finish(30)
@@ -107,5 +109,5 @@ def test_uploads_in_the_background_are_told_and_the_seal_comes_last(endpoint, tm
 )
 def test_what_is_no_writable_address_without_secrets_is_refused(tmp_path, address):
     with pytest.raises(ValueError, match=r"^checkpoint\.remote=.* must") as error:
-        Mirror(address, tmp_path)
+        Mirror.below(address, tmp_path)
     assert "secret" not in str(error.value)

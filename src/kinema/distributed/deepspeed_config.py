@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -54,6 +55,11 @@ class OffloadConfig:
             raise ValueError(
                 f"parallel.offload.nvme_path={self.nvme_path} and parallel.offload.optimizer={self.optimizer.value} "
                 "go together: type both a folder and nvme, or neither."
+            )
+        if self.nvme_path is not None and not Path(self.nvme_path).absolute().parent.is_dir():
+            raise ValueError(
+                f"parallel.offload.nvme_path={self.nvme_path}: there is no folder {Path(self.nvme_path).parent}. Type "
+                "a folder on a mounted local disk; its last part is made if it is missing."
             )
 
 

@@ -72,6 +72,21 @@ class ParallelConfig:
         if self.timeout_seconds <= 0:
             raise ValueError(f"parallel.timeout_seconds={self.timeout_seconds} must be positive.")
 
+    def line(self) -> str:
+        """For people, in the header of a run: what of it is in use."""
+        kind, offload = self.activation_checkpointing, self.offload
+        words = [f"ZeRO {self.zero_stage}", self.precision.value]
+        if self.sequence_degree > 1:
+            words.append(f"sequence degree {self.sequence_degree}")
+        if kind is not ActivationCheckpointing.none:
+            nth = f" {self.checkpointed_every}" if kind is ActivationCheckpointing.every else ""
+            words.append(f"activation checkpointing {kind.value}{nth}")
+        if self.compile is not Compile.none:
+            words.append(f"compiled {self.compile.value}")
+        moved = {"optimizer": offload.optimizer.value, "parameters": offload.parameters.value}
+        words += [f"{what} on {where}" for what, where in moved.items() if where != "none"]
+        return ", ".join(words)
+
     def _check_compile(self) -> None:
         if self.compile is Compile.none:
             return

@@ -25,15 +25,20 @@ class Mesh:
         return self.sequence_rank == 0
 
 
-def make_mesh(sequence_degree: int) -> Mesh:
-    """The mesh of this job, seen from this rank; a collective, since the groups are made by all ranks together."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def data_ranks(world_size: int, sequence_degree: int) -> int:
+    """How many groups of ranks get packs of their own; ValueError where some ranks would be left over."""
     if world_size % sequence_degree:
         usable = [degree for degree in range(1, world_size + 1) if world_size % degree == 0]
         raise ValueError(
             f"parallel.sequence_degree={sequence_degree} must divide the number of ranks, {world_size}: each group of "
             f"so many works on one pack. Type one of {usable}, or start a multiple of {sequence_degree} ranks."
         )
-    data_rank, sequence_rank = divmod(rank, sequence_degree)
+    return world_size // sequence_degree
+
+
+def make_mesh(sequence_degree: int) -> Mesh:
+    """The mesh of this job, seen from this rank; a collective, since the groups are made by all ranks together."""
+    data_size = data_ranks(dist.get_world_size(), sequence_degree)
+    data_rank, sequence_rank = divmod(dist.get_rank(), sequence_degree)
     group = dist.new_subgroups(sequence_degree)[0] if sequence_degree > 1 else None
-    return Mesh(data_rank, world_size // sequence_degree, sequence_rank, sequence_degree, group)
+    return Mesh(data_rank, data_size, sequence_rank, sequence_degree, group)

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words", nargs="*", help="words of the training command, such as experiment=demo_dit: checks that job too"
     )
     parser.add_argument("--ranks", type=int, default=2, help="ranks that try the collectives (default %(default)s)")
-    parser.add_argument("--world-size", type=int, default=1, help="ranks that the job will have, for its memory")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks that the job will have")
     parser.add_argument("--json", action="store_true", help="one object instead of lines")
 
 

@@ -11,7 +11,7 @@ from kinema.config import Config, compose_training
 from kinema.data.planning import open_index
 from kinema.distributed.footprint import GIB
 from kinema.doctor.finding import Check, Finding, Level, graded
-from kinema.given import given_by
+from kinema.given import given_by, lanes_of_rank
 from kinema.plan import job_of, kinds, made, states_of
 from kinema.training.dit_task import DiTTaskConfig
 from kinema.training.run_folder import checkpoint_of, load_vae
@@ -26,10 +26,20 @@ def job_checks(words: list[str], world_size: int) -> Finding | tuple[str, list[C
         config = compose_training(words)
     except ValueError as error:
         return Finding("config", Level.FAIL, " ".join(words), str(error))
-    checks: list[Check] = [("data set", lambda: check_data(config))]
+    checks: list[Check] = [
+        ("ranks", lambda: check_ranks(config, world_size)),
+        ("data set", lambda: check_data(config)),
+    ]
     if isinstance(config.task, DiTTaskConfig):
         checks += [("VAE", lambda: check_vae(config)), ("text encoder", lambda: check_text(config))]
     return config.run_root, [*checks, ("memory", lambda: check_memory(config, world_size))]
+
+
+def check_ranks(config: Config, world_size: int) -> Finding:
+    """Sequence groups and lanes, as the run itself deals them."""
+    lanes, degree = lanes_of_rank(config, world_size), config.parallel.sequence_degree
+    dealt = f"{degree} to a pack, each serves {lanes} of data.lanes={config.data.lanes}"
+    return graded("ranks", f"{world_size} in all (--world-size), {dealt}")
 
 
 def check_data(config: Config) -> Finding:

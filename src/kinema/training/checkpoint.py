@@ -35,6 +35,10 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 """In version 1 every tensor was whole."""
 SEAL = "seal.json"
+MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
+CARRIED = ("vae", "base")
+"""What a run folder holds beside its checkpoints, as checkpoints too, and the sampler needs."""
 ASIDE = ".writing-"
 
 

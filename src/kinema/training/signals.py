@@ -38,7 +38,11 @@ class SignalsConfig:
     """How often a launcher may start the run again from the same checkpoint before that is the end."""
 
     def __post_init__(self) -> None:
-        for name in ("grace_seconds", "before_end_seconds", "restarts_without_progress"):
+        if self.grace_seconds <= 0:
+            raise ValueError(
+                f"signals.grace_seconds={self.grace_seconds:g} must be above 0: the seconds that the scheduler gives."
+            )
+        for name in ("before_end_seconds", "restarts_without_progress"):
             if getattr(self, name) < 0:
                 raise ValueError(f"signals.{name}={getattr(self, name)} must be at least 0.")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kinema.training.checkpoint import Checkpoint
+from kinema.training.checkpoint import CONFIG, Checkpoint
 from kinema.training.run_folder import checkpoint_of
 from kinema.training.save import sets_in
 from kinema.training.verbs.found import add_path
@@ -16,8 +16,6 @@ from kinema.training.verbs.remade import documents_of, remake
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STATE = "optimizer"
 """The one set of tensors that only training needs."""
-CONFIG = "config.yaml"
-"""The one document beside the manifest that goes with weights alone."""
 
 
 def convert(

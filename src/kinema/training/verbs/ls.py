@@ -3,10 +3,9 @@
 import argparse
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from kinema.training.checkpoint import SEAL, Checkpoint, CheckpointError, read_seal, verify
+from kinema.training.checkpoint import MANIFEST, SEAL, Checkpoint, CheckpointError, read_seal, verify
 from kinema.training.verbs.found import add_path, found
 
 COLUMNS = ("checkpoint", "age", "MiB", "files", "kind", "verified", "what")
@@ -75,14 +74,14 @@ def table(rows: list[Row]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    add_path(parser)
+    add_path(parser, afar=True)
     parser.add_argument("--verify", action="store_true", help="read every byte and compare it with the seal")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; the last line counts."""
-    path: Path = arguments.path
-    rows = [Row.of(checkpoint, arguments.verify) for checkpoint in found(path)]
+    only = None if arguments.verify else (SEAL, MANIFEST)
+    rows = [Row.of(checkpoint, arguments.verify) for checkpoint in found(arguments.path, only)]
     print(table(rows))
     damaged = sum(row.verified == "DAMAGED" for row in rows)
     print(f"{len(rows)} checkpoint(s), {damaged} damaged" + ("" if arguments.verify else "; --verify reads them all"))

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from kinema.training.checkpoint import (
+    CARRIED,
+    MANIFEST,
     Checkpoint,
     CheckpointStore,
     FileSum,
@@ -20,10 +22,6 @@ from kinema.training.checkpoint import (
 )
 from kinema.training.pieces import Written, share, whole, write_pieces
 from kinema.training.save import fingerprints_of, is_part, part_name
-
-CARRIED = ("vae", "base")
-"""What a run folder holds beside its checkpoints, and the sampler needs."""
-MANIFEST = "manifest.json"
 
 
 def remake(

@@ -30,13 +30,14 @@ def problem_in(checkpoint: Checkpoint) -> str | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    add_path(parser)
+    add_path(parser, afar=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """One line a checkpoint; PASS if all are whole."""
-    checkpoints, damaged = found(arguments.path), 0
-    for checkpoint in checkpoints:
+    number = damaged = 0
+    for checkpoint in found(arguments.path):
+        number += 1
         began = time.perf_counter()
         if problem := problem_in(checkpoint):
             damaged += 1
@@ -45,5 +46,5 @@ def run(arguments: argparse.Namespace) -> int:
         files = read_seal(checkpoint.folder)["files"].values()
         mib, seconds = sum(entry["bytes"] for entry in files) / 2**20, time.perf_counter() - began
         print(f"{checkpoint.folder.name}: whole, {len(files)} files, {mib:.1f} MiB, {mib / seconds:.0f} MiB/s")
-    print(f"{'FAIL' if damaged else 'PASS'}: {len(checkpoints) - damaged} of {len(checkpoints)} are whole")
+    print(f"{'FAIL' if damaged else 'PASS'}: {number - damaged} of {number} are whole")
     return EXIT_DAMAGED if damaged else 0
