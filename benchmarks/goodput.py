@@ -21,9 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.end_to_end.commands import ROOT, checkpoint, dit_command, environment, train_vae
-from tests.end_to_end.commands import run as run_command
+from tests.end_to_end.commands import ROOT, checkpoint, dit_command, environment
 from tests.end_to_end.killing import command_of, descendants
+from tests.end_to_end.runs import run as run_command
+from tests.end_to_end.runs import train_vae
 
 HANG_SECONDS = 10
 RUN = "goodput"

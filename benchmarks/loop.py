@@ -29,7 +29,7 @@ from kinema.models.dit import make_denoiser
 from kinema.sampling.denoiser import Denoiser
 from kinema.training.dit_task import DiTTask
 from kinema.training.loop import Trainer
-from tests.end_to_end.commands import run, train_vae
+from tests.end_to_end.runs import run, train_vae
 
 BLOCK = 10
 """Steps of a pair: as many as a line of the metrics holds."""

@@ -1,11 +1,14 @@
 """Real ranks of the real scripts in a fraction of a second: a process that has imported everything forks them.
 
-A start of `train.py` is mostly imports. Here they are done once; each rank is a fork of that process with an
-environment, a process group, a log and a signal handling of its own, as a launcher would give it.
+A start of `train.py` is mostly imports. Here they are done once; each rank is a fork of that process with the
+arguments, environment, process group and files of its own that a shell or a launcher would give it. The process
+itself only imports: nothing that a job does can reach the next. Unlike fresh interpreters, all forks order sets of
+strings alike, and leave by `os._exit` once Python has done what it does at an end.
 """
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -13,11 +16,11 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,25 +97,29 @@ class Job:
 
 
 class Warm:
-    """The client of one warm process."""
+    """The client of one warm process, which ends with this one and takes all that it started with it."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.warm"], cwd=ROOT, env=_as_users_have_it(), text=True, bufsize=1,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
-        self._jobs: list[Job] = []
+        self._running: list[Job] = []
         self._answer()
 
-    def start(self, command: list[str], log: Path, ranks: int = 1, **extra: str) -> Job:
-        """Start a script, given as its path and arguments, on this many ranks; more variables may be given."""
+    def start(self, command: list[str], log: Path, ranks: int = 1, errors: Path | None = None, **extra: str) -> Job:
+        """Start a script (its path, or `-m` and a module, and arguments) on this many ranks, with more variables.
+
+        Their stderr goes to the log too, unless it has a file of its own.
+        """
         assert self._process.stdin is not None
-        order = {"command": command, "ranks": ranks, "log": str(log), "environment": extra}
+        order = {"command": command, "ranks": ranks, "log": str(log), "errors": str(errors or log),
+                 "environment": _as_users_have_it(), "extra": extra}  # fmt: skip
         self._process.stdin.write(json.dumps(order) + "\n")
         job = Job(self, [], log, time.monotonic())
         while not job.pids:
             job.pids = self._take(self._answer()) or []
-        self._jobs.append(job)
+        self._running.append(job)
         return job
 
     def read_ends(self) -> None:
@@ -121,17 +128,11 @@ class Warm:
         while select.select([self._process.stdout], [], [], 0)[0]:
             self._take(self._answer())
 
-    def close(self) -> None:
-        """End the warm process and all that it started."""
-        for job in self._jobs:
-            job.power_cut()
-        self._process.kill()
-        self._process.wait()
-
     def _take(self, answer: dict[str, Any]) -> list[int] | None:
-        for job in self._jobs:
+        for job in self._running:
             if answer.get("pid") in job.pids:
                 job.statuses[job.pids.index(answer["pid"])] = answer["status"]
+        self._running = [job for job in self._running if len(job.statuses) < len(job.pids)]
         return answer.get("pids")
 
     def _answer(self) -> dict[str, Any]:
@@ -146,36 +147,46 @@ def _as_users_have_it() -> dict[str, str]:
     return {name: value for name, value in environment().items() if name != "KINEMA_TRACEBACK"}
 
 
-@contextmanager
-def warm_process() -> Iterator[Warm]:
-    """A warm process for as long as the block lasts."""
-    warm = Warm()
-    try:
-        yield warm
-    finally:
-        warm.close()
+@cache
+def warm_process() -> Warm:
+    """The one of this process, made when it is first asked for."""
+    return Warm()
 
 
 def serve() -> None:
     """Import everything, then fork ranks as lines on stdin order it, and tell how they end."""
     _import_everything()
+    gc.collect()
+    gc.freeze()  # what is shared stays shared
     print("{}", flush=True)
+    groups: set[int] = set()
     while True:
         if select.select([sys.stdin], [], [], 0.01)[0]:
             line = sys.stdin.readline()
             if not line:
-                return
-            print(json.dumps({"pids": _fork_ranks(json.loads(line))}), flush=True)
+                break
+            pids = _fork_ranks(json.loads(line))
+            groups |= set(pids)
+            print(json.dumps({"pids": pids}), flush=True)
         with contextlib.suppress(ChildProcessError):
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid:
+                groups -= set() if _reaches(pid, 0) else {pid}  # it may leave processes behind
                 print(json.dumps({"pid": pid, "status": os.waitstatus_to_exitcode(status)}), flush=True)
+    for pid in groups:
+        _reaches(pid, signal.SIGKILL)
+
+
+def _reaches(group: int, number: int) -> bool:
+    """Send a signal to a process group; whether it has anybody."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _import_everything() -> None:
-    import torch
-
-    torch.set_num_threads(1)
     import torch._dynamo
     import torch.distributed
     import torch.distributed.checkpoint
@@ -205,34 +216,50 @@ def _fork_ranks(order: dict[str, Any]) -> list[int]:
     for rank in range(ranks):
         if (pid := os.fork()) == 0:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            _be_rank(order["command"], order["log"], {**shared, **own, **order["environment"]})
+            _be_rank(order, {**order["environment"], **shared, **own, **order["extra"]})
         pids.append(pid)
     return pids
 
 
-def _be_rank(command: list[str], log: str, variables: dict[str, str]) -> None:
+def _be_rank(order: dict[str, Any], variables: dict[str, str]) -> None:
     os.setsid()
+    os.environ.clear()
     os.environ.update(variables)
-    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    sys.argv = list(command)
-    status = 0
+    _take_files(order["log"], order["errors"])
     try:
         if harm := variables.get("KINEMA_TEST_HARM"):
             Harm(**json.loads(harm)).apply(int(variables.get("RANK", 0)))
-        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+        _execute(order["command"])
+        status = 0
     except SystemExit as request:
-        status = request.code if isinstance(request.code, int) else 0
+        status = request.code if isinstance(request.code, int) else int(request.code is not None)
+        if isinstance(request.code, str):
+            print(request.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         status = 1
+    threading._shutdown()  # waits for threads, as the interpreter does at its end
     atexit._run_exitfuncs()  # or the loader's worker processes would outlive it
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _take_files(log: str, errors: str) -> None:
+    for number, path in ((1, log), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+
+
+def _execute(command: list[str]) -> None:
+    """As `python train.py ...` or `python -m kinema.cli ...`, from the repository's root."""
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
 
 
 if __name__ == "__main__":

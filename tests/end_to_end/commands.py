@@ -1,10 +1,12 @@
-"""The real commands in real processes, at the smallest size that is still all there."""
+"""The words of the real commands, at the smallest size that is still all there, and what their runs have left."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+
+import torch
+
+from kinema.training.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 VAE = ["task=vae", "vae.width=8", "vae.decoder_width=8", "vae.width_multipliers=[1,1,1]", "vae.pixel_patch=8",
@@ -14,25 +16,11 @@ DIT = ["model.width=32", "model.depth=1", "model.num_heads=2", "model.rope_axes=
        "schedule.warmup_steps=2", "optim.learning_rate=1e-3", "task.samples.num_steps=2",
        "task.samples.guidance_scale=2"]  # fmt: skip
 SHAPES = "data.shapes=[[5,32,32],[9,32,32]]"
+STATE = ("model", "ema", "optimizer")
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "KINEMA_TRACEBACK": "1", "WANDB_MODE": "offline"}
-
-
-def run(*command: str, expect: int | None = 0, timeout: float = 120) -> subprocess.CompletedProcess:
-    answer = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    if expect is not None:
-        assert answer.returncode == expect, f"{' '.join(command)}\n{answer.stdout[-3000:]}\n{answer.stderr[-5000:]}"
-    return answer
 
 
 def common(folder: Path, name: str, steps: int) -> list[str]:
@@ -42,21 +30,12 @@ def common(folder: Path, name: str, steps: int) -> list[str]:
             "validation.clips=4"]  # fmt: skip
 
 
-def train_vae(folder: Path, name: str = "vae", steps: int = 4, *extra: str) -> subprocess.CompletedProcess:
-    return run("train.py", *common(folder, name, steps), *VAE, *extra)
+def vae_command(folder: Path, name: str, steps: int, *extra: str) -> list[str]:
+    return ["train.py", *common(folder, name, steps), *VAE, *extra]
 
 
 def dit_command(folder: Path, name: str, steps: int, *extra: str) -> list[str]:
     return ["train.py", *common(folder, name, steps), *DIT, f"vae.path={folder}/runs/vae", *extra]
-
-
-def other_data_set(folder: Path) -> Path:
-    """A smaller one than `folder/toy`, of other clips."""
-    path = folder / "other"
-    if not path.exists():
-        run("data_prep/toy.py", "--out", f"{path}", "--clips", "10", "--heldout", "2", "--sizes", "64x64,64x48",
-            "--seed", "1")  # fmt: skip
-    return path
 
 
 def mixture(command: list[str], **members: str) -> list[str]:
@@ -89,3 +68,24 @@ def losses(folder: Path, name: str) -> dict[int, float]:
 
 def checkpoint(folder: Path, name: str, step: int) -> Path:
     return folder / "runs" / name / "checkpoints" / f"step-{step:08d}"
+
+
+def same_checkpoint(a: Path, b: Path) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    return same_state(Checkpoint(a), Checkpoint(b))
+
+
+def same_state(a: Checkpoint, b: Checkpoint) -> bool:
+    for name in STATE:
+        one, other = a.tensors(name), b.tensors(name)
+        if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
+            return False
+    return True
+
+
+def frames(path: Path) -> torch.Tensor:
+    """(t, h, w, 3) of a video, as bytes."""
+    import av
+
+    with av.open(str(path)) as container:
+        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])

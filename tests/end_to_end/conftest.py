@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.end_to_end.commands import run, train_vae
+from tests.end_to_end.runs import run, train_vae
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from kinema.conditioning.text import build_text_encoder
 from kinema.config import register_schemas, to_config
 from kinema.models.dit import DiT
 from kinema.sampling.denoiser import Denoiser
-from tests.end_to_end.commands import SHAPES, run
+from tests.end_to_end.commands import SHAPES
+from tests.end_to_end.runs import run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*_tiny.yaml"))

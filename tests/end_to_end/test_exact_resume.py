@@ -7,8 +7,9 @@ import time
 import pytest
 
 from kinema.training.journal import read_journal
-from tests.end_to_end.commands import dit_command, mixture, other_data_set, run
+from tests.end_to_end.commands import dit_command, mixture
 from tests.end_to_end.killing import Layout, kill_all, kill_one_rank, start, wait_until
+from tests.end_to_end.runs import other_data_set, run
 
 pytestmark = pytest.mark.slow
 CLIPS, OTHER_CLIPS = 24, 10  # of the data set, and of the one that is mixed with it

@@ -18,9 +18,9 @@ from kinema.interop.importing import import_model
 from kinema.interop.loading import held_of
 from kinema.training.checkpoint import Checkpoint, CheckpointStore, json_writer, tensor_writer
 from kinema.training.run_folder import Weights
-from tests.end_to_end.commands import ROOT, checkpoint, dit_command, environment, run, torchrun, train_vae
+from tests.end_to_end.commands import ROOT, checkpoint, dit_command, environment, frames, same_checkpoint, torchrun
+from tests.end_to_end.runs import run, train_vae
 from tests.end_to_end.test_imported import VAE, WAN, randomise
-from tests.end_to_end.test_training import frames, same_checkpoint
 
 pytestmark = pytest.mark.slow
 PARTS = ["finetune=parts", "finetune.train=[blocks.*.sublayers.1.*,head.*]", "schedule=constant",
@@ -72,15 +72,15 @@ LORA = ["finetune=lora", "finetune.rank=2", "finetune.dropout=0.2", "ema.decay=0
 
 
 def lora_command(folder, name, *extra):
-    return [*torchrun(2), *dit_command(folder, name, 3, *LORA, f"init_from={folder}/runs/start", *extra)]
+    return dit_command(folder, name, 3, *LORA, f"init_from={folder}/runs/start", *extra)
 
 
 def test_adapters_killed_on_two_ranks_continue_bit_for_bit_and_are_sampled(start):
     folder = start
-    answer = run(*lora_command(folder, "lora"))
+    answer = run(*lora_command(folder, "lora"), ranks=2)
     assert "adapters of rank 2 on 10 linear layers, trains 20 of 62 tensors" in answer.stdout
     kill_after_a_checkpoint(folder, "killed_lora", lora_command(folder, "killed_lora"))
-    run(*lora_command(folder, "killed_lora"))
+    run(*lora_command(folder, "killed_lora"), ranks=2)
     found = checkpoint(folder, "lora", 3)
     assert same_checkpoint(found, checkpoint(folder, "killed_lora", 3))
     assert all(".lora_" in key for key in tensors(found))
@@ -108,7 +108,7 @@ def base_of(folder):
 def kill_after_a_checkpoint(folder, name, command):
     """SIGKILL to the launcher and its ranks as soon as step 1 is saved."""
     process = subprocess.Popen(
-        [sys.executable, *command],
+        [sys.executable, *torchrun(2), *command],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -134,7 +134,7 @@ def test_adapters_of_an_imported_wan_compute_the_same_in_diffusers(folder, tmp_p
         "data.num_workers=0 logging=file validation.clips=2 task.samples.every_steps=0 schedule.warmup_steps=0 "
         "optim.learning_rate=0.05 finetune=lora finetune.rank=2 finetune.alpha=3"
     )
-    run(*torchrun(2), *command.split())
+    run(*command.split(), ranks=2)
     lines = kinema.export(tmp_path / "runs/tuned", tmp_path / "lora", format="lora-diffusers", weights="raw")
     lines += kinema.export(tmp_path / "runs/tuned", tmp_path / "comfyui", format="lora-comfyui", weights="raw")
     differences = [float(line.rsplit(" ", 1)[1]) for line in lines]

@@ -9,7 +9,7 @@ import torch
 
 from kinema.interop.importing import import_model
 from kinema.training.run_folder import checkpoint_of
-from tests.end_to_end.commands import run
+from tests.end_to_end.runs import run
 
 WAN = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 12,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.end_to_end.commands import dit_command, losses, mixture, other_data_set, records, run
+from tests.end_to_end.commands import dit_command, losses, mixture, records
+from tests.end_to_end.runs import other_data_set, run
 from tests.servers import nginx
 
 pytestmark = pytest.mark.slow

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.end_to_end.commands import VAE, common, dit_command, losses
-from tests.warm import warm_process
+from tests.end_to_end.commands import dit_command, losses
+from tests.end_to_end.runs import run, train_vae
 
 pytestmark = pytest.mark.slow
 OPTIONS = ["checkpoint.every_steps=3", "validation.every_steps=0", "task.samples.every_steps=0", "data.num_workers=0",
@@ -16,20 +16,14 @@ EIGHT_BITS = ["optim=adamw_8bit"]
 def train(tmp_path_factory):
     """Trains to a step on some ranks, and gives the loss of every step so far."""
     folder = tmp_path_factory.mktemp("optimizers")
-    with warm_process() as warm:
 
-        def started(name, command, ranks=1):
-            job = warm.start(command, folder / f"{name}.log", ranks)
-            assert set(job.wait()) == {0}, job.output[-3000:]
+    def train(name, steps, ranks, *options):
+        run(*dit_command(folder, name, steps, *OPTIONS, "allow_config_change=true", *options), ranks=ranks)
+        return losses(folder, name)
 
-        def train(name, steps, ranks, *options):
-            started(name, dit_command(folder, name, steps, *OPTIONS, "allow_config_change=true", *options), ranks)
-            return losses(folder, name)
-
-        toy = ["data_prep/toy.py", "--out", f"{folder}/toy", "--clips", "12", "--heldout", "4", "--sizes", "64x64"]
-        started("toy", toy)
-        started("vae", ["train.py", *common(folder, "vae", 1), *VAE, "validation.every_steps=0", "data.num_workers=0"])
-        yield train
+    run("data_prep/toy.py", "--out", f"{folder}/toy", "--clips", "12", "--heldout", "4", "--sizes", "64x64")
+    train_vae(folder, "vae", 1, "validation.every_steps=0", "data.num_workers=0")
+    return train
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.end_to_end.commands import dit_command, losses, records, run
+from tests.end_to_end.commands import dit_command, losses, records
+from tests.end_to_end.runs import run
 from tests.servers import faulty_proxy, nginx
 
 QUICK = ["data.storage.retries=6", "data.storage.backoff_seconds=0.02", "data.storage.timeout_seconds=1"]

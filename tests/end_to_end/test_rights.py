@@ -6,7 +6,8 @@ import pytest
 
 from kinema.data.shards import DatasetIndex
 from kinema.training.seen_table import Question, answer
-from tests.end_to_end.commands import checkpoint, run, train_vae
+from tests.end_to_end.commands import checkpoint
+from tests.end_to_end.runs import run, train_vae
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.end_to_end.commands import dit_command, losses, records
-from tests.warm import warm_process
+from tests.end_to_end.runs import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -19,16 +19,13 @@ def three_runs(folder):
 
     def train(name: str, steps: int, ranks: int, *extra: str) -> None:
         arguments = [f"steps={steps}", "schedule=constant", "data.num_workers=0", "logging.keys=true", *extra]
-        command = dit_command(folder, name, STEPS, *arguments)
-        job = warm.start(command, folder / f"{name}-{ranks}.log", ranks)
-        assert job.wait() == [0] * ranks, job.output[-3000:]
+        run(*dit_command(folder, name, STEPS, *arguments), ranks=ranks)
 
-    with warm_process() as warm:
-        train("alone", STEPS, 1)
-        train("together", STEPS, 2, TOGETHER, "parallel.zero_stage=3")
-        train("halfway", STEPS // 2, 1)
-        train("halfway", STEPS - 1, 2, TOGETHER, "parallel.zero_stage=1", "allow_config_change=true")
-        train("halfway", STEPS, 1, "allow_config_change=true")
+    train("alone", STEPS, 1)
+    train("together", STEPS, 2, TOGETHER, "parallel.zero_stage=3")
+    train("halfway", STEPS // 2, 1)
+    train("halfway", STEPS - 1, 2, TOGETHER, "parallel.zero_stage=1", "allow_config_change=true")
+    train("halfway", STEPS, 1, "allow_config_change=true")
     return folder
 
 

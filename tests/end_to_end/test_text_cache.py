@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kinema.training.checkpoint import Checkpoint
-from tests.end_to_end.commands import checkpoint, dit_command, losses, records, run, torchrun
+from tests.end_to_end.commands import checkpoint, dit_command, frames, losses, records
+from tests.end_to_end.runs import run
 from tests.parity.tiny_texts import clip, llama
 
 pytestmark = pytest.mark.slow
@@ -51,12 +52,5 @@ def test_the_same_losses_samples_and_manifest_on_one_rank_and_on_two(folder, tex
     documents = [json.loads((path / "manifest.json").read_text()) for path in (one, other)]
     assert documents[0]["text"] == documents[1]["text"]
 
-    run(*torchrun(2), *dit_command(folder, "cached_two", STEPS, *cached))
+    run(*dit_command(folder, "cached_two", STEPS, *cached), ranks=2)
     assert losses(folder, "cached_two") == pytest.approx(losses(folder, "encoding"), rel=1e-4)
-
-
-def frames(path):
-    import av
-
-    with av.open(str(path)) as container:
-        return torch.stack([torch.from_numpy(frame.to_ndarray()) for frame in container.decode(video=0)])

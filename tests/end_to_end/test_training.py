@@ -16,12 +16,13 @@ from tests.end_to_end.commands import (
     checkpoint,
     dit_command,
     environment,
+    frames,
     losses,
     records,
-    run,
+    same_checkpoint,
     torchrun,
-    train_vae,
 )
+from tests.end_to_end.runs import fresh, run, train_vae
 
 pytestmark = pytest.mark.slow
 STEPS = 6
@@ -34,14 +35,6 @@ def whole(folder):
     """The uninterrupted run that the others are compared with."""
     run(*dit_command(folder, "whole", STEPS, *SAMPLES))
     return folder
-
-
-def same_checkpoint(a, b) -> bool:
-    for name in ("model", "ema", "optimizer"):
-        one, other = (Checkpoint(path).tensors(name) for path in (a, b))
-        if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
-            return False
-    return True
 
 
 def test_a_run_killed_at_any_moment_continues_bit_for_bit(whole):
@@ -68,12 +61,10 @@ def test_a_run_killed_at_any_moment_continues_bit_for_bit(whole):
 
 def test_two_ranks_then_one_then_two_follow_the_same_trajectory(whole):
     name, allow = "elastic", "allow_config_change=true"
-    run(*torchrun(2), *dit_command(whole, name, 2, *SAMPLES, allow, "parallel.zero_stage=2"))
+    fresh(*torchrun(2), *dit_command(whole, name, 2, *SAMPLES, allow, "parallel.zero_stage=2"))
     run(*dit_command(whole, name, 4, *SAMPLES, allow, "data.num_workers=0"))
-    run(
-        *torchrun(2),
-        *dit_command(whole, name, STEPS, *SAMPLES, allow, "parallel.zero_stage=3", "data.num_workers=2"),
-    )
+    command = dit_command(whole, name, STEPS, *SAMPLES, allow, "parallel.zero_stage=3", "data.num_workers=2")
+    run(*command, ranks=2)
     kept = (whole / "runs" / name / "config.yaml").read_text()
     assert kept == (checkpoint(whole, name, STEPS) / "config.yaml").read_text()
     assert "zero_stage: 3" in kept
@@ -96,7 +87,7 @@ def test_the_deepspeed_launcher_gives_the_losses_of_one_rank(whole):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(port)]
-    answer = run(*launcher, *dit_command(whole, "launched", 2, *SAMPLES))  # it adds --local_rank to the command
+    answer = fresh(*launcher, *dit_command(whole, "launched", 2, *SAMPLES))  # it adds --local_rank to the command
     assert "2 rank(s)" in answer.stdout
     expected = losses(whole, "whole")
     assert losses(whole, "launched") == {step: pytest.approx(expected[step], rel=1e-4) for step in (1, 2)}
@@ -202,10 +193,3 @@ def test_an_adversarial_vae_resumes_its_discriminator_too(folder):
 
 def json_of(path):
     return json.loads(path.read_text())
-
-
-def frames(path) -> torch.Tensor:
-    import av
-
-    with av.open(str(path)) as container:
-        return torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)])

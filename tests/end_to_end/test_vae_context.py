@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kinema.training.checkpoint import Checkpoint
-from tests.end_to_end.commands import VAE, checkpoint, common, records
-from tests.warm import warm_process
+from tests.end_to_end.commands import checkpoint, records, vae_command
+from tests.end_to_end.runs import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 STEPS = 3
@@ -15,13 +15,11 @@ LOSSES = ["task.loss.perceptual=0.5", "task.loss.adversarial=0.1", "task.loss.di
 
 def test_a_vae_on_two_ranks_of_one_group_follows_one_rank(folder):
     """Losses, gradient norms and weights, with every term of the loss, the discriminator's weights too."""
-    model = [*VAE, *LOSSES, "vae.norm=group", "vae.norm_groups=4", "vae.mid_attention=true", "data.num_workers=0"]
-    with warm_process() as warm:
-        for name, ranks, extra in (("vae_alone", 1, []), ("vae_together", 2, ["sequence_degree=2", "zero_stage=2"])):
-            command = ["train.py", *common(folder, name, STEPS), *model, *[f"parallel.{key}" for key in extra]]
-            job = warm.start(command, folder / f"{name}.log", ranks)
-            assert job.wait() == [0] * ranks, job.output[-3000:]
-    assert "a clip of 9x32x32 is cut along height 2 + 2 latents" in job.output
+    model = [*LOSSES, "vae.norm=group", "vae.norm_groups=4", "vae.mid_attention=true", "data.num_workers=0"]
+    for name, ranks, extra in (("vae_alone", 1, []), ("vae_together", 2, ["sequence_degree=2", "zero_stage=2"])):
+        options = [*model, *[f"parallel.{key}" for key in extra]]
+        answer = run(*vae_command(folder, name, STEPS, *options), ranks=ranks)
+    assert "a clip of 9x32x32 is cut along height 2 + 2 latents" in answer.stdout
     for kind in ("train", "validation"):
         one, two = records(folder, "vae_alone", kind), records(folder, "vae_together", kind)
         assert one.keys() == two.keys() != set()

@@ -8,5 +8,4 @@ from tests.warm import warm_process
 
 @pytest.fixture(scope="session")
 def scene(tmp_path_factory):
-    with warm_process() as warm:
-        yield Scene.build(warm, tmp_path_factory.mktemp("faults"))
+    return Scene.build(warm_process(), tmp_path_factory.mktemp("faults"))

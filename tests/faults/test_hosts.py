@@ -13,8 +13,9 @@ import time
 
 import pytest
 
-from tests.end_to_end.commands import ROOT, dit_command, environment, losses, run, train_vae
+from tests.end_to_end.commands import ROOT, dit_command, environment, losses
 from tests.end_to_end.killing import descendants
+from tests.end_to_end.runs import run, train_vae
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 STEPS = 120

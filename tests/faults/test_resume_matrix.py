@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from kinema.training.checkpoint import CheckpointStore
-from tests.end_to_end.commands import dit_command, losses
+from tests.end_to_end.commands import dit_command, losses, same_state
 from tests.faults.suite.harm import Harm
-from tests.faults.suite.scene import same_state
 from tests.warm import Warm
 
 pytestmark = pytest.mark.slow

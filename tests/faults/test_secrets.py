@@ -6,7 +6,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from tests.end_to_end.commands import run
+from tests.end_to_end.runs import run
 from tests.faults.suite.harm import Harm
 from tests.servers import faulty_proxy, nginx, s3_server
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.commands import ROOT, dit_command, environment, run, train_vae
+from tests.end_to_end.commands import ROOT, dit_command, environment
+from tests.end_to_end.runs import run, train_vae
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 STEPS = 400

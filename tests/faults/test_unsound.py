@@ -6,8 +6,7 @@ import pytest
 
 from kinema.training.journal import read_journal
 from kinema.training.skips import SKIPPED
-from tests.end_to_end.commands import losses, records
-from tests.faults.suite.scene import same_state
+from tests.end_to_end.commands import losses, records, same_state
 
 pytestmark = pytest.mark.slow
 STEPS, EVERY = 8, 3

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from kinema.training.checkpoint import Checkpoint, CheckpointStore
-from tests.end_to_end.commands import VAE, checkpoint, common, dit_command, losses
+from tests.end_to_end.commands import STATE, checkpoint, dit_command, losses, same_state, vae_command
 from tests.faults.suite.harm import Harm
 from tests.warm import Job, Warm
 
@@ -21,7 +21,6 @@ EVERY = 2
 MOST_LOST = 2 * EVERY
 """Steps since the last published checkpoint: training goes on while the next is written, until one more is due."""
 KILLED = "(the shell says) Killed"
-STATE = ("model", "ema", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Scene:
         scene = cls(warm, folder)
         clips = ["--clips", "24", "--heldout", "4", "--sizes", "64x64"]
         scene.finish(warm.start(["data_prep/toy.py", "--out", f"{folder}/toy", *clips], folder / "toy.log"))
-        scene.finish(warm.start(["train.py", *common(folder, "vae", 2), *VAE], folder / "vae.log"))
+        scene.finish(warm.start(vae_command(folder, "vae", 2), folder / "vae.log"))
         return scene
 
     def command(self, name: str, *extra: str, script: str = "train.py") -> list[str]:
@@ -156,15 +155,6 @@ class Scene:
         first = int(resumed[-1]) + 1 if resumed else 1
         job.wait_for(lambda: self.last_step(name) >= first)
         return time.monotonic()
-
-
-def same_state(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether two checkpoints hold the same tensors, bit for bit."""
-    for name in STATE:
-        one, other = a.tensors(name), b.tensors(name)
-        if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
-            return False
-    return True
 
 
 def said(job: Job, pattern: str) -> str:
