@@ -85,7 +85,9 @@ def ask(slurm, *words):
 def test_a_run_goes_on_through_the_end_of_its_time(slurm, tmp_path, warning, seconds, why):
     run("data_prep/toy.py", "--out", f"{tmp_path}/toy", "--clips", "24", "--heldout", "4")
     train_vae(tmp_path)
-    words = dit_command(tmp_path, "queued", STEPS, "checkpoint.every_steps=1000", f"signals.before_end_seconds={seconds}")
+    words = dit_command(
+        tmp_path, "queued", STEPS, "checkpoint.every_steps=1000", f"signals.before_end_seconds={seconds}"
+    )
     log = tmp_path / "job.log"
     job = ask(
         {**slurm, "RANKS_PER_NODE": "2"}, "sbatch", "--parsable", f"--time={MINUTES}", f"--output={log}", *warning,
