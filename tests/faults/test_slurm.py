@@ -78,13 +78,20 @@ def ask(slurm, *words):
     return subprocess.run(words, cwd=ROOT, env=slurm, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_run_goes_on_through_the_end_of_its_time(slurm, tmp_path):
+@pytest.mark.parametrize(
+    ("warning", "seconds", "why"),
+    [([], 15, "the end of the job's time"), (["--signal=B:USR1@25"], 0, "SIGUSR1")],
+    ids=["the clock", "a signal"],
+)
+def test_a_run_goes_on_through_the_end_of_its_time(slurm, tmp_path, warning, seconds, why):
     run("data_prep/toy.py", "--out", f"{tmp_path}/toy", "--clips", "24", "--heldout", "4")
     train_vae(tmp_path)
-    words = dit_command(tmp_path, "queued", STEPS, "checkpoint.every_steps=1000", "signals.before_end_seconds=15")
+    words = dit_command(
+        tmp_path, "queued", STEPS, "checkpoint.every_steps=1000", f"signals.before_end_seconds={seconds}"
+    )
     log = tmp_path / "job.log"
     job = ask(
-        {**slurm, "RANKS_PER_NODE": "2"}, "sbatch", "--parsable", f"--time={MINUTES}", f"--output={log}",
+        {**slurm, "RANKS_PER_NODE": "2"}, "sbatch", "--parsable", f"--time={MINUTES}", f"--output={log}", *warning,
         "launch/slurm.sbatch", *words[1:],
     ).strip()  # fmt: skip
     while "JobState=COMPLETED" not in (shown := ask(slurm, "scontrol", "show", "job", job)):
@@ -97,7 +104,7 @@ def test_a_run_goes_on_through_the_end_of_its_time(slurm, tmp_path):
     ended = [detail for event, detail in events if event == "end"]
     assert ended[-1] == "finished"
     assert len(ended) >= 2, f"{STEPS} steps were done in one minute"
-    assert all("stopped by the end of the job's time" in detail for detail in ended[:-1])
+    assert all(f"stopped by {why}" in detail for detail in ended[:-1])
     requeued = [detail for event, detail in events if event == "requeue"]
     assert requeued == [f"scontrol requeue {job}: done"] * (len(ended) - 1)
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))

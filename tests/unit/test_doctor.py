@@ -86,7 +86,7 @@ def test_a_job_that_does_not_compose_is_a_finding():
 
 def test_ranks_that_do_not_divide_the_lanes_fail():
     config = compose_training(["task=vae", "data.lanes=4", "parallel.sequence_degree=2"])
-    assert "2 to a pack, 2 of data.lanes=4 each" in job.check_ranks(config, 4).found
+    assert "2 to a pack, each serves 2 of data.lanes=4" in job.check_ranks(config, 4).found
     with pytest.raises(ValueError, match=r"data.lanes=4 must be a multiple of the number of data ranks 3"):
         job.check_ranks(config, 6)
     with pytest.raises(ValueError, match=r"parallel.sequence_degree=2 must divide the number of ranks, 3"):

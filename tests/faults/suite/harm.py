@@ -128,6 +128,15 @@ def _hold_the_interpreter(arguments: tuple[Any, ...]) -> None:
         library.pthread_mutex_lock(mutex)
 
 
+def _compile(arguments: tuple[Any, ...]) -> None:
+    import torch
+
+    def newcomer(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    torch.compile(newcomer, backend="eager")(torch.ones(2))
+
+
 DEEDS: dict[str, Deed] = {
     "kill": _signal(signal.SIGKILL),
     "segfault": _signal(signal.SIGSEGV),
@@ -141,6 +150,7 @@ DEEDS: dict[str, Deed] = {
     "out of memory": _out_of_memory,
     "sleep": _sleep(FOR_EVER),
     "slow": _sleep(0.4),
+    "compile": _compile,
     "hold the interpreter": _hold_the_interpreter,
     "disk full": _os_error(errno.ENOSPC),
     "input output error": _os_error(errno.EIO),
