@@ -74,8 +74,15 @@ def reference(name: str) -> Iterator[tuple[str, Tensor]]:
     yield from module.state_dict().items()
 
 
-def largest_difference(name: str, stage: int, rank: int, compile_by: Compiler | None = None) -> float:
+def largest_difference(
+    name: str,
+    stage: int,
+    rank: int,
+    compile_by: Compiler | None = None,
+    kind: ActivationCheckpointing = ActivationCheckpointing.none,
+) -> float:
     module = model(name)
+    keep_less(module.all_blocks(), kind)
     if compile_by is not None:
         module.compile_blocks(compile_by)
     config, before = module.config, {k: v.clone() for k, v in module.state_dict().items()}

@@ -88,14 +88,7 @@ class ParallelConfig:
         return ", ".join(words)
 
     def _check_compile(self) -> None:
-        if self.compile is Compile.none:
-            return
-        if self.zero_stage == 3:
-            raise ValueError(
-                "parallel.compile=blocks with parallel.zero_stage=3: DeepSpeed gathers weights between the layers that "
-                "would become one. Type parallel.zero_stage=2 or parallel.compile=none."
-            )
-        if self.activation_checkpointing is ActivationCheckpointing.selective:
+        if self.compile is Compile.blocks and self.activation_checkpointing is ActivationCheckpointing.selective:
             raise ValueError(
                 "parallel.compile=blocks with parallel.activation_checkpointing=selective: compiled layers keep "
                 "products and compute again what lies between by themselves. Type "
