@@ -155,7 +155,7 @@ def warm_process() -> Warm:
 
 def serve() -> None:
     """Import everything, then fork ranks as lines on stdin order it, and tell how they end."""
-    _import_everything()
+    imported = _import_everything()
     gc.collect()
     gc.freeze()  # what is shared stays shared
     print("{}", flush=True)
@@ -165,7 +165,7 @@ def serve() -> None:
             line = sys.stdin.readline()
             if not line:
                 break
-            pids = _fork_ranks(json.loads(line))
+            pids = _fork_ranks(json.loads(line), imported)
             groups |= set(pids)
             print(json.dumps({"pids": pids}), flush=True)
         with contextlib.suppress(ChildProcessError):
@@ -186,9 +186,10 @@ def _reaches(group: int, number: int) -> bool:
     return True
 
 
-def _import_everything() -> None:
+def _import_everything() -> dict[str, str]:
+    """The variables that imports have set."""
+    before = dict(os.environ)
     import torch._dynamo
-    import torch.distributed
     import torch.distributed.checkpoint
     import wandb  # noqa: F401
 
@@ -202,11 +203,13 @@ def _import_everything() -> None:
     import kinema.build
     import kinema.sampling.sample  # noqa: F401
 
+    found = {name: value for name, value in os.environ.items() if before.get(name) != value}
     with contextlib.redirect_stdout(sys.stderr):
         load_cpu_communication_op()
+    return {name: value for name, value in found.items() if name != "DS_ACCELERATOR"}
 
 
-def _fork_ranks(order: dict[str, Any]) -> list[int]:
+def _fork_ranks(order: dict[str, Any], imported: dict[str, str]) -> list[int]:
     from kinema.distributed.process import free_port
 
     ranks, port = order["ranks"], str(free_port())
@@ -216,7 +219,7 @@ def _fork_ranks(order: dict[str, Any]) -> list[int]:
     for rank in range(ranks):
         if (pid := os.fork()) == 0:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            _be_rank(order, {**order["environment"], **shared, **own, **order["extra"]})
+            _be_rank(order, {**imported, **order["environment"], **shared, **own, **order["extra"]})
         pids.append(pid)
     return pids
 
@@ -225,6 +228,7 @@ def _be_rank(order: dict[str, Any], variables: dict[str, str]) -> None:
     os.setsid()
     os.environ.clear()
     os.environ.update(variables)
+    _draw_anew()
     _take_files(order["log"], order["errors"])
     try:
         if harm := variables.get("KINEMA_TEST_HARM"):
@@ -243,6 +247,15 @@ def _be_rank(order: dict[str, Any], variables: dict[str, str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _draw_anew() -> None:
+    """Generators that nobody seeds draw something else in every process; Python's own looks after itself."""
+    import numpy
+    import torch
+
+    torch.seed()
+    numpy.random.seed()
 
 
 def _take_files(log: str, errors: str) -> None:

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.slow
 PROMPT = "a small red circle moves slowly left"
 STARTS = {"fresh": fresh, "forked": run}
 SCRIPT = """
-import json, os, resource, signal, sys, threading
-import deepspeed, torch, wandb
+import json, os, random, resource, signal, sys, threading
+import deepspeed, numpy, torch, wandb
 from hydra.core.global_hydra import GlobalHydra
 import kinema.build
 
@@ -23,7 +23,8 @@ print(json.dumps({
     "signals": [str(signal.getsignal(number)) for number in sorted(signal.valid_signals())],
     "limits": [resource.getrlimit(kind) for kind in range(16)], "umask": os.umask(0o22),
     "threads": [torch.get_num_threads(), torch.get_num_interop_threads(), threading.active_count()],
-    "random": [torch.initial_seed(), torch.rand(2).tolist()], "hydra": GlobalHydra.instance().is_initialized(),
+    "random": [random.random(), numpy.random.rand(), torch.rand(()).item()],
+    "hydra": GlobalHydra.instance().is_initialized(),
     "torch": [str(torch.get_default_dtype()), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()],
     "of the run before": [os.environ.get("KEPT"), getattr(torch, "kept", None)],
 }))
@@ -43,6 +44,8 @@ def test_it_starts_as_one_does_and_nothing_of_it_is_left_for_the_next(tmp_path, 
     monkeypatch.chdir(tmp_path)
     answers = [start(f"{script}", "a=1", "b='2 3'", expect=1) for start in (fresh, run, run)]
     states = [json.loads(answer.stdout.splitlines()[-1]) for answer in answers]
+    drawn = [number for state in states for number in state.pop("random")]
+    assert len(set(drawn)) == 9, "each draws its own"
     assert states[0] == states[1] == states[2]
     assert states[0]["variables"].items() >= os.environ.items()
     assert all(answer.stderr.endswith("and an end with words\n") for answer in answers)
@@ -79,9 +82,10 @@ def test_and_the_same_checkpoint_and_samples(trained):
     assert all(frames(video).equal(frames(videos[0])) for video in videos)
 
 
-def test_a_verb_says_the_same_and_ends_with_the_same_status(trained):
-    for where, status in (("runs/fresh", 0), ("runs/none", 1)):
-        command = ["-m", "kinema.cli", "checkpoint", "ls", f"{trained}/{where}"]
-        one, other = (start(*command, expect=status) for start in STARTS.values())
+def test_a_verb_says_the_same_and_ends_with_the_same_status(folder):
+    for data, status in (("toy", 0), ("none", 1)):
+        one, other = (
+            start("-m", "kinema.cli", "data", "stats", f"{folder}/{data}", expect=status) for start in STARTS.values()
+        )
         assert one.stdout == other.stdout
         assert one.stderr.splitlines()[-1:] == other.stderr.splitlines()[-1:]
