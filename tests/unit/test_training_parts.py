@@ -14,11 +14,12 @@ from kinema.data.quarantine import QUARANTINE, write_failures
 from kinema.identity import fingerprint, from_plain, to_plain
 from kinema.training.balance import Balance
 from kinema.training.ema import EMAConfig
-from kinema.training.loop import Window, due
+from kinema.training.loop import due
 from kinema.training.metrics import LoggingConfig, MetricsFile, WandbMode, WandbTracker
 from kinema.training.optim import AdamW
 from kinema.training.outputs import Outputs
 from kinema.training.schedule import Constant, Cosine
+from kinema.training.window import Window
 
 
 def test_cosine_rises_linearly_and_falls_to_its_final_fraction():
