@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kinema.training.checkpoint import Checkpoint
+from kinema.training.checkpoints.store import Checkpoint
 from tests.end_to_end.commands import VAE, checkpoint, common, records
 from tests.warm import warm_process
 

@@ -9,33 +9,33 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from kinema.data.ledger import DataBudgetError, Quarantine
-from kinema.data.pack import Failure, Fallback, Pack
-from kinema.data.plan import Plan
-from kinema.data.quarantine import write_failures
-from kinema.data.shards import DatasetIndex
+from kinema.data.account.ledger import DataBudgetError, Quarantine
+from kinema.data.account.quarantine import write_failures
+from kinema.data.dataset.shards import DatasetIndex
+from kinema.data.packs.pack import Failure, Fallback, Pack
+from kinema.data.steps.plan import Plan
 from kinema.distributed.collectives import all_sum, from_main, gather_objects
 from kinema.distributed.compiling import WARM_STEPS, Compilations
 from kinema.distributed.process import Process
 from kinema.exits import Exit
+from kinema.training.alive.guard import Guard, NonFiniteLoss
+from kinema.training.alive.restarts import NoProgress, count_restart
+from kinema.training.alive.signals import Signals
+from kinema.training.alive.skips import write_skips
+from kinema.training.alive.stragglers import Stragglers
+from kinema.training.alive.watchdog import Watchdog
 from kinema.training.balance import Balance
-from kinema.training.checkpoint import CheckpointConfig
+from kinema.training.checkpoints.saving import Saver
+from kinema.training.checkpoints.store import CheckpointConfig
 from kinema.training.dit_task import noise_table
 from kinema.training.ema import EMA
-from kinema.training.guard import Guard, NonFiniteLoss
-from kinema.training.journal import KeyJournal
-from kinema.training.metrics import Clock, LoggingConfig
-from kinema.training.outputs import Outputs
 from kinema.training.preflight import Preflight
-from kinema.training.progress import Progress
-from kinema.training.restarts import NoProgress, count_restart
-from kinema.training.saving import Saver
-from kinema.training.signals import Signals
-from kinema.training.skips import write_skips
-from kinema.training.stragglers import Stragglers
+from kinema.training.records.journal import KeyJournal
+from kinema.training.records.metrics import Clock, LoggingConfig
+from kinema.training.records.outputs import Outputs
+from kinema.training.records.progress import Progress
+from kinema.training.records.window import Window
 from kinema.training.task import Task
-from kinema.training.watchdog import Watchdog
-from kinema.training.window import Window
 
 UPLOADS_SECONDS, UPLOADS_WHEN_STOPPED_SECONDS = 600.0, 5.0
 """How long the end of a run waits for checkpoints that are on their way to `checkpoint.remote`."""
