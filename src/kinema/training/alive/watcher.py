@@ -1,4 +1,5 @@
-"""The process beside a rank that ends it when it hangs: `python -m kinema.training.alive.watcher PID RANK ...`.
+"""The process beside a rank that ends it when it hangs: `python -m kinema.training.alive.watcher`, then
+PID RANK OF FOLDER SHARED.
 
 A process of its own, because a rank that is stopped, or holds Python's lock, could not watch itself. When the phase
 of any rank of this machine is overdue, one watcher says where every rank is and whom the others wait for; each has
