@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kinema.data.candidates import Candidates
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.plan import Plan
-from kinema.data.stages import Stage
+from kinema.data.steps.candidates import Candidates
+from kinema.data.steps.plan import Plan
+from kinema.data.steps.stages import Stage
 
 WAN = Geometry(temporal_stride=4, spatial_stride=8, patch_size=(1, 2, 2))
 IMAGES = [(256, 256), (512, 512), (768, 768), (1024, 1024)]

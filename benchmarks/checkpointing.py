@@ -21,11 +21,11 @@ from torch import nn
 from kinema.distributed.engine import Engine, Precision
 from kinema.distributed.mesh import Mesh
 from kinema.distributed.process import Process, free_port, start_process, stop_process
-from kinema.training.checkpoint import CheckpointConfig, CheckpointStore
+from kinema.training.checkpoints.saving import Saver
+from kinema.training.checkpoints.store import CheckpointConfig, CheckpointStore
 from kinema.training.ema import EMA, EMAConfig
-from kinema.training.outputs import Outputs
-from kinema.training.progress import Progress
-from kinema.training.saving import Saver
+from kinema.training.records.outputs import Outputs
+from kinema.training.records.progress import Progress
 
 STATE_BYTES = 16
 """Of each parameter: weight, average and Adam's two moments; DeepSpeed writes weight, master and the moments."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kinema.conditioning.text import HashText, build_text_encoder
-from kinema.data.contact_sheet import contact_sheet
+from kinema.data.verbs.contact_sheet import contact_sheet
 
 PROMPTS = [
     "a large yellow triangle moves slowly down",

@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from kinema.data.candidates import Candidates, plan_clips
+from kinema.data.account.refusals import Refusals, change_of_rights
+from kinema.data.account.rights import RightsPolicy, idle_words
+from kinema.data.dataset.sample import ClipRecord
+from kinema.data.dataset.shards import FORMAT_VERSION, DatasetIndex, index_name
+from kinema.data.dataset.table import DTYPES, FACTS
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.refusals import Refusals, change_of_rights
-from kinema.data.rights import RightsPolicy, idle_words
-from kinema.data.sample import ClipRecord
-from kinema.data.shards import FORMAT_VERSION, DatasetIndex, index_name
-from kinema.data.store import MANIFEST, Member
-from kinema.data.table import DTYPES, FACTS
-from kinema.data.windows import CachedWindow, Windows
+from kinema.data.packs.windows import CachedWindow, Windows
+from kinema.data.steps.candidates import Candidates, plan_clips
+from kinema.data.storage.store import MANIFEST, Member
 
 SHARD_BYTES = 2**34
 

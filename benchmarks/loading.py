@@ -24,19 +24,19 @@ import torch
 import webdataset
 from safetensors import torch as safetensors
 
-from kinema.data.candidates import plan_clips
+from kinema.data.account.rights import RightsPolicy
 from kinema.data.config import Window
-from kinema.data.decoding import Decoder, decode_clip
-from kinema.data.encoding import encode_video
+from kinema.data.dataset.sample import ClipRecord
+from kinema.data.dataset.shards import DatasetIndex, ShardWriter, read_member
+from kinema.data.decode.decoding import Decoder, decode_clip
+from kinema.data.decode.encoding import encode_video
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.latents import LatentCache, LatentWriter
-from kinema.data.loading import make_loader
-from kinema.data.plan import Plan
-from kinema.data.rights import RightsPolicy
-from kinema.data.sample import ClipRecord
-from kinema.data.shards import DatasetIndex, ShardWriter, read_member
-from kinema.data.stages import Stage
-from kinema.data.store import checked
+from kinema.data.packs.latents import LatentCache, LatentWriter
+from kinema.data.packs.loading import make_loader
+from kinema.data.steps.candidates import plan_clips
+from kinema.data.steps.plan import Plan
+from kinema.data.steps.stages import Stage
+from kinema.data.storage.store import checked
 
 PACK, LANES = 8, 4  # clips in a pack, and packs in a step
 EPOCHS = 4  # of one measurement: what is done once at the start of a run is shared out

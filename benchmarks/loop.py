@@ -23,7 +23,7 @@ from torch import nn
 
 from kinema.build import build_dit, start_run
 from kinema.config import Config, compose_training, register_schemas
-from kinema.data.pack import Pack
+from kinema.data.packs.pack import Pack
 from kinema.distributed.process import start_process, stop_process
 from kinema.models.dit import make_denoiser
 from kinema.sampling.denoiser import Denoiser

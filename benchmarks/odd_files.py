@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kinema.data.decoders import decord, pyav, torchcodec
-from kinema.data.decoders.packets import read_packets
-from kinema.data.decoders.video import first_line
-from kinema.data.isolation import CallDied, Isolated
+from kinema.data.decode.decoders import decord, pyav, torchcodec
+from kinema.data.decode.decoders.packets import read_packets
+from kinema.data.decode.decoders.video import first_line
+from kinema.data.decode.isolation import CallDied, Isolated
 
 SUFFIXES = {".mp4", ".mov", ".avi", ".mpg", ".mpeg", ".ogg", ".ogv", ".webm", ".mkv", ".ts"}
 LIBRARIES = {"pyav": pyav, "decord": decord, "torchcodec": torchcodec}

@@ -10,10 +10,10 @@ import time
 
 import numpy as np
 
-from kinema.data.candidates import Candidates
 from kinema.data.geometry import ClipShape
-from kinema.data.plan import Plan
-from kinema.data.stages import Stage
+from kinema.data.steps.candidates import Candidates
+from kinema.data.steps.plan import Plan
+from kinema.data.steps.stages import Stage
 
 
 def many_clips(count: int, kinds: int = 40, per_shard: int = 1000) -> Candidates:

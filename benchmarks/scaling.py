@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.pairing import Paired
 from kinema.distributed.engine import Engine, Precision
 from kinema.models.dit import DiT, DiTConfig, Extras
-from kinema.training.optim import AdamW
+from kinema.training.optimizers.optim import AdamW
 from tests.ranks import run_ranks
 
 CHANNELS, TEXT, WORDS = 16, 256, 32

@@ -22,7 +22,7 @@ from data_prep.scores.duplicates import near_pairs, signature
 from data_prep.scores.measure import SCORERS, measure
 from data_prep.scores.sample import Sample, frames_to_sample
 from data_prep.scores.text import text_share
-from kinema.data.encoding import encode_video
+from kinema.data.decode.encoding import encode_video
 
 FILM = Path(__file__).parents[1] / "data_prep" / "film"
 FPS = 24

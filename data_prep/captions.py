@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from kinema.data.sample import SPLITS
+from kinema.data.dataset.sample import SPLITS
 
 GUARD = "guard"
 """Split of a clip that is left out, because it lies between train and held-out stretches of one video."""

@@ -20,7 +20,7 @@ from data_prep.pipeline.inputs import input_rows, write_inputs
 from data_prep.pipeline.run import ROWS
 from kinema.config import to_dataclass
 from kinema.console import explain_errors, run_script
-from kinema.data.shards import load_manifest
+from kinema.data.dataset.shards import load_manifest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "prep"
 HELP = {"-h", "--help"}

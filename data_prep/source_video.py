@@ -10,7 +10,7 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from data_prep.pipeline.rows import RowFailed
-from kinema.data.probe import square_pixels
+from kinema.data.decode.probe import square_pixels
 
 NOMINAL_FPS = tuple(
     [n * 1000 / 1001 for n in (24, 30, 60, 120)]

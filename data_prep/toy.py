@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from kinema.console import explain_errors
-from kinema.data.contact_sheet import contact_sheet
-from kinema.data.encoding import encode_video
-from kinema.data.sample import ClipRecord
-from kinema.data.shards import ShardWriter
+from kinema.data.dataset.sample import ClipRecord
+from kinema.data.dataset.shards import ShardWriter
+from kinema.data.decode.encoding import encode_video
+from kinema.data.verbs.contact_sheet import contact_sheet
 from kinema.evaluation.toy_check import (
     COLOURS,
     DIRECTIONS,

@@ -190,7 +190,7 @@ def _import_everything() -> dict[str, str]:
     """The variables that imports have set."""
     before = dict(os.environ)
     import torch._dynamo
-    import torch.distributed.checkpoint
+    import torch.distributed.checkpoint  # noqa: F401
     import wandb  # noqa: F401
 
     from kinema.distributed.process import load_cpu_communication_op

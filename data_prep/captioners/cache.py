@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kinema.data.shards import write_aside
+from kinema.data.dataset.shards import write_aside
 
 
 class CaptionCache:

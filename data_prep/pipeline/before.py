@@ -10,7 +10,7 @@ from data_prep.pipeline.rows import Row, read_rows
 from data_prep.pipeline.run import INPUT
 from data_prep.stages.caption import CaptionWithModel
 from data_prep.stages.write import HISTORY, Write, check_target
-from kinema.data.store import MANIFEST
+from kinema.data.storage.store import MANIFEST
 
 
 def check_command(config: PrepareConfig) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kinema.data.shards import write_aside
+from kinema.data.dataset.shards import write_aside
 
 Row = dict[str, Any]
 """JSON-ready values by name; `key` is unique among the rows of a stage. docs/preparing.md lists the names."""

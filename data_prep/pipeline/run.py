@@ -29,7 +29,7 @@ from data_prep.pipeline.rows import (
     write_rows,
 )
 from data_prep.pipeline.stage import Place, Stage
-from kinema.data.ledger import DataBudgetError
+from kinema.data.account.ledger import DataBudgetError
 
 SHOWN = 10
 """Failures that are named on the screen; all are in FAILED."""

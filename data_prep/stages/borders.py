@@ -8,7 +8,7 @@ from data_prep.clip_frames import read_frames, read_sample
 from data_prep.pipeline.rows import Dropped, Outcome, Row
 from data_prep.pipeline.stage import Place, Stage
 from data_prep.scores.borders import Borders, find_borders
-from kinema.data.encoding import write_video
+from kinema.data.decode.encoding import write_video
 
 ACTIONS = ("cut", "drop")
 

@@ -15,7 +15,7 @@ from data_prep.pipeline.rows import Dropped, Outcome, Row
 from data_prep.pipeline.stage import Place, Stage
 from data_prep.source_video import Shaper, at_constant_rate, decode_frames
 from data_prep.stages.split import SLACK_SECONDS
-from kinema.data.encoding import write_pictures
+from kinema.data.decode.encoding import write_pictures
 
 OF_THE_VIDEO = ("frames", "variable_rate", "rotation", "stretch", "colour_space", "colour_transfer")
 """What the stage `probe` found, and no longer holds."""

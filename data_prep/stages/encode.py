@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from data_prep.pipeline.rows import Outcome, Row, write_json
 from data_prep.pipeline.stage import Place, Stage
-from kinema.data.shards import load_manifest
+from kinema.data.dataset.shards import load_manifest
 
 
 @dataclass

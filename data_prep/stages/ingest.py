@@ -31,7 +31,7 @@ from data_prep.lists import (
 )
 from data_prep.pipeline.rows import Dropped, Outcome, Row
 from data_prep.pipeline.stage import Place, Stage
-from kinema.data.sample import CONSENT, check_rights
+from kinema.data.dataset.sample import CONSENT, check_rights
 
 RIGHTS = ("source", "source_url", "license", "consent", "attribution", "collected", "generated", "generator")
 TIMES = ("start_seconds", "end_seconds", "split")

@@ -17,7 +17,7 @@ from data_prep.source_video import (
     nominal_fps,
     video_stream,
 )
-from kinema.data.probe import square_pixels
+from kinema.data.decode.probe import square_pixels
 
 EVEN_STEPS = 1.5
 """A frame shown this many times longer than the usual one makes the frame rate variable."""

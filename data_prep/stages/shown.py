@@ -12,8 +12,8 @@ from data_prep.pipeline.rows import Row
 from data_prep.pipeline.stage import Place
 from data_prep.scores.duplicates import Duplicate
 from data_prep.scores.keep import FilterLine, KeepTable, nearest_inside, score_values, spread
-from kinema.data.contact_sheet import strip_jpeg
-from kinema.data.shards import write_aside
+from kinema.data.dataset.shards import write_aside
+from kinema.data.verbs.contact_sheet import strip_jpeg
 
 PICTURES = "shown"
 """Folder of the pictures, beside keep.json."""

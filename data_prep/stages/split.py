@@ -15,7 +15,7 @@ from data_prep.captions import GUARD, Shot
 from data_prep.pipeline.rows import Dropped, Outcome, Row
 from data_prep.pipeline.stage import Place, Stage
 from data_prep.source_video import decode_frames, to_rgb
-from kinema.data.cuts import split_shots
+from kinema.data.decode.cuts import split_shots
 
 SEARCH_SIZE = (160, 90)
 """Width and height at which cuts are searched; stretched or turned pictures have the same cuts."""

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from data_prep.pipeline.rows import Dropped, Outcome, Row, row_digest, write_json
 from data_prep.pipeline.stage import Place, Stage
-from kinema.data.sample import ClipRecord
-from kinema.data.shards import DatasetIndex, ShardWriter
-from kinema.data.store import MANIFEST
+from kinema.data.dataset.sample import ClipRecord
+from kinema.data.dataset.shards import DatasetIndex, ShardWriter
+from kinema.data.storage.store import MANIFEST
 
 NOT_IN_SHARDS = ("path", "clip", "clip_bytes", "bytes", "modified_ns", "number")
 """Of this machine and this working folder."""

@@ -8,21 +8,33 @@ from importlib import import_module
 
 VERBS: dict[str, tuple[str, str]] = {
     "doctor": ("kinema.doctor.command", "check this machine, and with the words of train.py that job"),
-    "data check": ("kinema.data.check", "count and check the clips of a data set, and draw a contact sheet"),
+    "data check": ("kinema.data.verbs.check", "count and check the clips of a data set, and draw a contact sheet"),
     "data page": ("kinema.report.data_page", "write the HTML page of a data set, to be looked at before training"),
-    "data stats": ("kinema.data.stats", "count what a data set holds: sizes, durations, licences, sources"),
-    "data show": ("kinema.data.show", "show one clip: its record, its members, its frames"),
-    "data diff": ("kinema.data.diff", "name the clips that two data sets do not share"),
-    "data croissant": ("kinema.data.croissant", "describe a data set in Croissant's words, for catalogues and loaders"),
-    "data index": ("kinema.data.index", "index the tar shards of a WebDataset that Kinema did not write"),
-    "data ledger": ("kinema.training.seen_table", "say which checkpoints of a run saw a source, licence or clip"),
+    "data stats": ("kinema.data.verbs.stats", "count what a data set holds: sizes, durations, licences, sources"),
+    "data show": ("kinema.data.verbs.show", "show one clip: its record, its members, its frames"),
+    "data diff": ("kinema.data.verbs.diff", "name the clips that two data sets do not share"),
+    "data croissant": (
+        "kinema.data.verbs.croissant",
+        "describe a data set in Croissant's words, for catalogues and loaders",
+    ),
+    "data index": ("kinema.data.verbs.index", "index the tar shards of a WebDataset that Kinema did not write"),
+    "data ledger": (
+        "kinema.training.records.seen_table",
+        "say which checkpoints of a run saw a source, licence or clip",
+    ),
     "data encode": ("kinema.training.encode", "encode clips with a trained VAE into a latent cache"),
     "data encode-text": ("kinema.encode_text", "encode captions with a text encoder into a text cache"),
     "plan": ("kinema.plan", "say what a training command takes: memory of a rank, operations of a step"),
     "checkpoint ls": ("kinema.training.verbs.ls", "list the checkpoints of a run"),
-    "checkpoint verify": ("kinema.training.verbs.verify", "read every byte of a run's checkpoints and check it"),
+    "checkpoint verify": (
+        "kinema.training.verbs.verify",
+        "read every byte of a run's checkpoints and check it",
+    ),
     "checkpoint fetch": ("kinema.training.verbs.fetch", "bring a run from an address, every byte verified"),
-    "checkpoint convert": ("kinema.training.verbs.convert", "rewrite a checkpoint for so many ranks, or its weights"),
+    "checkpoint convert": (
+        "kinema.training.verbs.convert",
+        "rewrite a checkpoint for so many ranks, or its weights",
+    ),
     "checkpoint average": ("kinema.training.verbs.average", "average the weights of several checkpoints"),
     "torchrun": ("kinema.launching", "start ranks as torchrun does, and end with the exit status of the run"),
     "import": ("kinema.interop.importing", "make a Kinema checkpoint of published weights"),
@@ -53,7 +65,7 @@ def main() -> None:
 
 def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int:
     """Run one verb; an error that a user can cause becomes one line."""
-    from kinema.data.store import StoreDown
+    from kinema.data.storage.store import StoreDown
     from kinema.exits import Exit
 
     module = import_module(module_name)
@@ -68,7 +80,7 @@ def run_verb(verb: str, module_name: str, summary: str, words: list[str]) -> int
     except ValueError as error:
         if "KINEMA_TRACEBACK" in os.environ:
             raise
-        from kinema.training.checkpoint import CheckpointError  # and with it torch
+        from kinema.training.checkpoints.store import CheckpointError  # and with it torch
 
         print(f"error: {error}", file=sys.stderr)
         return Exit.checkpoint if isinstance(error, CheckpointError) else Exit.configuration

@@ -16,8 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from kinema.conditioning.frames import FRAME_CONDITIONS
 from kinema.conditioning.text import CombinedText, HashText, PretrainedText
 from kinema.console import first_cause, missing_key
-from kinema.data.address import redacted
 from kinema.data.config import DataConfig
+from kinema.data.storage.address import redacted
 from kinema.diffusion.objective import DDPM, RectifiedFlow
 from kinema.distributed.compiling import Compile
 from kinema.distributed.engine import ParallelConfig
@@ -25,20 +25,20 @@ from kinema.identity import digest
 from kinema.models.dit import DiTConfig
 from kinema.models.vae import VAEConfig
 from kinema.sampling.sample import SampleConfig
-from kinema.training.checkpoint import CheckpointConfig
+from kinema.training.alive.guard import GuardConfig
+from kinema.training.alive.signals import SignalsConfig
+from kinema.training.alive.watchdog import WatchdogConfig
+from kinema.training.checkpoints.store import CheckpointConfig
 from kinema.training.dit_task import DiTTaskConfig
 from kinema.training.ema import EMAConfig
 from kinema.training.finetune import Full, LoRA, Parts
-from kinema.training.guard import GuardConfig
 from kinema.training.loop import ValidationConfig
-from kinema.training.metrics import LoggingConfig
-from kinema.training.optim import AdamW, AdamW8bit, MuonAdamW
+from kinema.training.optimizers.optim import AdamW, AdamW8bit, MuonAdamW
+from kinema.training.optimizers.schedule import Constant, Cosine
 from kinema.training.preflight import PreflightConfig
+from kinema.training.records.metrics import LoggingConfig
 from kinema.training.run_folder import VAECheckpoint
-from kinema.training.schedule import Constant, Cosine
-from kinema.training.signals import SignalsConfig
 from kinema.training.vae_task import VAETaskConfig
-from kinema.training.watchdog import WatchdogConfig
 
 
 @dataclass

@@ -74,12 +74,12 @@ def explain_errors(main: Callable[..., int | None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def explained(*arguments: Any) -> None:
-        from kinema.data.ledger import DataBudgetError
-        from kinema.data.store import StoreDown
+        from kinema.data.account.ledger import DataBudgetError
+        from kinema.data.storage.store import StoreDown
         from kinema.distributed.process import RanksMissing
         from kinema.distributed.rendezvous import UnsafeRendezvousError
-        from kinema.training.checkpoint import CheckpointError, NotSavedError
-        from kinema.training.guard import NonFiniteLoss
+        from kinema.training.alive.guard import NonFiniteLoss
+        from kinema.training.checkpoints.store import CheckpointError, NotSavedError
         from kinema.training.preflight import PreflightFailed
 
         try:

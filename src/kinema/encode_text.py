@@ -17,7 +17,7 @@ from kinema.conditioning.text import (
     check_policy,
 )
 from kinema.config import compose_training
-from kinema.data.shards import DatasetIndex
+from kinema.data.dataset.shards import DatasetIndex
 from kinema.identity import from_plain
 from kinema.training.run_folder import checkpoint_of
 

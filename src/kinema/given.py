@@ -9,7 +9,7 @@ from typing import Any
 from kinema.conditioning.text import CombinedText, HashText, PretrainedText, build_text_encoder
 from kinema.config import Config
 from kinema.data.geometry import Geometry
-from kinema.data.plan import lanes_of
+from kinema.data.steps.plan import lanes_of
 from kinema.distributed.mesh import data_ranks
 from kinema.identity import from_plain
 from kinema.models.vae import VAEConfig

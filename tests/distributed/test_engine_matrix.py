@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kinema.distributed.deepspeed_config import OffloadConfig, OptimizerOffload, ParameterOffload, TrafficConfig
 from kinema.distributed.engine import Engine, Precision
-from kinema.training.optim import AdamW, AdamW8bit, MuonAdamW
+from kinema.training.optimizers.optim import AdamW, AdamW8bit, MuonAdamW
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed

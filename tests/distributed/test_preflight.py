@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from kinema.data.geometry import ClipShape
-from kinema.data.pack import Pack
+from kinema.data.packs.pack import Pack
 from kinema.distributed.engine import Engine, Precision
 from kinema.distributed.mesh import Mesh
 from kinema.training.ema import EMA, EMAConfig

@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from kinema.distributed.mesh import Mesh
 from kinema.distributed.process import Process
-from kinema.training.checkpoint import Checkpoint, CheckpointConfig, CheckpointError, CheckpointStore, verify
+from kinema.training.checkpoints.saving import Saver
+from kinema.training.checkpoints.store import Checkpoint, CheckpointConfig, CheckpointError, CheckpointStore, verify
 from kinema.training.ema import EMA, EMAConfig
-from kinema.training.journal import KeyJournal
-from kinema.training.outputs import Outputs
-from kinema.training.progress import Progress
-from kinema.training.saving import Saver
+from kinema.training.records.journal import KeyJournal
+from kinema.training.records.outputs import Outputs
+from kinema.training.records.progress import Progress
 from tests.distributed.test_engine import LANES, build, mine, run_steps
 from tests.ranks import run_ranks
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.sequence import sent_bytes
 from kinema.data.geometry import ClipShape
-from kinema.data.pack import Pack
+from kinema.data.packs.pack import Pack
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.engine import Engine, Precision
 from kinema.distributed.mesh import Mesh, make_mesh

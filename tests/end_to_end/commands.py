@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kinema.training.checkpoint import Checkpoint
+from kinema.training.checkpoints.store import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 VAE = ["task=vae", "vae.width=8", "vae.decoder_width=8", "vae.width_multipliers=[1,1,1]", "vae.pixel_patch=8",

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from kinema.training.journal import read_journal
+from kinema.training.records.journal import read_journal
 from tests.end_to_end.commands import dit_command, mixture
 from tests.end_to_end.killing import Layout, kill_all, kill_one_rank, start, wait_until
 from tests.end_to_end.runs import other_data_set, run

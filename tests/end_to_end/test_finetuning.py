@@ -16,7 +16,7 @@ from kinema.interop.adapters import DIFFUSERS_FILE
 from kinema.interop.comparing import Sample, relative, wan
 from kinema.interop.importing import import_model
 from kinema.interop.loading import held_of
-from kinema.training.checkpoint import Checkpoint, CheckpointStore, json_writer, tensor_writer
+from kinema.training.checkpoints.store import Checkpoint, CheckpointStore, json_writer, tensor_writer
 from kinema.training.run_folder import Weights
 from tests.end_to_end.commands import ROOT, checkpoint, dit_command, environment, frames, same_checkpoint, torchrun
 from tests.end_to_end.runs import run, train_vae

@@ -7,7 +7,7 @@ import pytest
 from data_prep.pipeline.engines import LocalEngine
 from data_prep.stages.encode import Encode
 from kinema.conditioning.text import TextCache
-from kinema.data.latents import MANIFEST
+from kinema.data.packs.latents import MANIFEST
 from tests.parity.tiny_texts import clip, llama
 from tests.unit.made_clips import pipeline
 

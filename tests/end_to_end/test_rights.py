@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from kinema.data.shards import DatasetIndex
-from kinema.training.seen_table import Question, answer
+from kinema.data.dataset.shards import DatasetIndex
+from kinema.training.records.seen_table import Question, answer
 from tests.end_to_end.commands import checkpoint
 from tests.end_to_end.runs import run, train_vae
 

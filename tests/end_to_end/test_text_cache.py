@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kinema.training.checkpoint import Checkpoint
+from kinema.training.checkpoints.store import Checkpoint
 from tests.end_to_end.commands import checkpoint, dit_command, frames, losses, records
 from tests.end_to_end.runs import run
 from tests.parity.tiny_texts import clip, llama

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from kinema.training.checkpoint import Checkpoint
+from kinema.training.checkpoints.store import Checkpoint
 from tests.end_to_end.commands import (
     ROOT,
     checkpoint,
@@ -116,7 +116,7 @@ def test_sigterm_saves_and_the_same_command_continues(whole):
 
 
 def test_samples_during_training_are_the_samplers_samples(whole):
-    from kinema.data.encoding import read_metadata
+    from kinema.data.decode.encoding import read_metadata
 
     prompts = whole / "prompts.txt"
     prompts.write_text("a small red circle moves slowly left\na large blue square moves slowly up\n")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kinema.training.checkpoint import Checkpoint
+from kinema.training.checkpoints.store import Checkpoint
 from tests.end_to_end.commands import checkpoint, records, vae_command
 from tests.end_to_end.runs import run
 

@@ -11,7 +11,7 @@ from functools import cache
 import av
 import numpy as np
 
-from kinema.data.encoding import encode_video
+from kinema.data.decode.encoding import encode_video
 from tests.unit.clips import numbered_video
 
 TIMES = [i / 10 for i in range(20)]

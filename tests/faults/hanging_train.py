@@ -6,7 +6,7 @@ import runpy
 import sys
 import time
 
-from kinema.data.reader import ClipReader
+from kinema.data.packs.reader import ClipReader
 from kinema.training.dit_task import DiTTask
 from kinema.training.loop import Trainer
 from tests.end_to_end.commands import ROOT

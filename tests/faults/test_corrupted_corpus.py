@@ -8,12 +8,12 @@ import pytest
 from data_prep.pipeline.isolation import IsolatedStage
 from data_prep.pipeline.stage import Place
 from data_prep.stages.probe import Probe
-from kinema.data.check import check_dataset
-from kinema.data.clip_decoder import DecodingRules
-from kinema.data.decoders.video import Decoder
+from kinema.data.dataset.shards import DatasetIndex, ShardWriter
+from kinema.data.decode.clip_decoder import DecodingRules
+from kinema.data.decode.decoders.video import Decoder
 from kinema.data.geometry import ClipShape
-from kinema.data.loading import make_loader
-from kinema.data.shards import DatasetIndex, ShardWriter
+from kinema.data.packs.loading import make_loader
+from kinema.data.verbs.check import check_dataset
 from tests.faults.corpus import MUTATIONS, mutants
 from tests.unit.clips import make_plan, record
 

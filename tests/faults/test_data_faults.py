@@ -8,12 +8,12 @@ import time
 import pytest
 import torch
 
-from kinema.data import workers
-from kinema.data.decoded_clips import DecodedClips
-from kinema.data.ledger import DataBudgetError, Ledger, Quarantine
-from kinema.data.loading import make_loader
-from kinema.data.shards import DatasetIndex
-from kinema.data.workers import DataWorkerError
+from kinema.data.account.ledger import DataBudgetError, Ledger, Quarantine
+from kinema.data.dataset.shards import DatasetIndex
+from kinema.data.packs import workers
+from kinema.data.packs.decoded_clips import DecodedClips
+from kinema.data.packs.loading import make_loader
+from kinema.data.packs.workers import DataWorkerError
 from tests.end_to_end.killing import killed
 from tests.unit.clips import SHAPES, build, make_plan
 

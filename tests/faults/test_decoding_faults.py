@@ -12,17 +12,17 @@ import time
 import pytest
 import torch
 
-from kinema.data import clip_decoder
-from kinema.data.clip_decoder import ClipDecoder, DecodingRules
+from kinema.data.account.ledger import DataBudgetError, Ledger, Quarantine
+from kinema.data.account.quarantine import condemned_clips, write_failures
 from kinema.data.config import DataConfig
-from kinema.data.decoders.video import DecodeError, Decoder
-from kinema.data.decoding import decode_clip
+from kinema.data.decode import clip_decoder
+from kinema.data.decode.clip_decoder import ClipDecoder, DecodingRules
+from kinema.data.decode.decoders.video import DecodeError, Decoder
+from kinema.data.decode.decoding import decode_clip
+from kinema.data.decode.isolation import CallDied, Isolated
 from kinema.data.geometry import ClipShape
-from kinema.data.isolation import CallDied, Isolated
-from kinema.data.ledger import DataBudgetError, Ledger, Quarantine
-from kinema.data.loading import make_loader
-from kinema.data.pack import Failure
-from kinema.data.quarantine import condemned_clips, write_failures
+from kinema.data.packs.loading import make_loader
+from kinema.data.packs.pack import Failure
 from tests.end_to_end.killing import killed
 from tests.unit.clips import SHAPES, build, make_plan, numbered_video
 
@@ -197,7 +197,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(bomb, decoder):
 
 BOUNDED = """
 import numpy as np
-from kinema.data.isolation import Isolated
+from kinema.data.decode.isolation import Isolated
 
 isolated = Isolated(lambda mib: len(np.ones(mib * 2**20, np.uint8)), timeout_seconds=20, max_memory_mib=600)
 for mib in (300, 700, 300):

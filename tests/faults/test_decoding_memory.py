@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kinema.data.clip_decoder import ClipDecoder, DecodingRules
-from kinema.data.decoders.video import DecodeError, Decoder
+from kinema.data.decode.clip_decoder import ClipDecoder, DecodingRules
+from kinema.data.decode.decoders.video import DecodeError, Decoder
 from kinema.data.geometry import ClipShape
 from tests.unit.clips import numbered_video
 

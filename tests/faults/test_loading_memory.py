@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.data.candidates import plan_clips
-from kinema.data.latents import LatentCache, LatentWriter
-from kinema.data.loading import make_loader
+from kinema.data.packs.latents import LatentCache, LatentWriter
+from kinema.data.packs.loading import make_loader
+from kinema.data.steps.candidates import plan_clips
 from tests.end_to_end.killing import descendants
 from tests.unit.clips import GEOMETRY, SHAPES, build, make_plan
 

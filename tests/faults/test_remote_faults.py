@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from kinema.data.loading import make_loader
-from kinema.data.remote import StorageConfig
-from kinema.data.shards import DamagedSample, DatasetIndex, read_member
-from kinema.data.storage import resolve_folder
-from kinema.data.store import StoreDown
+from kinema.data.dataset.shards import DamagedSample, DatasetIndex, read_member
+from kinema.data.packs.loading import make_loader
+from kinema.data.storage.place import resolve_folder
+from kinema.data.storage.remote import StorageConfig
+from kinema.data.storage.store import StoreDown
 from tests.servers import faulty_proxy, nginx, s3_server
 from tests.unit.clips import SHAPES, build, make_plan
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kinema.training.checkpoint import CheckpointStore
+from kinema.training.checkpoints.store import CheckpointStore
 from tests.end_to_end.commands import dit_command, losses, same_state
 from tests.faults.suite.harm import Harm
 from tests.warm import Warm
@@ -31,18 +31,22 @@ SAVE = [  # the nth call within the second save of a start, from its first file 
         for rank in SYNCS
         for n in range(1, SYNCS[rank] + 1)
     ),
-    *(Harm("kinema.training.save:write_pieces", "kill", 3 + n, rank=rank) for rank in SYNCS for n in (1, 2, 3)),
-    *(Harm("kinema.training.save:write_synced", "kill", 4 + n) for n in (1, 2, 3, 4)),
-    Harm("kinema.training.saving:write_part", "kill", 2, rank=1),
-    Harm("kinema.training.checkpoint:CheckpointStore.seal", "kill", 2),
-    Harm("kinema.training.checkpoint:CheckpointStore.announce", "kill", 2),
+    *(
+        Harm("kinema.training.checkpoints.save:write_pieces", "kill", 3 + n, rank=rank)
+        for rank in SYNCS
+        for n in (1, 2, 3)
+    ),
+    *(Harm("kinema.training.checkpoints.save:write_synced", "kill", 4 + n) for n in (1, 2, 3, 4)),
+    Harm("kinema.training.checkpoints.saving:write_part", "kill", 2, rank=1),
+    Harm("kinema.training.checkpoints.store:CheckpointStore.seal", "kill", 2),
+    Harm("kinema.training.checkpoints.store:CheckpointStore.announce", "kill", 2),
     Harm("os:rename", "kill", 2, after=2),
     Harm("os:replace", "kill", 2, after=2),
 ]
 STEP = [
-    Harm("kinema.training.snapshot:HostMemory.copy", "kill", 2, rank=1),
-    Harm("kinema.training.saving:Saver.advance", "kill", 3),
-    Harm("kinema.training.saving:Saver.advance", "kill", 4, rank=1),
+    Harm("kinema.training.checkpoints.snapshot:HostMemory.copy", "kill", 2, rank=1),
+    Harm("kinema.training.checkpoints.saving:Saver.advance", "kill", 3),
+    Harm("kinema.training.checkpoints.saving:Saver.advance", "kill", 4, rank=1),
     Harm("kinema.distributed.engine:Engine.backward", "kill", 4, rank=1),
     Harm("kinema.distributed.engine:Engine.step", "kill", 4),
     Harm("kinema.training.ema:EMA.update", "kill", 4),

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from kinema.training.checkpoint import verify
+from kinema.training.checkpoints.store import verify
 from tests.end_to_end.commands import checkpoint
 
 pytestmark = pytest.mark.slow

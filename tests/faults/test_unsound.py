@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from kinema.training.journal import read_journal
-from kinema.training.skips import SKIPPED
+from kinema.training.alive.skips import SKIPPED
+from kinema.training.records.journal import read_journal
 from tests.end_to_end.commands import losses, records, same_state
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import kinema
-from kinema.data.encoding import read_metadata
+from kinema.data.decode.encoding import read_metadata
 from kinema.data.geometry import ClipShape
 from kinema.diffusion.solvers import Solver
 from kinema.diffusion.timesteps import TimestepSpacing

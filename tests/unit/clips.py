@@ -12,12 +12,12 @@ import av
 import numpy as np
 import torch
 
-from kinema.data.candidates import plan_clips
+from kinema.data.dataset.sample import ClipRecord
+from kinema.data.dataset.shards import DatasetIndex, ShardWriter
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.plan import Plan
-from kinema.data.sample import ClipRecord
-from kinema.data.shards import DatasetIndex, ShardWriter
-from kinema.data.stages import Stage
+from kinema.data.steps.candidates import plan_clips
+from kinema.data.steps.plan import Plan
+from kinema.data.steps.stages import Stage
 
 GEOMETRY = Geometry(temporal_stride=4, spatial_stride=8, patch_size=(1, 1, 1))
 SHAPES = [ClipShape(9, 32, 32), ClipShape(5, 32, 32)]

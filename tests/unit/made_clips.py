@@ -7,7 +7,7 @@ import numpy as np
 
 from data_prep.pipeline.rows import write_rows
 from data_prep.pipeline.run import Limits, Pipeline
-from kinema.data.encoding import write_video
+from kinema.data.decode.encoding import write_video
 
 FPS, FRAMES, HEIGHT, WIDTH = 24, 48, 120, 160
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kinema.training import checkpoint
-from kinema.training.checkpoint import CheckpointError, CheckpointStore, json_writer, tensor_writer, verify
+from kinema.training.checkpoints import store as checkpoint
+from kinema.training.checkpoints.store import CheckpointError, CheckpointStore, json_writer, tensor_writer, verify
 
 
 def save(store: CheckpointStore, step: int) -> Path:

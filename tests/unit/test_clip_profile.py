@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.data.decoding import Decoder, decode_clip
-from kinema.data.encoding import encode_video
+from kinema.data.decode.decoding import Decoder, decode_clip
+from kinema.data.decode.encoding import encode_video
 from kinema.data.geometry import ClipShape
 
 FRAMES = 40

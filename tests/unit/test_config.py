@@ -24,10 +24,10 @@ from kinema.config import (
     to_dataclass,
 )
 from kinema.console import missing_key, run_script
-from kinema.training.guard import Guard, GuardConfig
-from kinema.training.optim import AdamW
-from kinema.training.signals import Signals, SignalsConfig, Warned
-from kinema.training.spikes import SpikeAction, SpikeConfig
+from kinema.training.alive.guard import Guard, GuardConfig
+from kinema.training.alive.signals import Signals, SignalsConfig, Warned
+from kinema.training.alive.spikes import SpikeAction, SpikeConfig
+from kinema.training.optimizers.optim import AdamW
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NO_GROUPS = ("experiment", "prep")  # data_prep/prepare.py has its own root there

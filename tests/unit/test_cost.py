@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kinema.data.cost import CostConfig, fit_cost
+from kinema.data.steps.cost import CostConfig, fit_cost
 
 
 def test_measured_times_give_their_coefficients_back():

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from kinema.data import croissant
-from kinema.data.indexing import index_shards
-from kinema.data.shards import DatasetIndex, read_member
+from kinema.data.dataset.indexing import index_shards
+from kinema.data.dataset.shards import DatasetIndex, read_member
+from kinema.data.verbs import croissant
 from tests.unit.clips import build, numbered_video
 from tests.unit.test_data_verbs import foreign
 

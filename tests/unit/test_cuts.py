@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kinema.data.cuts import split_shots, suspected_cuts
+from kinema.data.decode.cuts import split_shots, suspected_cuts
 
 
 def shot(colour, num_frames, seed=0, speed=1.0):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kinema.data.check import _decode, add_arguments, check_dataset, run
-from kinema.data.contact_sheet import contact_sheet
-from kinema.data.encoding import encode_video
-from kinema.data.sample import ClipRecord
-from kinema.data.shards import DatasetIndex, ShardWriter
+from kinema.data.dataset.sample import ClipRecord
+from kinema.data.dataset.shards import DatasetIndex, ShardWriter
+from kinema.data.decode.encoding import encode_video
+from kinema.data.verbs.check import _decode, add_arguments, check_dataset, run
+from kinema.data.verbs.contact_sheet import contact_sheet
 
 
 def make_clip(number, mp4=None, **facts):

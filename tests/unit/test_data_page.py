@@ -14,7 +14,7 @@ from data_prep.stages.page import Page
 from data_prep.stages.score import Score
 from data_prep.stages.write import Write
 from kinema.cli import run_verb
-from kinema.data.shards import DatasetIndex
+from kinema.data.dataset.shards import DatasetIndex
 from kinema.report import data_content
 from kinema.report.data_page import build_data_page
 from kinema.report.histogram import histogram_of, histogram_svg

@@ -8,8 +8,8 @@ import tarfile
 import pytest
 from PIL import Image
 
-from kinema.data import check, croissant, diff, index, show, stats
-from kinema.data.shards import MANIFEST
+from kinema.data.dataset.shards import MANIFEST
+from kinema.data.verbs import check, croissant, diff, index, show, stats
 from kinema.report import data_page
 from tests.unit.clips import build, numbered_video
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_read_is_trouble(folder, tmp_path, capsys):
 
 
 def test_a_foreign_set_is_compared_with_its_indexed_self(tmp_path, mp4, capsys):
-    from kinema.data.indexing import index_shards
+    from kinema.data.dataset.indexing import index_shards
 
     samples = {"one": {"mp4": mp4, "json": b'{"caption": "a cat", "license": "MIT"}'}}
     path = foreign(tmp_path / "theirs", samples)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.data.decoders import pyav as pyav_decoder
-from kinema.data.decoders import torchcodec as torchcodec_decoder
-from kinema.data.decoders.video import BATCH
-from kinema.data.decoding import DecodeError, Decoder, decode_clip
-from kinema.data.encoding import encode_video
+from kinema.data.decode.decoders import pyav as pyav_decoder
+from kinema.data.decode.decoders import torchcodec as torchcodec_decoder
+from kinema.data.decode.decoders.video import BATCH
+from kinema.data.decode.decoding import DecodeError, Decoder, decode_clip
+from kinema.data.decode.encoding import encode_video
 from kinema.data.geometry import ClipShape
 from tests.unit.clips import numbered_video, numbers
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.data.decoders import decord as decord_decoder
-from kinema.data.decoding import DecodeError, Decoder, decode_clip, nearest_frames, resize_and_crop
-from kinema.data.encoding import encode_video
+from kinema.data.decode.decoders import decord as decord_decoder
+from kinema.data.decode.decoding import DecodeError, Decoder, decode_clip, nearest_frames, resize_and_crop
+from kinema.data.decode.encoding import encode_video
 from kinema.data.geometry import ClipShape
 from tests.unit.clips import numbered_video, numbers, quarter_turned
 
@@ -227,7 +227,7 @@ def test_ties_go_to_the_earlier_frame_whatever_the_rounding():
 
 
 def test_decord_is_imported_at_first_use_only():
-    code = "import kinema.data.loading, sys; print('decord' in sys.modules, 'av' in sys.modules)"
+    code = "import kinema.data.packs.loading, sys; print('decord' in sys.modules, 'av' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.split() == ["False", "False"]
 

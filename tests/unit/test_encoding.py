@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.data.encoding import encode_video, read_metadata, write_video
+from kinema.data.decode.encoding import encode_video, read_metadata, write_video
 
 CORNERS = {
     "top left": (230, 30, 30),

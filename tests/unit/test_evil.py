@@ -10,13 +10,13 @@ from contextlib import suppress
 import pytest
 import torch
 
-from kinema.data.address import Address
 from kinema.data.config import DataConfig
-from kinema.data.latents import LatentCache
-from kinema.data.mixture import SourceConfig
-from kinema.data.shards import DatasetIndex
-from kinema.data.storage import StorageConfig, resolve_cache
-from kinema.training.checkpoint import CheckpointStore
+from kinema.data.dataset.mixture import SourceConfig
+from kinema.data.dataset.shards import DatasetIndex
+from kinema.data.packs.latents import LatentCache
+from kinema.data.storage.address import Address
+from kinema.data.storage.place import StorageConfig, resolve_cache
+from kinema.training.checkpoints.store import CheckpointStore
 
 FOUND: list[tuple] = []
 sys.addaudithook(lambda event, arguments: FOUND.append(arguments) if event == "pickle.find_class" else None)

@@ -14,7 +14,7 @@ from data_prep.pipeline.stage import Place
 from data_prep.prepare import CONFIGS
 from data_prep.stages.cut import Cut
 from kinema.config import to_dataclass
-from kinema.data.cuts import suspected_cuts
+from kinema.data.decode.cuts import suspected_cuts
 
 MIB = 2**20
 

@@ -23,7 +23,7 @@ from kinema.identity import to_plain
 from kinema.interop.presets import PRESETS
 from kinema.models.dit import DiT, DiTConfig
 from kinema.models.vae import CausalVAE, VAEConfig
-from kinema.training.checkpoint import CheckpointStore, json_writer
+from kinema.training.checkpoints.store import CheckpointStore, json_writer
 from kinema.training.finetune import LoRA
 from tests.unit.test_activation_checkpointing import CONFIGS, DITS
 

@@ -8,14 +8,14 @@ from fractions import Fraction
 
 import pytest
 
-from kinema.data.check import check_dataset
-from kinema.data.foreign import ForeignOptions
-from kinema.data.index import parse_field
-from kinema.data.indexing import index_shards
-from kinema.data.remote import StorageConfig
-from kinema.data.shards import DatasetIndex, read_member
-from kinema.data.storage import resolve_folder
-from kinema.data.store import StoredFolder
+from kinema.data.dataset.foreign import ForeignOptions
+from kinema.data.dataset.indexing import index_shards
+from kinema.data.dataset.shards import DatasetIndex, read_member
+from kinema.data.storage.place import resolve_folder
+from kinema.data.storage.remote import StorageConfig
+from kinema.data.storage.store import StoredFolder
+from kinema.data.verbs.check import check_dataset
+from kinema.data.verbs.index import parse_field
 from tests.servers import faulty_proxy, nginx
 from tests.unit.clips import numbered_video, quarter_turned
 

@@ -10,7 +10,7 @@ from kinema.conditioning.frames import CleanFrame, ClipSize, FrameChannels, Fram
 from kinema.conditioning.text import HashText, build_text_encoder
 from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.pack import Pack
+from kinema.data.packs.pack import Pack
 from kinema.diffusion.guidance import guided
 from kinema.diffusion.objective import DDPM, PredictionTarget, RectifiedFlow
 from kinema.diffusion.solvers import FOR_TABLES, Solver, solve

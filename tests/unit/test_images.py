@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kinema.data.candidates import plan_clips
-from kinema.data.check import check_clip
-from kinema.data.clip_decoder import DecodingRules
-from kinema.data.decoders.video import DecodeError
-from kinema.data.foreign import ForeignOptions
+from kinema.data.dataset.foreign import ForeignOptions
+from kinema.data.dataset.indexing import index_shards
+from kinema.data.dataset.shards import DatasetIndex, ShardWriter
+from kinema.data.decode.clip_decoder import DecodingRules
+from kinema.data.decode.decoders.video import DecodeError
+from kinema.data.decode.images import decode_image, probe_image
 from kinema.data.geometry import ClipShape
-from kinema.data.images import decode_image, probe_image
-from kinema.data.indexing import index_shards
-from kinema.data.loading import make_loader
-from kinema.data.shards import DatasetIndex, ShardWriter
+from kinema.data.packs.loading import make_loader
+from kinema.data.steps.candidates import plan_clips
+from kinema.data.verbs.check import check_clip
 from tests.unit.clips import GEOMETRY, make_plan, numbered_video, record
 
 SHAPES = [ClipShape(5, 32, 32), ClipShape(1, 32, 32), ClipShape(1, 64, 32)]

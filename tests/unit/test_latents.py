@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from kinema.data.cached_clips import CachedClips
-from kinema.data.candidates import plan_clips
 from kinema.data.config import Crop, Window
-from kinema.data.decoding import Decoder, decode_clip
+from kinema.data.dataset.shards import DamagedSample, read_member
+from kinema.data.decode.decoding import Decoder, decode_clip
 from kinema.data.geometry import ClipShape
-from kinema.data.keyed import keyed_seed
-from kinema.data.latents import LatentCache, LatentWriter, write_latents
-from kinema.data.loading import make_loader
-from kinema.data.shards import DamagedSample, read_member
+from kinema.data.packs.cached_clips import CachedClips
+from kinema.data.packs.latents import LatentCache, LatentWriter, write_latents
+from kinema.data.packs.loading import make_loader
+from kinema.data.steps.candidates import plan_clips
+from kinema.data.steps.keyed import keyed_seed
 from tests.unit.clips import GEOMETRY, SHAPES, build, make_plan
 
 IDENTITY = {"vae_hash": "abc", "data_hash": "def", "shapes": SHAPES, "fps": 8.0}
@@ -85,7 +85,7 @@ def test_each_field_of_the_key_is_refused_by_name(tmp_path, name, value):
 def test_other_preprocessing_is_refused(tmp_path, monkeypatch):
     with LatentWriter(tmp_path / "cache", **IDENTITY) as writer:
         writer.write("clip", SHAPES[0], 0.0, torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4))
-    monkeypatch.setattr("kinema.data.latents.PREPROCESSING", "random crop")
+    monkeypatch.setattr("kinema.data.packs.latents.PREPROCESSING", "random crop")
     with pytest.raises(
         ValueError, match=r"made with preprocessing=.*centre crop.*this run has preprocessing=random crop"
     ):
@@ -95,7 +95,7 @@ def test_other_preprocessing_is_refused(tmp_path, monkeypatch):
 def test_another_format_version_is_refused(tmp_path, monkeypatch):
     with LatentWriter(tmp_path / "cache", **IDENTITY) as writer:
         writer.write("clip", SHAPES[0], 0.0, torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4))
-    monkeypatch.setattr("kinema.data.latents.FORMAT_VERSION", 3)
+    monkeypatch.setattr("kinema.data.packs.latents.FORMAT_VERSION", 3)
     with pytest.raises(ValueError, match="format_version=2, and this run has format_version=3"):
         LatentCache.load(tmp_path / "cache", **IDENTITY)
 

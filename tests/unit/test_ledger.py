@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
-from kinema.data.candidates import plan_clips
+from kinema.data.account.ledger import DataBudgetError, Ledger, Quarantine
 from kinema.data.geometry import ClipShape
-from kinema.data.ledger import DataBudgetError, Ledger, Quarantine
-from kinema.data.pack import Failure, Pack
+from kinema.data.packs.pack import Failure, Pack
+from kinema.data.steps.candidates import plan_clips
 from tests.unit.clips import GEOMETRY, SHAPES, build
 
 
@@ -112,7 +112,7 @@ def test_a_damaged_clip_counts_once_however_often_and_wherever_it_is_shown(index
 
 
 def test_the_names_of_damaged_clips_stay_few_and_their_number_true(index, monkeypatch):
-    monkeypatch.setattr("kinema.data.ledger.MOST_NAMES", 2)
+    monkeypatch.setattr("kinema.data.account.ledger.MOST_NAMES", 2)
     ledger = Ledger()
     ledger.record(pack([0, 1, 2, 3], failed=[0, 1, 2, 3]), index)
     assert len(ledger.damaged) == 3

@@ -5,16 +5,16 @@ import time
 import pytest
 import torch
 
-from kinema.data.candidates import plan_clips
-from kinema.data.clip_decoder import DecodingRules
+from kinema.data.account.rights import RightsPolicy
 from kinema.data.config import Crop, DataConfig, Window
-from kinema.data.decoders.video import Decoder
+from kinema.data.dataset.shards import DatasetIndex, index_name, read_member
+from kinema.data.decode.clip_decoder import DecodingRules
+from kinema.data.decode.decoders.video import Decoder
 from kinema.data.geometry import ClipShape
-from kinema.data.loading import make_loader
-from kinema.data.plan import lanes_of
-from kinema.data.rights import RightsPolicy
-from kinema.data.shards import DatasetIndex, index_name, read_member
-from kinema.data.storage import resolve_folder
+from kinema.data.packs.loading import make_loader
+from kinema.data.steps.candidates import plan_clips
+from kinema.data.steps.plan import lanes_of
+from kinema.data.storage.place import resolve_folder
 from tests.unit.clips import GEOMETRY, SHAPES, build, make_plan, numbers
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

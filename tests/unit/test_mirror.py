@@ -6,9 +6,16 @@ import boto3
 import pytest
 import torch
 
-from kinema.data.remote import StorageConfig
-from kinema.training.checkpoint import CheckpointError, CheckpointStore, json_writer, tensor_writer, text_writer, verify
-from kinema.training.mirror import Mirror, Uploads
+from kinema.data.storage.remote import StorageConfig
+from kinema.training.checkpoints.mirror import Mirror, Uploads
+from kinema.training.checkpoints.store import (
+    CheckpointError,
+    CheckpointStore,
+    json_writer,
+    tensor_writer,
+    text_writer,
+    verify,
+)
 from tests.servers import s3_server
 
 QUICK = StorageConfig(retries=1, backoff_seconds=0.01, connect_timeout_seconds=1, timeout_seconds=1)

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kinema.data.cached_clips import open_caches
-from kinema.data.candidates import plan_clips
-from kinema.data.clip_decoder import DecodingRules
+from kinema.data.account.rights import RightsPolicy
 from kinema.data.config import DataConfig
-from kinema.data.decoders.video import Decoder
-from kinema.data.latents import write_latents
-from kinema.data.loading import make_loader
-from kinema.data.mixture import SourceConfig, StageConfig
-from kinema.data.planning import Planner, open_index
-from kinema.data.rights import RightsPolicy
-from kinema.data.shards import DatasetIndex, read_member
+from kinema.data.dataset.mixture import SourceConfig, StageConfig
+from kinema.data.dataset.shards import DatasetIndex, read_member
+from kinema.data.decode.clip_decoder import DecodingRules
+from kinema.data.decode.decoders.video import Decoder
+from kinema.data.packs.cached_clips import open_caches
+from kinema.data.packs.latents import write_latents
+from kinema.data.packs.loading import make_loader
+from kinema.data.steps.candidates import plan_clips
+from kinema.data.steps.planning import Planner, open_index
 from tests.unit.clips import GEOMETRY, build
 
 ALL = RightsPolicy()

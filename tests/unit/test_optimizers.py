@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from kinema.distributed.engine import Precision
-from kinema.training.blockwise import BLOCK, Moment, codebook
-from kinema.training.muon import orthogonalize
-from kinema.training.optim import AdamW, AdamW8bit, MuonAdamW, hidden_matrices
+from kinema.training.optimizers.blockwise import BLOCK, Moment, codebook
+from kinema.training.optimizers.muon import orthogonalize
+from kinema.training.optimizers.optim import AdamW, AdamW8bit, MuonAdamW, hidden_matrices
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (8, 30), (30, 8)])

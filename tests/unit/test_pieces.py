@@ -9,8 +9,8 @@ import torch
 
 from kinema.distributed.layout import Fragment
 from kinema.identity import fingerprint_like, fingerprint_of_checksums
-from kinema.training.pieces import Piece, PieceError, StoredTensors, share, whole, whole_sums, write_pieces
-from kinema.training.saving import reader
+from kinema.training.checkpoints.pieces import Piece, PieceError, StoredTensors, share, whole, whole_sums, write_pieces
+from kinema.training.checkpoints.saving import reader
 
 
 def tensors():

@@ -7,12 +7,12 @@ import random
 import numpy as np
 import pytest
 
-from kinema.data.candidates import Candidates, PlannedClip
-from kinema.data.dealing import LargestStep, deal
 from kinema.data.geometry import ClipShape
-from kinema.data.keyed import keyed_seed
-from kinema.data.plan import Plan, lanes_of
-from kinema.data.stages import Stage
+from kinema.data.steps.candidates import Candidates, PlannedClip
+from kinema.data.steps.dealing import LargestStep, deal
+from kinema.data.steps.keyed import keyed_seed
+from kinema.data.steps.plan import Plan, lanes_of
+from kinema.data.steps.stages import Stage
 
 SHAPE = ClipShape(5, 32, 32)
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kinema.data.candidates import Candidates, PlannedClip
-from kinema.data.dealing import LargestStep, Packing, deal, deal_buckets
 from kinema.data.geometry import ClipShape
-from kinema.data.plan import STAGE_POSITIONS, Plan
-from kinema.data.shares import PERIOD, Shares
-from kinema.data.stages import Stage
+from kinema.data.steps.candidates import Candidates, PlannedClip
+from kinema.data.steps.dealing import LargestStep, Packing, deal, deal_buckets
+from kinema.data.steps.plan import STAGE_POSITIONS, Plan
+from kinema.data.steps.shares import PERIOD, Shares
+from kinema.data.steps.stages import Stage
 
 SIZES = [1, 3, 10, 40]
 quick = settings(max_examples=25, deadline=None)

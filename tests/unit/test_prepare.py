@@ -10,7 +10,7 @@ from data_prep.pipeline.engines import LocalEngine
 from data_prep.pipeline.rows import RowFailed, read_rows, write_rows
 from data_prep.pipeline.run import Limits, Pipeline, alone_in
 from data_prep.pipeline.stage import Stage
-from kinema.data.ledger import DataBudgetError
+from kinema.data.account.ledger import DataBudgetError
 from tests.unit.made_stages import Square
 
 

@@ -21,9 +21,9 @@ from data_prep.stages.ingest import Ingest
 from data_prep.stages.probe import Probe
 from data_prep.stages.split import HeldOut, Split
 from data_prep.stages.write import Write
-from kinema.data.check import check_dataset
-from kinema.data.encoding import write_video
-from kinema.data.shards import DatasetIndex
+from kinema.data.dataset.shards import DatasetIndex
+from kinema.data.decode.encoding import write_video
+from kinema.data.verbs.check import check_dataset
 from tests.unit.made_stages import Where
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from data_prep.pipeline.inputs import input_rows
 from data_prep.pipeline.rows import Dropped, RowFailed
 from data_prep.pipeline.stage import Place
 from data_prep.stages.ingest import Ingest
-from kinema.data.encoding import write_video
+from kinema.data.decode.encoding import write_video
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 from data_prep.pipeline.engines import LocalEngine
 from data_prep.pipeline.rows import read_rows
 from data_prep.stages.sound import Sound
-from kinema.data.encoding import write_video
+from kinema.data.decode.encoding import write_video
 from tests.unit.made_clips import FPS, clip_row, panned, pipeline
 
 RATE = 48_000

@@ -16,10 +16,10 @@ from data_prep.stages.ingest import Ingest
 from data_prep.stages.probe import Probe, probe_video
 from data_prep.stages.split import HeldOut, Split, divide
 from data_prep.stages.write import HISTORY, Write
-from kinema.data.check import check_dataset
-from kinema.data.encoding import write_video
-from kinema.data.ledger import DataBudgetError
-from kinema.data.shards import DatasetIndex, read_member
+from kinema.data.account.ledger import DataBudgetError
+from kinema.data.dataset.shards import DatasetIndex, read_member
+from kinema.data.decode.encoding import write_video
+from kinema.data.verbs.check import check_dataset
 
 
 def corners(height, width, number=0):

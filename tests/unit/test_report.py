@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kinema.data.ledger import Account, Ledger
+from kinema.data.account.ledger import Account, Ledger
 from kinema.report import band as bands
 from kinema.report import content, page
 from kinema.report.band import judge, make_band

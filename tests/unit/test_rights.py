@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kinema.data.candidates import plan_clips
+from kinema.data.account.ledger import Ledger
+from kinema.data.account.licenses import is_known, licenses_named
+from kinema.data.account.rights import RightsConfig, RightsPolicy, idle_words
 from kinema.data.config import DataConfig
+from kinema.data.dataset.sample import ClipRecord
+from kinema.data.dataset.shards import DatasetIndex, index_name
 from kinema.data.geometry import ClipShape
-from kinema.data.ledger import Ledger
-from kinema.data.licenses import is_known, licenses_named
-from kinema.data.loading import make_loader
-from kinema.data.rights import RightsConfig, RightsPolicy, idle_words
-from kinema.data.sample import ClipRecord
-from kinema.data.shards import DatasetIndex, index_name
+from kinema.data.packs.loading import make_loader
+from kinema.data.steps.candidates import plan_clips
 from tests.unit.clips import GEOMETRY, SHAPES, build, make_plan, record
 
 WORDS = ["MIT", "CC-BY-4.0", "CC-BY-NC-4.0", "GPL-3.0-only"]

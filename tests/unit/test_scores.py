@@ -16,7 +16,7 @@ from data_prep.scores.motion import motion, still_share
 from data_prep.scores.picture import exposure, sharpness
 from data_prep.scores.sample import Sample, frames_to_sample
 from data_prep.scores.text import text_share
-from kinema.data.encoding import encode_video
+from kinema.data.decode.encoding import encode_video
 from tests.unit.made_clips import FPS, FRAMES, HEIGHT, WIDTH, panned, scenery, still
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from kinema.data.encoding import encode_video
-from kinema.data.indexing import index_shards
-from kinema.data.sample import ClipRecord
-from kinema.data.shards import DamagedSample, DatasetIndex, ShardWriter, read_member
+from kinema.data.dataset.indexing import index_shards
+from kinema.data.dataset.sample import ClipRecord
+from kinema.data.dataset.shards import DamagedSample, DatasetIndex, ShardWriter, read_member
+from kinema.data.decode.encoding import encode_video
 
 
 def make_clip(number, **facts):

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kinema.data.ledger import Ledger
-from kinema.data.mixture import JoinedIndex
-from kinema.data.rights import RightsPolicy
-from kinema.data.sightings import SeenKeys, Sightings, hash_of
+from kinema.data.account.ledger import Ledger
+from kinema.data.account.rights import RightsPolicy
+from kinema.data.account.sightings import SeenKeys, Sightings, hash_of
+from kinema.data.dataset.mixture import JoinedIndex
 from kinema.interop.data_card import data_section, licenses_seen
-from kinema.training.checkpoint import CheckpointStore, json_writer
-from kinema.training.seen import KEYS, Seen, Start, data_seen, keys_writer
-from kinema.training.seen_table import Question, answer
+from kinema.training.checkpoints.store import CheckpointStore, json_writer
+from kinema.training.records.seen import KEYS, Seen, Start, data_seen, keys_writer
+from kinema.training.records.seen_table import Question, answer
 from tests.unit.clips import build
 from tests.unit.test_ledger import pack
 
@@ -190,7 +190,7 @@ def test_a_withdrawn_clip_is_neither_shown_nor_damaged(index):
 
 
 def test_names_beyond_the_limit_share_an_account_and_the_answer_says_so(index, monkeypatch):
-    monkeypatch.setattr("kinema.data.ledger.MOST_NAMES", 1)
+    monkeypatch.setattr("kinema.data.account.ledger.MOST_NAMES", 1)
     ledger = Ledger()
     ledger.record(pack([0, 4]), index)
     assert ledger.total.decoded == 2

@@ -9,13 +9,13 @@ from datetime import datetime
 
 import pytest
 
-from kinema.training.guard import NonFiniteLoss
-from kinema.training.restarts import count_restart
-from kinema.training.signals import Signals, SignalsConfig
+from kinema.training.alive.guard import NonFiniteLoss
+from kinema.training.alive.restarts import count_restart
+from kinema.training.alive.signals import Signals, SignalsConfig
 
 SCRIPT = """
 import sys, time
-from kinema.training import signals
+from kinema.training.alive import signals
 signals.IMPATIENT_SECONDS = 0.3
 caught = signals.Signals(signals.SignalsConfig(usr1=signals.Warned[sys.argv[1]]))
 caught.catch()

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from kinema.training.guard import Guard, GuardConfig, NonFiniteLoss
-from kinema.training.spikes import SpikeAction, SpikeConfig, deviations_above, is_spike
+from kinema.training.alive.guard import Guard, GuardConfig, NonFiniteLoss
+from kinema.training.alive.spikes import SpikeAction, SpikeConfig, deviations_above, is_spike
 
 
 def curve(kind, chance, steps=10_000):

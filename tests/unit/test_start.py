@@ -9,10 +9,10 @@ import torch.distributed as dist
 from kinema.build import start_run
 from kinema.distributed.mesh import Mesh
 from kinema.distributed.process import Process
-from kinema.training.checkpoint import CheckpointError, CheckpointStore, json_writer, tensor_writer
+from kinema.training.checkpoints.saving import initial_weights
+from kinema.training.checkpoints.store import CheckpointError, CheckpointStore, json_writer, tensor_writer
 from kinema.training.ema import EMA, EMAConfig
 from kinema.training.run_folder import keep_config
-from kinema.training.saving import initial_weights
 from kinema.training.start import check_averages, check_same_data, check_same_vae
 
 ALONE = Process(0, 0, 1, torch.device("cpu"), Mesh())

@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from kinema.data.address import Address, redacted
-from kinema.data.locking import locked
-from kinema.data.member_cache import KEPT_SHARE, MemberCache
-from kinema.data.remote import RemoteStore, StorageConfig
-from kinema.data.store import StoredFolder
+from kinema.data.storage.address import Address, redacted
+from kinema.data.storage.locking import locked
+from kinema.data.storage.member_cache import KEPT_SHARE, MemberCache
+from kinema.data.storage.remote import RemoteStore, StorageConfig
+from kinema.data.storage.store import StoredFolder
 from tests.unit.clips import build
 
 

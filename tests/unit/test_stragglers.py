@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from kinema.training.stragglers import PHASES, Stragglers
+from kinema.training.alive.stragglers import PHASES, Stragglers
 
 
 def heard(watch, times, costs):

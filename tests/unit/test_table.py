@@ -8,10 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from kinema.data import compiled, table
-from kinema.data.columns import columns_of_records
-from kinema.data.shards import DatasetIndex
-from kinema.data.table import DTYPES, ClipTable, TableWriter
+from kinema.data.dataset import compiled, table
+from kinema.data.dataset.columns import columns_of_records
+from kinema.data.dataset.shards import DatasetIndex
+from kinema.data.dataset.table import DTYPES, ClipTable, TableWriter
 from tests.unit.clips import build
 
 CLIPS = 23

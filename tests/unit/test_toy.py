@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data_prep import toy
-from kinema.data.check import check_dataset
-from kinema.data.shards import DatasetIndex, read_member
+from kinema.data.dataset.shards import DatasetIndex, read_member
+from kinema.data.verbs.check import check_dataset
 from kinema.evaluation.toy_check import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, Attributes, is_heldout
 
 FRAMES = [(64, 64), (80, 48), (48, 80)]

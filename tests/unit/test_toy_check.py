@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from data_prep import toy
-from kinema.data.shards import ShardWriter
+from kinema.data.dataset.shards import ShardWriter
 from kinema.evaluation.captions import check_toy_data
 from kinema.evaluation.toy_check import (
     COLOURS,

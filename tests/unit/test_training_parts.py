@@ -9,16 +9,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kinema.data.pack import Failure
-from kinema.data.quarantine import QUARANTINE, write_failures
+from kinema.data.account.quarantine import QUARANTINE, write_failures
+from kinema.data.packs.pack import Failure
 from kinema.identity import fingerprint, from_plain, to_plain
 from kinema.training.balance import Balance
 from kinema.training.ema import EMAConfig
-from kinema.training.loop import Window, due
-from kinema.training.metrics import LoggingConfig, MetricsFile, WandbMode, WandbTracker
-from kinema.training.optim import AdamW
-from kinema.training.outputs import Outputs
-from kinema.training.schedule import Constant, Cosine
+from kinema.training.loop import due
+from kinema.training.optimizers.optim import AdamW
+from kinema.training.optimizers.schedule import Constant, Cosine
+from kinema.training.records.metrics import LoggingConfig, MetricsFile, WandbMode, WandbTracker
+from kinema.training.records.outputs import Outputs
+from kinema.training.records.window import Window
 
 
 def test_cosine_rises_linearly_and_falls_to_its_final_fraction():

@@ -5,20 +5,20 @@ import sys
 
 import pytest
 
-from kinema.training.watcher import Place, report
+from kinema.training.alive.watcher import Place, report
 
 RANK = """
 import faulthandler, os, subprocess, sys, time
 from pathlib import Path
-from kinema.training.heartbeat import Beat, Heartbeat
-from kinema.training.watcher import STACKS
+from kinema.training.alive.heartbeat import Beat, Heartbeat
+from kinema.training.alive.watcher import STACKS
 rank, folder, shared, phase, entries, allowed = int(sys.argv[1]), *map(Path, sys.argv[2:4]), *sys.argv[4:]
 now = time.monotonic()
 shown = Heartbeat(folder / f"rank-{rank}")
 shown.write(Beat(os.getpid(), now, now + float(allowed), 3, int(entries), phase))
 faulthandler.register(STACKS, all_threads=True)
 words = [os.getpid(), rank, 4, folder, shared]
-subprocess.Popen([sys.executable, "-m", "kinema.training.watcher", *map(str, words)])
+subprocess.Popen([sys.executable, "-m", "kinema.training.alive.watcher", *map(str, words)])
 while not shown.is_ordered_to_end():
     time.sleep(0.1)
 sys.exit(71)

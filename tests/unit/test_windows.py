@@ -3,8 +3,8 @@ import pickle
 import pytest
 
 from kinema.data.geometry import ClipShape
-from kinema.data.store import Member
-from kinema.data.windows import CachedWindow, Windows
+from kinema.data.packs.windows import CachedWindow, Windows
+from kinema.data.storage.store import Member
 
 SHAPE, OTHER = ClipShape(9, 32, 32), ClipShape(9, 32, 64)
 

@@ -7,20 +7,20 @@ from tqdm import tqdm
 
 from kinema.build.run import Run
 from kinema.config import Config
-from kinema.data.address import redacted
-from kinema.data.cached_clips import CachedClips, open_caches
-from kinema.data.candidates import KeepReport
+from kinema.data.account.quarantine import condemned_clips
+from kinema.data.account.refusals import change_of_rights
+from kinema.data.account.rights import RightsPolicy, idle_words
 from kinema.data.config import DataConfig
+from kinema.data.dataset.shards import DatasetIndex
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.latents import LatentCache
-from kinema.data.loading import make_loader
-from kinema.data.pack import Pack
-from kinema.data.plan import Plan, lanes_of
-from kinema.data.planning import Planner, open_index
-from kinema.data.quarantine import condemned_clips
-from kinema.data.refusals import change_of_rights
-from kinema.data.rights import RightsPolicy, idle_words
-from kinema.data.shards import DatasetIndex
+from kinema.data.packs.cached_clips import CachedClips, open_caches
+from kinema.data.packs.latents import LatentCache
+from kinema.data.packs.loading import make_loader
+from kinema.data.packs.pack import Pack
+from kinema.data.steps.candidates import KeepReport
+from kinema.data.steps.plan import Plan, lanes_of
+from kinema.data.steps.planning import Planner, open_index
+from kinema.data.storage.address import redacted
 from kinema.distributed.collectives import from_main
 from kinema.distributed.process import Process
 from kinema.training.run_folder import rights_of_plan

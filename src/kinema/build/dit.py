@@ -24,7 +24,7 @@ from kinema.sampling.sample import geometry_of, image_encoder_of
 from kinema.training.dit_task import DiTTask, check_sizes, check_training
 from kinema.training.finetune import frozen_parameters
 from kinema.training.loop import Trainer
-from kinema.training.pictures import OverfitCheck, SampleMaker, save_timesteps
+from kinema.training.records.pictures import OverfitCheck, SampleMaker, save_timesteps
 from kinema.training.run_folder import carry_vae, checkpoint_of, load_vae
 from kinema.training.start import check_same_vae
 

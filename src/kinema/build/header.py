@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from kinema.build.run import Run
 from kinema.config import Config
-from kinema.data.address import redacted
+from kinema.data.storage.address import redacted
 from kinema.distributed.engine import Engine
 from kinema.distributed.process import Process
 from kinema.identity import digest
 from kinema.plan import states_of
-from kinema.training.checkpoint import write_json
-from kinema.training.metrics import WandbTracker
+from kinema.training.checkpoints.store import write_json
+from kinema.training.records.metrics import WandbTracker
 
 
 def describe_run(

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from kinema.build.data import Data
 from kinema.build.run import Run
 from kinema.config import Config
-from kinema.data.ledger import Quarantine
-from kinema.data.pack import Pack
+from kinema.data.account.ledger import Quarantine
+from kinema.data.packs.pack import Pack
 from kinema.distributed.activations import ActivationCheckpointing, keep_less
 from kinema.distributed.collectives import barrier, from_main
 from kinema.distributed.engine import Engine, Precision
@@ -20,22 +20,22 @@ from kinema.distributed.process import Process
 from kinema.identity import to_plain
 from kinema.models.dit import DiT, Experts
 from kinema.models.vae import CausalVAE
-from kinema.training.checkpoint import Checkpoint
+from kinema.training.alive.guard import Guard
+from kinema.training.alive.signals import Signals
+from kinema.training.alive.skips import Skips
+from kinema.training.alive.watchdog import Watchdog
+from kinema.training.checkpoints.mirror import Mirror, Uploads
+from kinema.training.checkpoints.saving import Saver, initial_weights
+from kinema.training.checkpoints.store import Checkpoint
 from kinema.training.context_parallel import ContextParallel
 from kinema.training.ema import EMA
 from kinema.training.finetune import LoRA
-from kinema.training.guard import Guard
 from kinema.training.loop import Trainer
-from kinema.training.mirror import Mirror, Uploads
 from kinema.training.preflight import SAME_LOSS, SAME_LOSS_BFLOAT16, Preflight
-from kinema.training.progress import Progress
+from kinema.training.records.progress import Progress
+from kinema.training.records.seen import Start
 from kinema.training.run_folder import Weights, carry_base, checkpoint_of, load_weights, open_base, unadapted
-from kinema.training.saving import Saver, initial_weights
-from kinema.training.seen import Start
 from kinema.training.shared_packs import read_once
-from kinema.training.signals import Signals
-from kinema.training.skips import Skips
-from kinema.training.watchdog import Watchdog
 
 
 def context_parallel(

@@ -9,9 +9,9 @@ from pathlib import Path
 from kinema.config import Config, changed_keys
 from kinema.distributed.collectives import from_main
 from kinema.distributed.process import Process, seed_everything
-from kinema.training.checkpoint import CheckpointStore
-from kinema.training.mirror import Mirror
-from kinema.training.outputs import Outputs
+from kinema.training.checkpoints.mirror import Mirror
+from kinema.training.checkpoints.store import CheckpointStore
+from kinema.training.records.outputs import Outputs
 from kinema.training.run_folder import check_changes, open_run_folder, remove_refused
 
 

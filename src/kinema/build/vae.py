@@ -13,9 +13,9 @@ from kinema.distributed.process import Process
 from kinema.identity import to_plain
 from kinema.models.vae import CausalVAE
 from kinema.models.vae.losses import VAELoss
+from kinema.training.checkpoints.saving import initial_weights
 from kinema.training.loop import Trainer
-from kinema.training.pictures import StripMaker
-from kinema.training.saving import initial_weights
+from kinema.training.records.pictures import StripMaker
 from kinema.training.vae_task import VAETask
 
 

@@ -4,16 +4,16 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kinema.data.address import Address, redacted
-from kinema.data.clip_decoder import DecodingRules
-from kinema.data.cost import CostConfig
-from kinema.data.dealing import Packing
-from kinema.data.decoders.video import Decoder
-from kinema.data.foreign import ForeignOptions
+from kinema.data.account.rights import RightsConfig
+from kinema.data.dataset.foreign import ForeignOptions
+from kinema.data.dataset.mixture import SourceConfig, StageConfig
+from kinema.data.decode.clip_decoder import DecodingRules
+from kinema.data.decode.decoders.video import Decoder
 from kinema.data.geometry import ClipShape
-from kinema.data.mixture import SourceConfig, StageConfig
-from kinema.data.remote import StorageConfig
-from kinema.data.rights import RightsConfig
+from kinema.data.steps.cost import CostConfig
+from kinema.data.steps.dealing import Packing
+from kinema.data.storage.address import Address, redacted
+from kinema.data.storage.remote import StorageConfig
 
 
 class Window(Enum):

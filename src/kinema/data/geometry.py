@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kinema.data.columns import Columns, columns_of_records
-from kinema.data.sample import ClipRecord
+from kinema.data.dataset.columns import Columns, columns_of_records
+from kinema.data.dataset.sample import ClipRecord
 
 ROWS_AT_ONCE = 1 << 18
 """Clips that are given shapes in one go, to bound memory."""

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kinema.conditioning.text import CombinedText, PretrainedText, TextCache
 from kinema.config import Config, compose_training
-from kinema.data.planning import open_index
+from kinema.data.steps.planning import open_index
 from kinema.distributed.footprint import GIB
 from kinema.doctor.finding import Check, Finding, Level, graded
 from kinema.given import given_by, lanes_of_rank

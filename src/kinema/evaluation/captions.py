@@ -7,14 +7,14 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from kinema.data.contact_sheet import contact_sheet
-from kinema.data.shards import DatasetIndex
-from kinema.data.storage import resolve_folder
+from kinema.data.dataset.shards import DatasetIndex
+from kinema.data.storage.place import resolve_folder
+from kinema.data.verbs.contact_sheet import contact_sheet
 from kinema.diffusion.solvers import Solver
 from kinema.evaluation.toy_check import check_clip, heldout_prompts, is_toy_caption, pass_rates
 from kinema.sampling.pipeline import SamplingConfig
 from kinema.sampling.sample import advance, load_pipeline
-from kinema.training.checkpoint import Checkpoint
+from kinema.training.checkpoints.store import Checkpoint
 from kinema.training.run_folder import Weights, checkpoint_of
 
 

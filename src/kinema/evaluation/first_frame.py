@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from kinema.conditioning.frames import CleanFrame
-from kinema.data.contact_sheet import contact_sheet
-from kinema.data.decoding import Decoder, decode_clip
+from kinema.data.dataset.shards import DatasetIndex, read_member
+from kinema.data.decode.decoding import Decoder, decode_clip
 from kinema.data.geometry import ClipShape
 from kinema.data.pixels import to_model_range, to_uint8
-from kinema.data.shards import DatasetIndex, read_member
+from kinema.data.verbs.contact_sheet import contact_sheet
 from kinema.models.vae import CausalVAE
 from kinema.sampling.pipeline import SamplingConfig
 from kinema.sampling.sample import load_pipeline
-from kinema.training.pictures import psnr_per_frame
+from kinema.training.records.pictures import psnr_per_frame
 from kinema.training.run_folder import Weights, checkpoint_of
 
 SHOWN = 6

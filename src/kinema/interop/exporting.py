@@ -33,7 +33,7 @@ from kinema.interop.reference import is_installed, reference_class
 from kinema.interop.schedulers import published_scheduler
 from kinema.models.vae import CausalVAE
 from kinema.sampling.pipeline import Pipeline
-from kinema.training.checkpoint import write_json
+from kinema.training.checkpoints.store import write_json
 from kinema.training.finetune import Adapter, adapters_of, base_weights
 from kinema.training.run_folder import Weights
 

@@ -29,7 +29,7 @@ from kinema.interop.texts import carry_text, has_text
 from kinema.models.dit import AttentionPattern, DiT, Experts
 from kinema.models.vae import CausalVAE
 from kinema.sampling.sample import geometry_of
-from kinema.training.checkpoint import CheckpointStore, Writer, json_writer, tensor_writer
+from kinema.training.checkpoints.store import CheckpointStore, Writer, json_writer, tensor_writer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

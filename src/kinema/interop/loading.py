@@ -18,7 +18,7 @@ from kinema.models.dit import DiTConfig, Experts, make_denoiser, split_experts
 from kinema.models.vae import CausalVAE
 from kinema.sampling.pipeline import OtherVAE, Pipeline, SamplingConfig
 from kinema.sampling.sample import condition_of, load_pipeline
-from kinema.training.checkpoint import SEAL, Checkpoint, CheckpointStore
+from kinema.training.checkpoints.store import SEAL, Checkpoint, CheckpointStore
 from kinema.training.finetune import adapters_of, base_weights, merged_weights
 from kinema.training.run_folder import Weights, checkpoint_of, is_adapted, load_vae, load_weights
 

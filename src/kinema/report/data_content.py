@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from kinema.data.sample import ClipRecord
-from kinema.data.shards import DatasetIndex
+from kinema.data.dataset.sample import ClipRecord
+from kinema.data.dataset.shards import DatasetIndex
 from kinema.report.content import duration
 from kinema.report.histogram import HALF, WIDE, histogram_of, histogram_svg
 from kinema.report.media import MediaShelf

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from kinema.data.contact_sheet import strip_jpeg
-from kinema.data.decoding import DecodeError, Decoder, decode_clip
+from kinema.data.dataset.opened import local_folder
+from kinema.data.dataset.sample import ClipRecord
+from kinema.data.dataset.shards import ClipEntry, DamagedSample, DatasetIndex, read_member
+from kinema.data.decode.decoding import DecodeError, Decoder, decode_clip
 from kinema.data.geometry import ClipShape
-from kinema.data.opened import local_folder
-from kinema.data.sample import ClipRecord
-from kinema.data.shards import ClipEntry, DamagedSample, DatasetIndex, read_member
+from kinema.data.verbs.contact_sheet import strip_jpeg
 from kinema.report import data_content as content
 from kinema.report.media import LARGEST_PAGE_MIB, Media, MediaShelf
 from kinema.report.page import Check, highlight, templates, version

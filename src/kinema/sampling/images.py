@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from kinema.data.decoding import resize_and_crop
+from kinema.data.decode.decoding import resize_and_crop
 from kinema.data.geometry import ClipShape
 
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from kinema.conditioning.frames import FRAME_CONDITIONS, FrameCondition, GivenFrames
 from kinema.conditioning.image import ImageEncoder, check_image_policy
 from kinema.conditioning.text import TEXT_CONFIGS, build_text_encoder, check_policy
-from kinema.data.contact_sheet import contact_sheet
-from kinema.data.encoding import write_video
+from kinema.data.decode.encoding import write_video
 from kinema.data.geometry import ClipShape, Geometry
+from kinema.data.verbs.contact_sheet import contact_sheet
 from kinema.diffusion.objective import DDPM, RectifiedFlow
 from kinema.diffusion.solvers import LIBRARY, Solver
 from kinema.diffusion.timesteps import TimestepSpacing
@@ -28,7 +28,7 @@ from kinema.models.vae import CausalVAE
 from kinema.sampling.denoiser import check_condition
 from kinema.sampling.images import fit_images, nearest_shape, read_image
 from kinema.sampling.pipeline import OtherVAE, Pipeline, SamplingConfig
-from kinema.training.checkpoint import Checkpoint, CheckpointStore
+from kinema.training.checkpoints.store import Checkpoint, CheckpointStore
 from kinema.training.run_folder import Weights, checkpoint_of, load_vae, load_weights
 
 

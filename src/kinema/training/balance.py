@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kinema.data.pack import Pack
+from kinema.data.packs.pack import Pack
 
 
 class Balance:

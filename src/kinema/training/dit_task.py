@@ -16,9 +16,9 @@ from kinema.conditioning.image import ImageEncoder
 from kinema.conditioning.text import TextEncoder
 from kinema.data.config import DataConfig
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.keyed import keyed_seed
-from kinema.data.pack import Pack
+from kinema.data.packs.pack import Pack
 from kinema.data.pixels import to_model_range
+from kinema.data.steps.keyed import keyed_seed
 from kinema.diffusion.objective import Objective
 from kinema.diffusion.timesteps import in_range
 from kinema.distributed.engine import Engine
@@ -29,7 +29,7 @@ from kinema.sampling.conditioner import Conditioner, Numbers, shown_frames
 from kinema.sampling.denoiser import Denoiser
 from kinema.sampling.pipeline import SamplingConfig
 from kinema.training.context_parallel import ContextParallel
-from kinema.training.metrics import Clock
+from kinema.training.records.metrics import Clock
 from kinema.training.task import marks_of_noise
 
 

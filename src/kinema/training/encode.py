@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kinema.data.candidates import plan_clips
-from kinema.data.decoding import Decoder
+from kinema.data.dataset.shards import DatasetIndex
+from kinema.data.decode.decoding import Decoder
 from kinema.data.geometry import ClipShape, Geometry
-from kinema.data.latents import write_latents
+from kinema.data.packs.latents import write_latents
 from kinema.data.pixels import to_model_range
-from kinema.data.shards import DatasetIndex
+from kinema.data.steps.candidates import plan_clips
 from kinema.training.run_folder import Weights, checkpoint_of, load_vae
 
 

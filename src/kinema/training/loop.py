@@ -9,32 +9,33 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from kinema.data.ledger import DataBudgetError, Quarantine
-from kinema.data.pack import Failure, Fallback, Pack
-from kinema.data.plan import Plan
-from kinema.data.quarantine import write_failures
-from kinema.data.shards import DatasetIndex
+from kinema.data.account.ledger import DataBudgetError, Quarantine
+from kinema.data.account.quarantine import write_failures
+from kinema.data.dataset.shards import DatasetIndex
+from kinema.data.packs.pack import Failure, Fallback, Pack
+from kinema.data.steps.plan import Plan
 from kinema.distributed.collectives import all_sum, from_main, gather_objects
 from kinema.distributed.compiling import WARM_STEPS, Compilations
 from kinema.distributed.process import Process
 from kinema.exits import Exit
+from kinema.training.alive.guard import Guard, NonFiniteLoss
+from kinema.training.alive.restarts import NoProgress, count_restart
+from kinema.training.alive.signals import Signals
+from kinema.training.alive.skips import write_skips
+from kinema.training.alive.stragglers import Stragglers
+from kinema.training.alive.watchdog import Watchdog
 from kinema.training.balance import Balance
-from kinema.training.checkpoint import CheckpointConfig
+from kinema.training.checkpoints.saving import Saver
+from kinema.training.checkpoints.store import CheckpointConfig
 from kinema.training.dit_task import noise_table
 from kinema.training.ema import EMA
-from kinema.training.guard import Guard, NonFiniteLoss
-from kinema.training.journal import KeyJournal
-from kinema.training.metrics import Clock, LoggingConfig
-from kinema.training.outputs import Outputs
 from kinema.training.preflight import Preflight
-from kinema.training.progress import Progress
-from kinema.training.restarts import NoProgress, count_restart
-from kinema.training.saving import Saver
-from kinema.training.signals import Signals
-from kinema.training.skips import write_skips
-from kinema.training.stragglers import Stragglers
+from kinema.training.records.journal import KeyJournal
+from kinema.training.records.metrics import Clock, LoggingConfig
+from kinema.training.records.outputs import Outputs
+from kinema.training.records.progress import Progress
+from kinema.training.records.window import Window
 from kinema.training.task import Task
-from kinema.training.watchdog import Watchdog
 
 UPLOADS_SECONDS, UPLOADS_WHEN_STOPPED_SECONDS = 600.0, 5.0
 """How long the end of a run waits for checkpoints that are on their way to `checkpoint.remote`."""
@@ -350,7 +351,7 @@ class Trainer:
 
     # What happens between steps
 
-    def _log(self, window: "Window", clock: Clock) -> None:
+    def _log(self, window: Window, clock: Clock) -> None:
         if not window.steps:
             return
         record = window.close()
@@ -440,37 +441,6 @@ class Agreed(NamedTuple):
     compiled: bool
     seconds: list[float]
     """Of all ranks, for `Stragglers.hear`."""
-
-
-class Window:
-    """Means of the steps since the last line of the metrics."""
-
-    def __init__(self) -> None:
-        self.first_of_run = False
-        self._started = False
-        self._totals: dict[str, float] = {}
-        self.steps = 0
-
-    def add(self, totals: dict[str, float]) -> None:
-        """Add one step; one that was passed over has no totals, and counts nowhere."""
-        self.first_of_run = not self._started
-        self._started = True
-        self.steps += bool(totals)
-        for key, value in totals.items():
-            self._totals[key] = self._totals.get(key, 0.0) + value
-
-    def close(self) -> dict[str, Any]:
-        """A `train` record without its times; starts over. Clips and tokens are a step's, as are losses."""
-        totals, steps = self._totals, self.steps
-        self._totals, self.steps = {}, 0
-        record: dict[str, Any] = {"steps": steps}
-        if "noise_sum_0" in totals:
-            record["loss_by_noise"] = noise_table(totals)
-        for group, prefix in (("terms", "term_"), ("lanes", "lanes/"), ("data_sets", "data_sets/")):
-            members = {key.removeprefix(prefix): totals.pop(key) for key in list(totals) if key.startswith(prefix)}
-            if members:
-                record[group] = {key: value / steps for key, value in members.items()}
-        return {**record, **{key: value / steps for key, value in totals.items()}}
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kinema.data.pack import Pack
+from kinema.data.packs.pack import Pack
 from kinema.distributed.collectives import gather_objects
 from kinema.distributed.engine import Engine
 from kinema.distributed.mesh import Mesh

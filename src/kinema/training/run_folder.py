@@ -10,10 +10,10 @@ from typing import Any, TextIO
 
 import torch
 
-from kinema.data.rights import RightsPolicy
+from kinema.data.account.rights import RightsPolicy
 from kinema.identity import digest, fingerprint, fingerprint_like, from_plain
 from kinema.models.vae import CausalVAE, VAEConfig
-from kinema.training.checkpoint import (
+from kinema.training.checkpoints.store import (
     Checkpoint,
     CheckpointError,
     CheckpointStore,

@@ -5,7 +5,7 @@ from itertools import repeat
 
 import torch
 
-from kinema.data.pack import Pack, flatten, unflatten
+from kinema.data.packs.pack import Pack, flatten, unflatten
 from kinema.distributed.collectives import from_first, tensor_from_first
 from kinema.distributed.process import Process
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from kinema.training.checkpoint import Checkpoint, CheckpointError
+from kinema.training.checkpoints.save import sets_in
+from kinema.training.checkpoints.store import Checkpoint, CheckpointError
 from kinema.training.ema import EMA
-from kinema.training.save import sets_in
 
 
 def check_goes_on(found: Checkpoint) -> None:

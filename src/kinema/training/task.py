@@ -5,9 +5,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kinema.data.pack import Pack
+from kinema.data.packs.pack import Pack
 from kinema.distributed.engine import Engine
-from kinema.training.metrics import Clock
+from kinema.training.records.metrics import Clock
 
 
 class Task(Protocol):

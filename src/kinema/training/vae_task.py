@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kinema.data.keyed import keyed_seed
-from kinema.data.pack import Pack
+from kinema.data.packs.pack import Pack
 from kinema.data.pixels import to_model_range
+from kinema.data.steps.keyed import keyed_seed
 from kinema.distributed.collectives import from_main
 from kinema.distributed.engine import Engine, ParallelConfig, Precision
 from kinema.models.vae import CausalVAE, LatentStatistics
 from kinema.models.vae.losses import VAELoss, VAELossConfig, psnr
 from kinema.training.context_parallel import ContextParallel
-from kinema.training.metrics import Clock
-from kinema.training.optim import AdamW
+from kinema.training.optimizers.optim import AdamW
+from kinema.training.records.metrics import Clock
 from kinema.training.task import marks_of_noise
 
 

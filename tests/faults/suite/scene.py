@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kinema.training.checkpoint import Checkpoint, CheckpointStore
+from kinema.training.checkpoints.store import Checkpoint, CheckpointStore
 from tests.end_to_end.commands import STATE, checkpoint, dit_command, losses, same_state, vae_command
 from tests.faults.suite.harm import Harm
 from tests.warm import Job, Warm

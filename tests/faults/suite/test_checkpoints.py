@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kinema.training.checkpoint import SEAL
+from kinema.training.checkpoints.store import SEAL
 from tests.end_to_end.commands import checkpoint
 from tests.faults.suite.harm import Harm
 from tests.faults.suite.scene import EVERY, KILLED, MOST_LOST, STEPS, Shown, said
@@ -130,7 +130,9 @@ def test_a_full_disk_costs_a_save_and_nothing_else(scene, show):
 
 def test_a_disk_that_stays_full_ends_the_run_with_what_was_saved(scene, show):
     name = "full-for-good"
-    job = scene.start(name, harm=Harm("kinema.training.save:write_pieces", "disk full", FILES + 1, times=10_000))
+    job = scene.start(
+        name, harm=Harm("kinema.training.checkpoints.save:write_pieces", "disk full", FILES + 1, times=10_000)
+    )
     scene.finish(job, 74)
     assert scene.store(name).steps() == [EVERY]
     recovery, lost = scene.continues(name)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from kinema.data.shards import DatasetIndex, ShardWriter, read_member
+from kinema.data.dataset.shards import DatasetIndex, ShardWriter, read_member
 from tests.faults.suite.harm import Harm
 from tests.faults.suite.scene import Scene, Shown, said
 
 pytestmark = pytest.mark.faults
 
-READ, DECODE = "kinema.data.decoded_clips:DecodedClips.read", "kinema.data.clip_decoder:_decode_into"
+READ, DECODE = "kinema.data.packs.decoded_clips:DecodedClips.read", "kinema.data.decode.clip_decoder:_decode_into"
 SLOW = Harm("kinema.distributed.engine:Engine.step", "slow", times=1000)
 ANY = "data.max_failed_fraction=0.9"
 

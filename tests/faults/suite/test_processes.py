@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from kinema.training.checkpoint import verify
+from kinema.training.checkpoints.store import verify
 from tests.end_to_end.killing import descendants
 from tests.faults.suite.harm import Harm
 from tests.faults.suite.scene import KILLED, MOST_LOST, STEPS, Shown, said
@@ -64,7 +64,7 @@ def test_a_run_told_to_stop_saves_and_loses_nothing(scene, show, number, fault, 
 
 def test_a_grace_period_shorter_than_the_save_costs_no_checkpoint(scene, show):
     name = "graceless"
-    slow = Harm("kinema.training.checkpoint:crc32", "slow", times=1000)
+    slow = Harm("kinema.training.checkpoints.store:crc32", "slow", times=1000)
     job = scene.start(name, harm=slow)
     scene.wait_for_step(job, name, 3)
     job.send(signal.SIGTERM)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinema.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from kinema.training.checkpoints.store import Checkpoint, CheckpointError, CheckpointStore
 from kinema.training.ema import average_name
 from kinema.training.profiles import Profile, distance, exponent_of, factors_of
 from kinema.training.run_folder import Weights

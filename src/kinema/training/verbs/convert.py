@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kinema.training.checkpoint import CONFIG, Checkpoint
+from kinema.training.checkpoints.save import sets_in
+from kinema.training.checkpoints.store import CONFIG, Checkpoint
 from kinema.training.run_folder import checkpoint_of
-from kinema.training.save import sets_in
 from kinema.training.verbs.found import add_path
 from kinema.training.verbs.remade import documents_of, remake
 

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from kinema.training.checkpoint import CheckpointError, CheckpointStore
-from kinema.training.mirror import Mirror, run_address
+from kinema.training.checkpoints.mirror import Mirror, run_address
+from kinema.training.checkpoints.store import CheckpointError, CheckpointStore
 from kinema.training.verbs.found import answering
 
 

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kinema.data.address import Address
-from kinema.data.store import StoreDown
-from kinema.training.checkpoint import SEAL, Checkpoint, CheckpointError, CheckpointStore
-from kinema.training.mirror import Mirror, run_address
+from kinema.data.storage.address import Address
+from kinema.data.storage.store import StoreDown
+from kinema.training.checkpoints.mirror import Mirror, run_address
+from kinema.training.checkpoints.store import SEAL, Checkpoint, CheckpointError, CheckpointStore
 
 
 def add_path(parser: argparse.ArgumentParser, afar: bool = False) -> None:

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from kinema.training.checkpoint import MANIFEST, SEAL, Checkpoint, CheckpointError, read_seal, verify
+from kinema.training.checkpoints.store import MANIFEST, SEAL, Checkpoint, CheckpointError, read_seal, verify
 from kinema.training.verbs.found import add_path, found
 
 COLUMNS = ("checkpoint", "age", "MiB", "files", "kind", "verified", "what")

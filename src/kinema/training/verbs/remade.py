@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kinema.training.checkpoint import (
+from kinema.training.checkpoints.pieces import Written, share, whole, write_pieces
+from kinema.training.checkpoints.save import fingerprints_of, is_part, part_name
+from kinema.training.checkpoints.store import (
     CARRIED,
     MANIFEST,
     Checkpoint,
@@ -20,8 +22,6 @@ from kinema.training.checkpoint import (
     read_seal,
     write_synced,
 )
-from kinema.training.pieces import Written, share, whole, write_pieces
-from kinema.training.save import fingerprints_of, is_part, part_name
 
 
 def remake(

@@ -3,9 +3,9 @@
 import argparse
 import time
 
-from kinema.training.checkpoint import Checkpoint, read_seal, verify
-from kinema.training.pieces import PieceError
-from kinema.training.save import sets_in
+from kinema.training.checkpoints.pieces import PieceError
+from kinema.training.checkpoints.save import sets_in
+from kinema.training.checkpoints.store import Checkpoint, read_seal, verify
 from kinema.training.verbs.found import add_path, found
 
 EXIT_DAMAGED = 66

@@ -1,0 +1,1 @@
+"""What a data set is: shards, their indexes, and the facts of every clip in columns."""

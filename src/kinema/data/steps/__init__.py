@@ -1,0 +1,1 @@
+"""Which clips make up each step and each lane."""

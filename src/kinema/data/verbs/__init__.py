@@ -1,0 +1,1 @@
+"""`kinema data`: data sets looked at from the command line."""
