@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from kinema.training.verbs.convert import convert
 
 from kinema.training.checkpoints.store import SEAL, CheckpointStore, json_writer, tensor_writer
+from kinema.training.verbs.convert import convert
 
 RANKS = 3
 

@@ -5,12 +5,12 @@ import shutil
 import boto3
 import pytest
 import torch
-from kinema.training.verbs.average import weighted_sum
 
 from kinema import cli
 from kinema.identity import fingerprint_like
 from kinema.training.checkpoints.mirror import Mirror
 from kinema.training.checkpoints.store import CheckpointError, CheckpointStore, json_writer, tensor_writer, text_writer
+from kinema.training.verbs.average import weighted_sum
 from tests.servers import s3_server
 
 STEP = "checkpoints/step-00000006"

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from kinema.training.verbs.average import synthesize
 
 from kinema.training.checkpoints.store import CheckpointStore, json_writer, tensor_writer
 from kinema.training.ema import EMAConfig
 from kinema.training.profiles import Profile, distance, exponent_of, factors_of, length_of, overlap, power_decay
+from kinema.training.verbs.average import synthesize
 
 STEPS = 2000
 
