@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kinema.training.checkpoints.mirror import Mirror, run_address
 from kinema.training.checkpoints.store import CheckpointStore
 from tests.end_to_end.commands import dit_command, losses
 from tests.faults.suite.harm import Harm
@@ -151,7 +152,11 @@ def test_a_run_whose_disk_is_lost_goes_on_from_an_address(matrix, tmp_path):
     matrix.train("far", 12, *options)
     assert "resume: step-00000004 was fetched from file://" in (matrix.folder / "log").read_text()
     assert same_state(matrix.store("far").open(12), matrix.store(matrix.whole(1, 12)).open(12))
-    assert (tmp_path / "far/far/step-00000012/seal.json").exists()
+    here = tmp_path / "here"
+    Mirror(run_address(f"file://{tmp_path}/far/far", "path"), here).fetch_newest(print)
+    said = ["prompt=a red circle", "num_steps=1", "shape=[5,32,32]", f"out={tmp_path}/video"]
+    matrix.run(["sample.py", f"run={here}", *said])  # what lies there is all that the sampler needs
+    assert len(list((tmp_path / "video").glob("*.mp4"))) == 1
 
 
 @pytest.mark.soak
