@@ -52,7 +52,7 @@ def _context() -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(
-        ["deepspeed", "torch._dynamo", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2"]
+        ["deepspeed", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2", "kinema.build", "pytest"]
     )
     return context
 
