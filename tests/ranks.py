@@ -49,11 +49,8 @@ def _context() -> Any:
     """
     if torch.cuda.is_available():
         return mp.get_context("spawn")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["deepspeed", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2", "kinema.build", "pytest"]
-    )
+    context.set_forkserver_preload(["tests.imported"])
     return context
 
 

@@ -8,7 +8,6 @@ strings alike, and leave by `os._exit` once Python has done what it does at an e
 
 import atexit
 import contextlib
-import gc
 import json
 import os
 import runpy
@@ -156,8 +155,6 @@ def warm_process() -> Warm:
 def serve() -> None:
     """Import everything, then fork ranks as lines on stdin order it, and tell how they end."""
     imported = _import_everything()
-    gc.collect()
-    gc.freeze()  # what is shared stays shared
     print("{}", flush=True)
     groups: set[int] = set()
     while True:
@@ -189,19 +186,8 @@ def _reaches(group: int, number: int) -> bool:
 def _import_everything() -> dict[str, str]:
     """The variables that imports have set."""
     before = dict(os.environ)
-    import torch._dynamo
-    import torch.distributed.checkpoint  # noqa: F401
-    import wandb  # noqa: F401
-
+    import tests.imported  # noqa: F401
     from kinema.distributed.process import load_cpu_communication_op
-
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.runtime.zero.stage3
-    import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
-
-    import kinema.build
-    import kinema.sampling.sample  # noqa: F401
 
     found = {name: value for name, value in os.environ.items() if before.get(name) != value}
     with contextlib.redirect_stdout(sys.stderr):

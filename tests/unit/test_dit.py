@@ -762,10 +762,11 @@ def refusal(changes):
     return None
 
 
-def test_random_points_of_the_product_of_the_axes_train():
+@pytest.mark.parametrize("count", [120, pytest.param(300, marks=pytest.mark.soak)])
+def test_random_points_of_the_product_of_the_axes_train(count):
     """Every legal choice runs forwards and backwards with a finite gradient other than zero in every parameter."""
     seen = set()
-    for seed, changes in enumerate(legal_points(300)):
+    for seed, changes in enumerate(legal_points(count)):
         torch.manual_seed(seed)
         config = small(**WALKED, **changes)
         seen |= {f"{axis}={choice}" for axis, choice in changes.items()}
