@@ -13,6 +13,7 @@ MODULES = (
     "deepspeed.runtime.zero.stage_1_and_2",
     "kinema.build",
     "kinema.sampling.sample",
+    "peft",
     "pytest",
     "torch.distributed.checkpoint",
     "wandb",
