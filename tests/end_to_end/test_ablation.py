@@ -1,5 +1,6 @@
 """Every tiny model of `configs/model`, and one axis of it changed at a time, learns on clips of the demo's kind."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ CAPTIONS = ["a large red circle moves slowly right", "a star"]
 CHANNELS = 4
 
 
+@cache
 def composed(model, change):
     register_schemas()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
