@@ -55,11 +55,12 @@ class Agent:
                  f"--rdzv-conf=is_host={int(number == 1)},last_call_timeout=5,join_timeout=120",
                  f"--local-addr={ADDRESS.format(number)}"]  # fmt: skip
         self.log = folder / f"host{number}.log"
+        own = {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "wire", "FAST": str(folder / "fast")}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", namespace, sys.executable, "-m", "kinema.cli", "torchrun", *words, *command],
                 cwd=ROOT, stdout=log, stderr=log,
-                env={**environment(), "GLOO_SOCKET_IFNAME": "wire", "FAST": str(folder / "fast")},
+                env={**environment(), **own},
             )  # fmt: skip
 
     def die(self):
