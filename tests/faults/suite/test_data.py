@@ -61,7 +61,7 @@ def test_a_shard_that_goes_bad_costs_its_own_clips_and_each_is_named(scene, show
     data = copy_of_data(scene, name)
     job = scene.start(name, f"data.path={data}", ANY, "data.num_workers=0", harm=SLOW)
     scene.wait_for_step(job, name, 1)
-    for shard in shards(data)[:4]:
+    for shard in shards(data)[:2]:  # of every step some clips are left
         deed(shard)
     scene.finish(job)
     named = (scene.run(name) / "quarantine.jsonl").read_text().count("\n")
