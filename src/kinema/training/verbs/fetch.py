@@ -21,11 +21,11 @@ def run(arguments: argparse.Namespace) -> int:
     if there := CheckpointStore(to).steps():
         raise ValueError(f"--to {to} holds checkpoints already, of steps {there}; name another folder.")
     mirror = Mirror(run_address(arguments.address, "address"), to)
-    to.mkdir(parents=True, exist_ok=True)
     with answering():
         there, step = mirror.steps(), arguments.step
         if not there or step not in (None, *there):
             raise CheckpointError(f"{arguments.address} holds no such checkpoint; there are {there}.")
+        to.mkdir(parents=True, exist_ok=True)
         found = mirror.fetch_newest(print) if step is None else mirror.fetch(step)
     assert found is not None
     print(f"READY: {found.folder} of {arguments.address}")
