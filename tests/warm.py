@@ -100,7 +100,7 @@ class Warm:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm"], cwd=ROOT, env=_as_users_have_it(), text=True, bufsize=1,
+            [sys.executable, "-m", "tests.warm"], cwd=ROOT, env=_as_users_have_it(), bufsize=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self._running: list[Job] = []
@@ -114,7 +114,7 @@ class Warm:
         assert self._process.stdin is not None
         order = {"command": command, "ranks": ranks, "log": str(log), "errors": str(errors or log),
                  "environment": _as_users_have_it(), "extra": extra}  # fmt: skip
-        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
         job = Job(self, [], log, time.monotonic())
         while not job.pids:
             job.pids = self._take(self._answer()) or []
@@ -136,7 +136,7 @@ class Warm:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._process.stdout.readline()  # without a buffer, of whose lines `select` would know nothing
         assert line, "the warm process has died"
         return json.loads(line)
 

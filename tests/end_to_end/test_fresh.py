@@ -2,11 +2,13 @@
 
 import json
 import os
+import time
 
 import pytest
 
 from tests.end_to_end.commands import checkpoint, dit_command, frames, records, same_checkpoint
 from tests.end_to_end.runs import fresh, run
+from tests.warm import warm_process
 
 pytestmark = pytest.mark.slow
 PROMPT = "a small red circle moves slowly left"
@@ -49,6 +51,13 @@ def test_it_starts_as_one_does_and_nothing_of_it_is_left_for_the_next(tmp_path, 
     assert states[0] == states[1] == states[2]
     assert states[0]["variables"].items() >= os.environ.items()
     assert all(answer.stderr.endswith("and an end with words\n") for answer in answers)
+
+
+def test_ranks_that_end_at_the_same_moment_are_all_seen(tmp_path):
+    (tmp_path / "nothing.py").write_text("")
+    job = warm_process().start([f"{tmp_path}/nothing.py"], tmp_path / "log", 4)
+    time.sleep(0.5)
+    assert job.wait(5) == [0, 0, 0, 0]
 
 
 @pytest.fixture(scope="module")
